@@ -1,0 +1,583 @@
+"""ESTrainer: the generation loop, the history, and the face of a ``torch.optim.Optimizer``."""
+
+from __future__ import annotations
+
+import copy
+import secrets
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator
+from os import PathLike
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
+
+from . import validation
+from .callbacks.progress import Progress
+from .checkpoint import FORMAT, check_format, read_checkpoint, write_checkpoint
+from .fitness.evaluate import evaluate, is_batched
+from .fitness.scores import CheckedScores, check_scores, to_score, to_scores
+from .interrupts import delayed_interrupt
+from .noise import forked_rng
+from .perturbation.sample import Draws, FullRankDraws, ParameterSpec, Perturbations
+from .population import Population, warn_once
+from .update.centre import Centre, OptimizerFactory
+from .update.schedule import LRSchedulerFactory, SigmaSchedule, make_scheduler
+
+# Elements of perturbations held at a time where the user sets no chunk size: 256 MB in float32.
+_CHUNK_ELEMENTS = 2**26
+_CHUNK_MEMBERS = 1024
+
+METRICS = (
+    "generation",
+    "fitness",
+    "mean_fitness",
+    "std_fitness",
+    "best_fitness",
+    "update_norm",
+    "num_nonfinite",
+    "num_tied",
+    "learning_rate",
+    "sigma",
+)
+
+
+class ESTrainer(torch.optim.Optimizer, ABC):
+    """Base class of evolution-strategy trainers.
+
+    One generation evaluates ``N = population_size`` perturbed copies of the model and moves its parameters ``θ``, in
+    place, to ``θ + learning_rate·Δθ``. A subclass says how members are perturbed and how ``Δθ`` follows from their
+    fitness, with two methods over flat tensors. Everything else, among it running a plain fitness function for the
+    whole population at once, is inherited.
+
+    Args:
+        params: Parameters to train, as ``torch.optim`` takes them: an iterable such as ``model.parameters()``, or
+            groups with their own ``lr`` and ``sigma``. All of the model's if None; those left out stay frozen.
+        model: The module to train.
+        fitness_fn: From a module to its fitness, higher is better: a float, a 0-d tensor or a NumPy scalar. If
+            marked with :func:`eggroll_trainer.batched`, from a :class:`~eggroll_trainer.Population` to ``[N]``.
+        population_size: ``N``, how many models are evaluated in a generation.
+        learning_rate: Step size; ``param_groups[i]["lr"]``.
+        sigma: Standard deviation of the perturbations; ``param_groups[i]["sigma"]``.
+        device: Where to train; the model is moved there. Where the model is, if None.
+        seed: Seed of the run. Drawn from the system, and readable as ``trainer.seed``, if None.
+        optimizer: What takes the step: a ``torch.optim`` class or another factory ``(params, lr=…)`` of a
+            ``torch.optim.Optimizer``. It gets ``-Δθ`` as gradient. ``torch.optim.SGD`` if None.
+        lr_scheduler: Factory of a ``torch.optim.lr_scheduler`` from the trainer, stepped after every generation. One
+            that you make and step yourself works as well.
+        sigma_scheduler: Factory of a ``torch.optim.lr_scheduler`` that drives ``sigma`` instead.
+        chunk_size: How many members are evaluated at a time; bounds memory. Chosen from the model's size if None.
+        coalesce: Whether a plain ``fitness_fn`` may be run for the members of a chunk together.
+
+    Raises:
+        TypeError: An argument is of the wrong type.
+        ValueError: An argument is out of range, or there is nothing to train.
+
+    Example:
+        >>> class Simple(ESTrainer):
+        ...     def sample_perturbations(self, population_size):
+        ...         return torch.randn(population_size, len(self.current_params)) * self.sigma
+        ...
+        ...     def compute_update(self, perturbations, fitnesses):
+        ...         weights = (fitnesses - fitnesses.mean()) / (fitnesses.std() + 1e-8)
+        ...         return (weights[:, None] * perturbations).mean(dim=0)
+        >>> model = nn.Linear(3, 1)
+        >>> x = torch.randn(8, 3)
+        >>> trainer = Simple(model.parameters(), model, lambda model: -model(x).square().mean(), seed=0)
+        >>> trainer.train(2, verbose=False)["generation"]
+        2
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any] | None = None,
+        model: nn.Module | None = None,
+        fitness_fn: Callable[..., Any] | None = None,
+        population_size: int = 50,
+        learning_rate: float = 0.01,
+        sigma: float = 0.1,
+        device: torch.device | str | None = None,
+        seed: int | None = None,
+        *,
+        optimizer: OptimizerFactory | None = None,
+        lr_scheduler: LRSchedulerFactory | None = None,
+        sigma_scheduler: LRSchedulerFactory | None = None,
+        chunk_size: int | None = None,
+        coalesce: bool = True,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        if not callable(fitness_fn):
+            raise TypeError(f"fitness_fn must be callable, got {type(fitness_fn).__name__}")
+        if optimizer is not None and not callable(optimizer):
+            raise TypeError(
+                "optimizer must be a factory such as torch.optim.Adam or a functools.partial of it,"
+                f" got a {type(optimizer).__name__}"
+            )
+        if isinstance(getattr(model, "_orig_mod", None), nn.Module):
+            # What torch.compile returned; the module inside is the one with the user's parameter names.
+            model = cast(nn.Module, model._orig_mod)
+        self.model: nn.Module = model
+        self.fitness_fn = fitness_fn
+        self.population_size = validation.check_int("population_size", population_size, 1)
+        self.chunk_size = None if chunk_size is None else validation.check_int("chunk_size", chunk_size, 1)
+        self.coalesce = bool(coalesce)
+        self.seed = secrets.randbits(63) if seed is None else validation.check_int("seed", seed, -(2**63))
+        defaults = {
+            "lr": validation.check_real("learning_rate", learning_rate, positive=False),
+            "sigma": validation.check_real("sigma", sigma, positive=True),
+            **self._group_defaults(),
+        }
+        groups = validation.parameter_groups(params, model)
+        for group in groups:
+            validation.check_options(group, defaults)
+            validation.check_real("learning_rate", group.get("lr", learning_rate), positive=False)
+            validation.check_real("sigma", group.get("sigma", sigma), positive=True)
+        if device is not None:
+            model.to(device)
+        self.device = torch.device(groups[0]["params"][0].device)
+        super().__init__(groups, defaults)
+        self._constructed = True
+
+        self._initial_options = [
+            {k: v for k, v in g.items() if k not in ("params", "names")} for g in self.param_groups
+        ]
+        self._centre = Centre(self.param_groups, torch.optim.SGD if optimizer is None else optimizer)
+        self._make_schedulers(lr_scheduler, sigma_scheduler)
+        self._initial = self._centre.flat()
+        self._warned: set[str] = set()
+        self._sampled: Tensor | None = None
+        self.generation = 0
+        self.best_fitness = float("-inf")
+        self._best: Tensor | None = None
+        self.history: dict[str, list[Any]] = {}
+        self._forget()
+
+    # What a subclass writes.
+
+    @abstractmethod
+    def sample_perturbations(self, population_size: int) -> Tensor:
+        """Return a perturbation for every member, scaled by sigma.
+
+        torch's global generators are seeded from ``seed`` and the generation meanwhile.
+
+        Args:
+            population_size: ``N``.
+
+        Returns:
+            ``[N, D]``.
+        """
+
+    @abstractmethod
+    def compute_update(self, perturbations: Tensor, fitnesses: Tensor) -> Tensor:
+        """Return the update: the parameters become ``θ + learning_rate·update``.
+
+        Args:
+            perturbations: ``[N, D]``, as they were sampled.
+            fitnesses: ``[N]``, finite, higher is better.
+
+        Returns:
+            ``[D]``.
+        """
+
+    # The face of an optimizer.
+
+    @property
+    def learning_rate(self) -> float:
+        """Learning rate of the first parameter group; setting it sets all groups."""
+        return float(self.param_groups[0]["lr"])
+
+    @learning_rate.setter
+    def learning_rate(self, value: float) -> None:
+        for group in self.param_groups:
+            group["lr"] = validation.check_real("learning_rate", value, positive=False)
+
+    @property
+    def sigma(self) -> float:
+        """Standard deviation of the perturbations in the first parameter group; setting it sets all groups."""
+        return float(self.param_groups[0]["sigma"])
+
+    @sigma.setter
+    def sigma(self, value: float) -> None:
+        for group in self.param_groups:
+            group["sigma"] = validation.check_real("sigma", value, positive=True)
+
+    @property
+    def current_params(self) -> Tensor:
+        """A copy of the centre's trained parameters, ``[D]``, in float32 or wider."""
+        return self._centre.flat()
+
+    @property
+    def initial_params(self) -> Tensor:
+        """A copy of the parameters that training started from, ``[D]``."""
+        return self._initial.clone()
+
+    def zero_grad(self, set_to_none: bool = False) -> None:
+        """Do nothing: there are no gradients. Present for compatibility with optimizers."""
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Refuse: parameter groups are given at construction.
+
+        Raises:
+            RuntimeError: Always, once the trainer is constructed.
+        """
+        if getattr(self, "_constructed", False):
+            raise RuntimeError("parameter groups are given at construction; make a new trainer to add one")
+        super().add_param_group(param_group)
+
+    def __repr__(self) -> str:
+        """Return the class, the model's and the number of weights, and where the run stands."""
+        return (
+            f"{type(self).__name__}({type(self.model).__name__} with {len(self._centre)} weights,"
+            f" population_size={self.population_size}, learning_rate={self.learning_rate:g}, sigma={self.sigma:g},"
+            f" seed={self.seed}, generation={self.generation})"
+        )
+
+    # One generation, and many.
+
+    def step(self, closure: Callable[..., Any] | None = None) -> dict[str, Any]:  # type: ignore[override]
+        """Run one generation.
+
+        If anything raises, the parameters and the history stay those of the last whole generation, and training can
+        go on.
+
+        Args:
+            closure: Ignored; the fitness function is given at construction.
+
+        Returns:
+            Metrics: ``generation`` (counted from 1), ``fitness`` (of the generation's best member),
+            ``mean_fitness``, ``std_fitness``, ``best_fitness`` (so far), ``update_norm`` (length of the step),
+            ``num_nonfinite`` (scores that were NaN or inf and counted as the worst finite one), ``num_tied`` (members
+            who share their score), ``learning_rate`` and ``sigma``.
+
+        Raises:
+            ValueError: No member has a finite fitness.
+            TypeError: The fitness function does not return a number.
+        """
+        with torch.no_grad():
+            self._begin_generation()
+        # The fitness function runs under the caller's modes.
+        scores = torch.cat([self._evaluate(first, count) for first, count in self._chunks()])
+        checked = check_scores(scores, self.generation + 1)
+        if checked.num_nonfinite:
+            warn_once(
+                self._warned,
+                "a fitness that is not finite counts as the worst finite one of its generation; see num_nonfinite in"
+                " the metrics",
+            )
+        best = int(checked.values.argmax())
+        with torch.no_grad():
+            improved = self._member_parameters(best) if float(checked.values[best]) > self.best_fitness else None
+            direction = self._direction(checked.values)
+        with delayed_interrupt():
+            update_norm = self._centre.step(direction, [group["lr"] for group in self.param_groups])
+            if improved is not None:
+                self._best, self.best_fitness = improved, float(checked.values[best])
+            self.generation += 1
+            metrics = self._metrics(checked, update_norm)
+            for key, value in metrics.items():
+                self.history[key].append(value)
+            if self.lr_scheduler is not None:
+                self.lr_scheduler.step()
+            if self._sigma_schedule is not None:
+                self._sigma_schedule.step()
+        return metrics
+
+    def train(
+        self,
+        num_generations: int,
+        verbose: bool = True,
+        log_every: int = 1,
+        callback: Callable[[int, list[float]], Any] | None = None,
+    ) -> dict[str, Any]:
+        """Run generations, going on from where the trainer is.
+
+        Args:
+            num_generations: How many.
+            verbose: Whether to show a progress bar with the mean and best fitness.
+            log_every: Call ``callback`` every so many generations; it is called after the last in any case.
+            callback: Called with the generation, counted from 1, and the list of mean fitnesses up to it.
+
+        Returns:
+            The metrics of the last generation, and ``fitness_history``, the list of mean fitnesses.
+
+        Raises:
+            TypeError: An argument is not an integer.
+            ValueError: ``num_generations`` is negative or ``log_every`` less than 1.
+        """
+        validation.check_int("num_generations", num_generations, 0)
+        validation.check_int("log_every", log_every, 1)
+        with Progress(num_generations, verbose) as progress:
+            for i in range(num_generations):
+                progress.update(self.step())
+                if callback is not None and (self.generation % log_every == 0 or i == num_generations - 1):
+                    callback(self.generation, list(self.history["mean_fitness"]))
+        last = {key: values[-1] for key, values in self.history.items() if values}
+        return {
+            "generation": self.generation,
+            "best_fitness": self.best_fitness,
+            **last,
+            "fitness_history": list(self.history.get("mean_fitness", [])),
+        }
+
+    def evaluate_fitness(self, model: nn.Module) -> float:
+        """Return the fitness of one model, such as ``trainer.model`` or ``trainer.get_best_model()``.
+
+        A subclass may override it; members are then scored by the subclass's.
+
+        Raises:
+            TypeError: The fitness function does not return a number.
+            ValueError: It returns an array of the wrong shape.
+        """
+        if not is_batched(self.fitness_fn):
+            return to_score(self.fitness_fn(model))
+        # A population of one that differs from the model by nothing.
+        name, parameter = min(model.named_parameters(), key=lambda item: item[1].numel())
+        values = torch.zeros(1, *parameter.shape, device=parameter.device)
+        signs = torch.ones(1, device=parameter.device)
+        draws = FullRankDraws(values, ParameterSpec(name, parameter.detach(), 1.0), signs)
+        return float(to_scores(self.fitness_fn(Population(model, Perturbations({name: draws}, signs, 1))), 1)[0])
+
+    def get_best_model(self) -> nn.Module:
+        """Return a new module with the weights of the best member seen so far, the ones that earned its score.
+
+        Before the first generation these are the model's own.
+        """
+        best = copy.deepcopy(self.model)
+        if self._best is not None:
+            parameters = dict(best.named_parameters())
+            with torch.no_grad():
+                for name, value in self._centre.unflatten(self._best).items():
+                    parameters[name].copy_(value)
+        return best
+
+    def reset(self) -> None:
+        """Go back to the initial parameters and options, and forget history and optimizer state."""
+        for group, options in zip(self.param_groups, self._initial_options, strict=True):
+            for key in group.keys() - {"params", "names"}:
+                del group[key]
+            group.update(options)
+        self._centre.assign(self._initial)
+        self._centre.restart(self.param_groups)
+        self._make_schedulers(*self._scheduler_factories)
+        self._forget()
+
+    # State.
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything that the rest of the run depends on, as copies: tensors, numbers and strings."""
+        options = [{k: v for k, v in group.items() if k != "params"} for group in self.param_groups]
+        return {
+            "format": FORMAT,
+            "settings": self._settings(),
+            "seed": self.seed,
+            "generation": self.generation,
+            "param_groups": copy.deepcopy(options),
+            "centre": self._centre.state_dict(),
+            "buffers": {name: buffer.clone() for name, buffer in self.model.named_buffers()},
+            "initial_params": self._initial.clone(),
+            "lr_scheduler": None if self.lr_scheduler is None else copy.deepcopy(self.lr_scheduler.state_dict()),
+            "sigma_scheduler": None if self._sigma_schedule is None else self._sigma_schedule.state_dict(),
+            "history": copy.deepcopy(self.history),
+            "best_fitness": self.best_fitness,
+            "best_params": None if self._best is None else self._best.clone(),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore what :meth:`state_dict` returned, of a trainer of the same model made with the same arguments.
+
+        Raises:
+            ValueError: The state is of another model, another kind of trainer, or not of a trainer. This one is left
+                as it was.
+        """
+        check_format(state_dict, "state_dict")
+        self._check_state(state_dict)
+        before = self.state_dict()
+        try:
+            self._restore(state_dict)
+        except Exception as error:
+            self._restore(before)
+            raise ValueError(f"the state does not fit this trainer: {error!r}") from error
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write a checkpoint; the file at ``path`` is at any moment either the old one or the whole new one."""
+        write_checkpoint(self.state_dict(), path)
+
+    def load(self, path: str | PathLike[str]) -> None:
+        """Go on from a checkpoint, exactly as if the run had not been stopped. Runs no code from the file.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+            ValueError: The file is damaged, is not a checkpoint, or is one of another model. Nothing has changed.
+        """
+        self.load_state_dict(read_checkpoint(path, self.device))
+
+    def _settings(self) -> dict[str, Any]:
+        """Return the arguments, besides those in the parameter groups, that the numbers of a run depend on."""
+        return {
+            "trainer": type(self).__name__,
+            "population_size": self.population_size,
+            "chunk_size": self._chunk_members(),
+            "optimizer": type(self._centre.optimizer).__name__,
+        }
+
+    def _check_state(self, state: dict[str, Any]) -> None:
+        wanted = {name: tuple(p.shape) for name, p in self._centre.parameters.items()}
+        got = {name: tuple(p.shape) for name, p in state["centre"]["parameters"].items()}
+        if wanted != got:
+            differing = sorted(name for name in wanted.keys() | got.keys() if wanted.get(name) != got.get(name))
+            name = differing[0] if differing else next(iter(wanted))
+            raise ValueError(
+                f"the checkpoint is of another model: {len(differing)} parameters differ, the first is {name!r} with"
+                f" shape {got.get(name, 'missing')} there and {wanted.get(name, 'missing')} here"
+            )
+        here, there = self._settings(), state["settings"]
+        changed = [f"{k}={here.get(k)!r} (was {there.get(k)!r})" for k in here if here.get(k) != there.get(k)]
+        if here["optimizer"] != there["optimizer"] or here["trainer"] != there["trainer"]:
+            raise ValueError(f"the checkpoint is of another kind of trainer: {', '.join(changed)}")
+        if changed:
+            warn_once(
+                self._warned,
+                f"going on with {', '.join(changed)}: the numbers will not be those of an uninterrupted run",
+            )
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        self._centre.load_state_dict(state["centre"])
+        for group, options in zip(self.param_groups, state["param_groups"], strict=True):
+            group.update(copy.deepcopy(options))
+        for scheduler, saved in (
+            (self.lr_scheduler, "lr_scheduler"),
+            (self._sigma_schedule, "sigma_scheduler"),
+        ):
+            if (scheduler is None) != (state[saved] is None):
+                raise ValueError(f"{saved} is {'absent' if scheduler is None else 'present'} here and not there")
+            if scheduler is not None:
+                scheduler.load_state_dict(copy.deepcopy(state[saved]))
+        buffers = dict(self.model.named_buffers())
+        with torch.no_grad():
+            for name, value in state["buffers"].items():
+                buffers[name].copy_(value)
+        self._initial = state["initial_params"].clone()
+        self.seed, self.generation = state["seed"], state["generation"]
+        self.history = copy.deepcopy(state["history"])
+        self.best_fitness = state["best_fitness"]
+        self._best = None if state["best_params"] is None else state["best_params"].clone()
+        self._restart_noise()
+
+    def _make_schedulers(
+        self, lr_scheduler: LRSchedulerFactory | None, sigma_scheduler: LRSchedulerFactory | None
+    ) -> None:
+        self._scheduler_factories = (lr_scheduler, sigma_scheduler)
+        self.lr_scheduler: LRScheduler | None = None
+        self._sigma_schedule: SigmaSchedule | None = None
+        if lr_scheduler is not None:
+            self.lr_scheduler = make_scheduler("lr_scheduler", lr_scheduler, self)
+        if sigma_scheduler is not None:
+            self._sigma_schedule = SigmaSchedule(self.param_groups, sigma_scheduler)
+
+    def _forget(self) -> None:
+        self.generation = 0
+        self.history = {key: [] for key in METRICS}
+        self.best_fitness = float("-inf")
+        self._best = None
+        self._restart_noise()
+
+    # The stations of a generation; trainers with keyed noise replace those of perturbation and update.
+
+    def _group_defaults(self) -> dict[str, Any]:
+        """Return further options of parameter groups with their defaults."""
+        return {}
+
+    def _restart_noise(self) -> None:
+        """Forget what is kept of random streams."""
+        self._sampled = None
+
+    def _begin_generation(self) -> None:
+        with forked_rng(self.seed, self.generation, "sample_perturbations", device=self.device):
+            sampled = self.sample_perturbations(self.population_size)
+        self._check_flat("sample_perturbations", sampled, (self.population_size, len(self._centre)))
+        self._sampled = sampled
+
+    def _perturbations(self, first: int, count: int) -> Perturbations:
+        """Return the perturbations of members ``first, …, first + count - 1``."""
+        assert self._sampled is not None
+        one = torch.ones(1)
+        draws: dict[str, Draws] = {}
+        for name, values in self._centre.unflatten(self._sampled[first : first + count]).items():
+            parameter = self._centre.parameters[name]
+            spec = ParameterSpec(name, parameter.detach(), 1.0)
+            draws[name] = FullRankDraws(values, spec, one.to(parameter.device))
+        return Perturbations(draws, one, count)
+
+    def _direction(self, scores: Tensor) -> dict[str, Tensor]:
+        """Return ``Δθ`` for every parameter from the finite scores ``[N]``."""
+        assert self._sampled is not None
+        sampled, self._sampled = self._sampled, None
+        with forked_rng(self.seed, self.generation, "compute_update", device=self.device):
+            update = self.compute_update(sampled, scores.to(sampled))
+        self._check_flat("compute_update", update, (len(self._centre),))
+        return self._centre.unflatten(update)
+
+    def _check_flat(self, method: str, value: Any, shape: tuple[int, ...]) -> None:
+        got = f"shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        if not isinstance(value, Tensor) or value.shape != shape:
+            raise ValueError(f"{method} must return a tensor of shape {list(shape)}, got {got}")
+        if not value.isfinite().all():
+            raise ValueError(f"{method} returned values that are not finite; the parameters were not changed")
+
+    def _chunk_members(self) -> int:
+        """Return how many members are evaluated at a time."""
+        if self.chunk_size is not None:
+            return self.chunk_size
+        unit = self._chunk_unit()
+        members = min(_CHUNK_MEMBERS, _CHUNK_ELEMENTS // self._elements_per_member())
+        return max(unit, members // unit * unit)
+
+    def _chunk_unit(self) -> int:
+        """Return the number that divides every chunk."""
+        return 1
+
+    def _elements_per_member(self) -> int:
+        return len(self._centre)
+
+    def _chunks(self) -> Iterator[tuple[int, int]]:
+        size = self._chunk_members()
+        for first in range(0, self.population_size, size):
+            yield first, min(size, self.population_size - first)
+
+    def _evaluate(self, first: int, count: int) -> Tensor:
+        """Return the fitness of members ``first, …, first + count - 1``, ``[count]``."""
+        with torch.no_grad():
+            population = Population(self.model, self._perturbations(first, count), first=first, warned=self._warned)
+        overridden = type(self).evaluate_fitness is not ESTrainer.evaluate_fitness
+        fitness_fn = self.evaluate_fitness if overridden else self.fitness_fn
+        with forked_rng(self.seed, self.generation, "evaluation", first, device=self.device):
+            return evaluate(
+                population,
+                fitness_fn,
+                generation=self.generation + 1,
+                coalesce=self.coalesce,
+                warned=self._warned,
+            )
+
+    def _member_parameters(self, index: int) -> Tensor:
+        """Return all parameters of one member of the current generation, ``[D]``."""
+        unit = self._chunk_unit()
+        perturbation = self._perturbations(index // unit * unit, unit).dense(index % unit)
+        return self._centre.flat() + self._centre.flatten(perturbation)
+
+    def _metrics(self, scores: CheckedScores, update_norm: float) -> dict[str, Any]:
+        values = (
+            self.generation,
+            scores.values.max().item(),
+            scores.values.mean().item(),
+            scores.values.std(correction=0).item(),
+            self.best_fitness,
+            update_norm,
+            scores.num_nonfinite,
+            scores.num_tied,
+            self.learning_rate,
+            self.sigma,
+        )
+        return dict(zip(METRICS, values, strict=True))

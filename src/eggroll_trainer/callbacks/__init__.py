@@ -1,0 +1,5 @@
+"""What watches a run."""
+
+from .progress import Progress
+
+__all__ = ["Progress"]

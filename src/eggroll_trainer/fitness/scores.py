@@ -1,0 +1,85 @@
+"""From what a fitness function returns to the scores of a population."""
+
+from __future__ import annotations
+
+import dataclasses
+import numbers
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_EXPECTED = "a float, a 0-d tensor or a NumPy scalar (higher is better)"
+
+
+def to_score(value: Any) -> float:
+    """Return the fitness of one model as a float.
+
+    Raises:
+        TypeError: ``value`` is not a number.
+        ValueError: ``value`` is an array of more than a number.
+    """
+    if isinstance(value, (Tensor, np.ndarray)):
+        if value.ndim != 0:
+            raise ValueError(
+                f"the fitness function must return {_EXPECTED}, got a {type(value).__name__} of shape"
+                f" {list(value.shape)}; reduce it, for example with .mean()"
+            )
+        value = value.item()
+    if value is None:
+        raise TypeError(f"the fitness function must return {_EXPECTED}, got None; is a return missing?")
+    if isinstance(value, numbers.Real):
+        return float(value)
+    raise TypeError(f"the fitness function must return {_EXPECTED}, got {type(value).__name__} {value!r}")
+
+
+def to_scores(value: Any, count: int) -> Tensor:
+    """Return what a batched fitness function gave for ``count`` members as ``[count]`` in float64.
+
+    Raises:
+        TypeError: ``value`` is not an array of numbers.
+        ValueError: It has another shape.
+    """
+    expected = f"a batched fitness function must return one score for each of its {count} members"
+    try:
+        scores = torch.as_tensor(value, device="cpu")
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"{expected}, a tensor of shape [{count}]; got {type(value).__name__} {value!r}") from None
+    if scores.shape != (count,):
+        raise ValueError(f"{expected}, a tensor of shape [{count}]; got shape {list(scores.shape)}")
+    if scores.is_complex():
+        raise TypeError(f"{expected}, real numbers; got {scores.dtype}")
+    return scores.detach().double()
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckedScores:
+    """The scores of one generation.
+
+    Attributes:
+        values: ``[N]``, finite: NaN and ±inf are replaced by the worst finite score.
+        num_nonfinite: How many were replaced.
+        num_tied: How many members share their score with another one.
+    """
+
+    values: Tensor
+    num_nonfinite: int
+    num_tied: int
+
+
+def check_scores(scores: Tensor, generation: int) -> CheckedScores:
+    """Replace scores that are not finite by the worst finite one of the generation.
+
+    Raises:
+        ValueError: No score is finite.
+    """
+    finite = scores.isfinite()
+    if not finite.any():
+        raise ValueError(
+            f"no member of generation {generation} has a finite fitness (NaN or inf from all {len(scores)});"
+            " the parameters were not changed. Lower sigma or learning_rate, or mend the fitness function."
+        )
+    values = torch.where(finite, scores, scores[finite].min())
+    _, counts = torch.unique(values, return_counts=True)
+    return CheckedScores(values, int((~finite).sum()), int(counts[counts > 1].sum()))

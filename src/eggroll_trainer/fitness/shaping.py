@@ -1,0 +1,112 @@
+"""Shaping: from the scores of a population to the weights of its perturbations.
+
+A shaper is any callable ``[n] → [n]`` in float64; it is applied to each group of members on its own. Those here also
+take many groups at once, ``[..., n] → [..., n]``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+Shaper = Callable[[Tensor], Tensor]
+
+
+def zscore(scores: Tensor) -> Tensor:
+    """Return ``(f - mean(f)) / std(f)``, and zeros where all scores are equal.
+
+    The standard deviation is the population's own (divided by ``n``), so the weights have unit variance.
+
+    Example:
+        >>> zscore(torch.tensor([1.0, 2.0, 1.0, 2.0])).tolist()
+        [-1.0, 1.0, -1.0, 1.0]
+    """
+    centred = scores - scores.mean(-1, keepdim=True)
+    # Scaled first, so that tiny or huge scores neither vanish nor overflow when squared.
+    centred = centred / centred.abs().amax(-1, keepdim=True)
+    weights = centred / centred.square().mean(-1, keepdim=True).sqrt()
+    return torch.where((scores == scores[..., :1]).all(-1, keepdim=True), 0.0, weights)
+
+
+def centered_ranks(scores: Tensor) -> Tensor:
+    """Return ranks scaled to [-0.5, 0.5]; equal scores share their mean rank (Salimans et al., 2017, section 2.1).
+
+    Example:
+        >>> centered_ranks(torch.tensor([10.0, 500.0, 20.0, 20.0])).tolist()
+        [-0.5, 0.5, 0.0, 0.0]
+    """
+    ordered, values = scores.sort(-1).values, scores.contiguous()
+    worse = torch.searchsorted(ordered, values)
+    not_better = torch.searchsorted(ordered, values, right=True)
+    mean_rank = (worse + not_better - 1).to(scores.dtype) / 2
+    return mean_rank / max(1, scores.shape[-1] - 1) - (0.5 if scores.shape[-1] > 1 else 0.0)
+
+
+def antithetic_sign(scores: Tensor) -> Tensor:
+    """Return the sign of each antithetic pair's difference: +1 for the better of the two, -1 for the other.
+
+    Example:
+        >>> antithetic_sign(torch.tensor([1.0, 3.0, 5.0, 5.0])).tolist()
+        [-1.0, 1.0, 0.0, 0.0]
+    """
+    signs = (scores[..., ::2] - scores[..., 1::2]).sign()
+    return torch.stack([signs, -signs], -1).flatten(-2) + 0.0
+
+
+def raw(scores: Tensor) -> Tensor:
+    """Return the scores as they are."""
+    return scores
+
+
+SHAPERS: dict[str, Shaper] = {
+    "zscore": zscore,
+    "centered_ranks": centered_ranks,
+    "antithetic_sign": antithetic_sign,
+    "raw": raw,
+}
+
+
+def get_shaper(shaping: str | Shaper, noise_reuse: int) -> Shaper:
+    """Return the shaper that ``shaping`` names or is.
+
+    Raises:
+        ValueError: There is no shaper of that name, or it needs antithetic pairs and there are none.
+        TypeError: It is neither a name nor callable.
+    """
+    if shaping in (antithetic_sign, "antithetic_sign") and noise_reuse != 2:
+        raise ValueError(
+            f"shaping 'antithetic_sign' compares the members of a pair and needs noise_reuse=2, got {noise_reuse}"
+        )
+    if isinstance(shaping, str):
+        if shaping not in SHAPERS:
+            raise ValueError(f"shaping must be one of {', '.join(map(repr, SHAPERS))} or callable, got {shaping!r}")
+        return SHAPERS[shaping]
+    if not callable(shaping):
+        raise TypeError(f"shaping must be a name or a callable, got {type(shaping).__name__}")
+    return shaping
+
+
+def shape(scores: Tensor, shaper: Shaper, group_size: int = 0) -> Tensor:
+    """Return the weight of each member's perturbation.
+
+    Args:
+        scores: Finite scores ``[N]``.
+        shaper: What to apply to each group.
+        group_size: Members in a group; 0 for one group of all.
+
+    Raises:
+        ValueError: The shaper returned something other than one finite number for each score.
+    """
+    groups = scores.double().view(-1, group_size or len(scores))
+    if shaper in SHAPERS.values():
+        return shaper(groups).view(-1)
+    weights = []
+    for group in groups:
+        shaped = shaper(group.clone())
+        if not isinstance(shaped, Tensor) or shaped.shape != group.shape or not shaped.isfinite().all():
+            got = f"{shaped}" if isinstance(shaped, Tensor) else type(shaped).__name__
+            raise ValueError(f"shaping must return a tensor of {len(group)} finite weights, got {got}")
+        weights.append(shaped.to(group))
+    return torch.cat(weights)

@@ -1,0 +1,155 @@
+"""What VanillaESTrainer and EGGROLLTrainer share: keyed noise, shaping, and the estimate of the gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import validation
+from .base import ESTrainer
+from .fitness.shaping import Shaper, get_shaper, shape
+from .noise import Noise, NoiseKind, check_noise_kind
+from .perturbation.sample import LowRankDraws, ParameterSpec, Perturbations, effective_rank, sample
+
+
+class KeyedESTrainer(ESTrainer):
+    """A trainer whose perturbations are a function of (seed, generation, parameter name, member).
+
+    Its update is ``Δθ = √N · mean_i(w_i · perturbation_i)`` with ``w`` the shaped fitness: with z-scores, one weight
+    moves by about ``learning_rate·σ`` a generation, whatever ``N`` and the rank are.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any] | None = None,
+        model: nn.Module | None = None,
+        fitness_fn: Callable[..., Any] | None = None,
+        population_size: int = 50,
+        learning_rate: float = 0.01,
+        sigma: float = 0.1,
+        device: torch.device | str | None = None,
+        seed: int | None = None,
+        noise_reuse: int = 0,
+        group_size: int = 0,
+        *,
+        shaping: str | Shaper = "zscore",
+        noise: NoiseKind = "gaussian",
+        **options: Any,
+    ) -> None:
+        self.noise_reuse = validation.check_int("noise_reuse", noise_reuse, 0)
+        self.group_size = validation.check_int("group_size", group_size, 0)
+        size = validation.check_int("population_size", population_size, 1)
+        validation.check_divides("noise_reuse", self.noise_reuse, "population_size", size)
+        validation.check_divides("group_size", self.group_size, "population_size", size)
+        if self.group_size:
+            # A draw never straddles two groups.
+            validation.check_divides("noise_reuse", self.noise_reuse, "group_size", self.group_size)
+        chunk_size = options.get("chunk_size")
+        if chunk_size is not None:
+            chunk_size = validation.check_int("chunk_size", chunk_size, 1)
+            validation.check_divides("noise_reuse", self.noise_reuse, "chunk_size", chunk_size)
+        self.noise = check_noise_kind(noise)
+        self.shaping = shaping
+        self._shaper = get_shaper(shaping, self.noise_reuse)
+        super().__init__(params, model, fitness_fn, population_size, learning_rate, sigma, device, seed, **options)
+
+    def sample_perturbations(self, population_size: int) -> Tensor:
+        """Return the current generation's perturbations in full, ``[N, D]``: for small models and for study.
+
+        A generation never forms them.
+        """
+        validation.check_divides("noise_reuse", self.noise_reuse, "population_size", population_size)
+        perturbations = self._sample(0, population_size)
+        return torch.stack([self._centre.flatten(perturbations.dense(i)) for i in range(population_size)])
+
+    def compute_update(self, perturbations: Tensor, fitnesses: Tensor) -> Tensor:
+        """Return ``√N · mean_i(w_i · perturbation_i)`` over perturbations in full.
+
+        Args:
+            perturbations: ``[N, D]``.
+            fitnesses: ``[N]``.
+
+        Returns:
+            ``[D]``.
+        """
+        weights = shape(fitnesses, self._shaper, self.group_size).to(perturbations)
+        return len(weights) ** 0.5 * (weights[:, None] * perturbations).mean(0)
+
+    def _specs(self) -> list[ParameterSpec]:
+        """Return how each parameter is perturbed now: the options of groups may change at any time."""
+        specs = []
+        for group in self.param_groups:
+            sigma = validation.check_real("sigma", group["sigma"], positive=True)
+            rank = self._rank(group)
+            for name, p in zip(group["names"], group["params"], strict=True):
+                specs.append(ParameterSpec(name, p.detach(), sigma, effective_rank(p.shape, rank), self.noise))
+        return specs
+
+    def _rank(self, group: dict[str, Any]) -> int | None:
+        """Return the rank of a group's perturbations; None for full rank."""
+        return None
+
+    def _sample(self, first: int, count: int) -> Perturbations:
+        return sample(self._noise, self._specs(), self.generation, first, count, self._chunk_unit())
+
+    # The stations of a generation. A user's subclass that overrides one of the dense methods gets the dense path.
+
+    def _is_dense(self) -> bool:
+        cls = type(self)
+        return (
+            cls.sample_perturbations is not KeyedESTrainer.sample_perturbations
+            or cls.compute_update is not KeyedESTrainer.compute_update
+        )
+
+    def _restart_noise(self) -> None:
+        super()._restart_noise()
+        self._noise = Noise(self.seed)
+        self._kept: tuple[tuple[int, int, int], Perturbations] | None = None
+
+    def _begin_generation(self) -> None:
+        if self._is_dense():
+            super()._begin_generation()
+
+    def _perturbations(self, first: int, count: int) -> Perturbations:
+        if self._is_dense():
+            return super()._perturbations(first, count)
+        key = (self.generation, first, count)
+        if self._kept is not None and self._kept[0] == key:
+            return self._kept[1]
+        perturbations = self._sample(first, count)
+        if count == self.population_size:
+            # One chunk is all: the update need not draw it again.
+            self._kept = (key, perturbations)
+        return perturbations
+
+    def _direction(self, scores: Tensor) -> dict[str, Tensor]:
+        if self._is_dense():
+            return super()._direction(scores)
+        weights = shape(scores, self._shaper, self.group_size) / self.population_size**0.5
+        total: dict[str, Tensor] = {}
+        for first, count in self._chunks():
+            part = self._perturbations(first, count).weighted_sum(weights[first : first + count])
+            total = {name: total[name] + value for name, value in part.items()} if total else part
+        self._kept = None
+        return total
+
+    def _chunk_unit(self) -> int:
+        return max(1, self.noise_reuse)
+
+    def _elements_per_member(self) -> int:
+        return sum(
+            spec.centre.numel() if spec.rank is None else spec.rank * LowRankDraws.sides(spec.centre.shape)
+            for spec in self._specs()
+        )
+
+    def _settings(self) -> dict[str, Any]:
+        return {
+            **super()._settings(),
+            "noise_reuse": self.noise_reuse,
+            "group_size": self.group_size,
+            "noise": self.noise,
+            "shaping": self.shaping if isinstance(self.shaping, str) else "custom",
+        }

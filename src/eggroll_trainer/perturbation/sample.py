@@ -1,0 +1,204 @@
+"""Perturbations of the members of a chunk, in factored form, and sums over them.
+
+Member ``i`` is served by draw ``i // reuse`` with the sign ``s = +1, -1, +1, …``, and differs from the centre by
+
+- ``s·σ·A Bᵀ/√R`` in a matrix parameter, ``A [O, R]`` and ``B [I, R]`` of unit variance (the paper's equation 8);
+- ``s·σ·ε`` in any other, ``ε ~ N(0, 1)``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from ..noise import Noise, NoiseKind
+from .tensor import PerturbedTensor
+
+
+@dataclasses.dataclass(frozen=True)
+class ParameterSpec:
+    """How one parameter is perturbed.
+
+    Attributes:
+        name: The parameter's name in its model; part of the noise's key.
+        centre: The unperturbed parameter.
+        sigma: Standard deviation of the perturbation.
+        rank: Rank of the low-rank perturbation, or None for a full-rank one.
+        kind: Distribution of the low-rank factors.
+    """
+
+    name: str
+    centre: Tensor
+    sigma: float
+    rank: int | None = None
+    kind: NoiseKind = "gaussian"
+
+
+def matrix_shape(shape: Sequence[int]) -> tuple[int, int] | None:
+    """Return ``(O, I)`` of a parameter that counts as a matrix, a kernel as ``(O, I·kh·kw)``; None for others."""
+    return (shape[0], math.prod(shape[1:])) if len(shape) >= 2 else None
+
+
+def effective_rank(shape: Sequence[int], rank: int | None) -> int | None:
+    """Return the rank to perturb with, or None where the full-rank perturbation is not larger than the factors."""
+    matrix = matrix_shape(shape)
+    if matrix is None or rank is None or rank * sum(matrix) >= math.prod(matrix):
+        return None
+    return rank
+
+
+class LowRankDraws:
+    """``d`` draws of the factors of one matrix.
+
+    Args:
+        factors: Unit-variance noise ``[d, R, O + I]``.
+        spec: The parameter.
+        signs: ``[reuse]``, the signs with which each draw is used.
+    """
+
+    def __init__(self, factors: Tensor, spec: ParameterSpec, signs: Tensor) -> None:
+        self.factors, self.spec, self.signs = factors, spec, signs
+        self.scale = spec.sigma / math.sqrt(factors.shape[1])
+
+    @staticmethod
+    def sides(shape: Sequence[int]) -> int:
+        """Return ``O + I``, the random numbers that one draw of rank 1 takes."""
+        return shape[0] + math.prod(shape[1:])
+
+    def _split(self, factors: Tensor) -> tuple[Tensor, Tensor]:
+        O = self.spec.centre.shape[0]
+        return factors[..., :O], factors[..., O:]
+
+    def members(self) -> tuple[Tensor, Tensor]:
+        """Return every member's ``A [n, O, R]``, scaled by sign, sigma and rank, and ``B [n, I, R]``."""
+        A, B = self._split(self.factors.to(self.spec.centre.dtype))
+        reuse = len(self.signs)
+        signed = A[:, None] * (self.scale * self.signs).to(A.dtype)[:, None, None]
+        B = B if reuse == 1 else B.repeat_interleave(reuse, 0)
+        return signed.flatten(0, 1).mT, B.mT
+
+    def dense(self, draw: int) -> Tensor:
+        """Return the perturbation of a draw's first member as an array of the parameter's shape."""
+        A, B = self._split(self.factors[draw].to(wide_dtype(self.spec.centre)))
+        return (self.scale * A.mT @ B).view(self.spec.centre.shape)
+
+    def combine(self, coefficients: Tensor) -> Tensor:
+        """Return ``Σ_d c_d · perturbation_d`` as one product over all draws; ``coefficients [d]``."""
+        wide = wide_dtype(self.spec.centre)
+        A, B = self._split(self.factors.to(wide).flatten(0, 1))
+        weights = (self.scale * coefficients).to(wide).repeat_interleave(self.factors.shape[1])
+        return (A.mT @ (weights[:, None] * B)).view(self.spec.centre.shape)
+
+
+class FullRankDraws:
+    """``d`` draws of a full-rank perturbation.
+
+    Args:
+        values: Unit-variance noise ``[d, *shape]``.
+        spec: The parameter.
+        signs: ``[reuse]``, the signs with which each draw is used.
+    """
+
+    def __init__(self, values: Tensor, spec: ParameterSpec, signs: Tensor) -> None:
+        self.values, self.spec, self.signs = values, spec, signs
+
+    def members(self) -> Tensor:
+        """Return every member's perturbation ``[n, *shape]``."""
+        scales = (self.spec.sigma * self.signs).to(self.values.dtype)
+        return (self.values[:, None] * scales.view(-1, *[1] * (self.values.ndim - 1))).flatten(0, 1)
+
+    def dense(self, draw: int) -> Tensor:
+        """Return the perturbation of a draw's first member as an array of the parameter's shape."""
+        return self.spec.sigma * self.values[draw].to(wide_dtype(self.spec.centre))
+
+    def combine(self, coefficients: Tensor) -> Tensor:
+        """Return ``Σ_d c_d · perturbation_d``; ``coefficients [d]``."""
+        wide = wide_dtype(self.spec.centre)
+        weights = (self.spec.sigma * coefficients).to(wide)
+        return torch.tensordot(weights, self.values.to(wide), dims=1)
+
+
+Draws = LowRankDraws | FullRankDraws
+
+
+class Perturbations:
+    """The perturbations of ``n`` consecutive members.
+
+    Args:
+        draws: For each perturbed parameter, its draws.
+        signs: ``[reuse]``, the signs with which each draw is used.
+        count: ``n``, a multiple of ``reuse``.
+    """
+
+    def __init__(self, draws: Mapping[str, Draws], signs: Tensor, count: int) -> None:
+        self.draws, self.signs, self.count = draws, signs, count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def members(self) -> dict[str, tuple[Tensor, Tensor] | Tensor]:
+        """Return, for each parameter, ``(A [n, O, R], B [n, I, R])`` or the full-rank ``[n, *shape]``."""
+        return {name: draws.members() for name, draws in self.draws.items()}
+
+    def dense(self, member: int) -> dict[str, Tensor]:
+        """Return one member's perturbations in full, in float32 or wider."""
+        draw, use = divmod(member, len(self.signs))
+        return {name: draws.dense(draw) * float(self.signs[use]) for name, draws in self.draws.items()}
+
+    def weighted_sum(self, weights: Tensor) -> dict[str, Tensor]:
+        """Return ``Σ_i w_i · perturbation_i`` of every parameter, in float32 or wider.
+
+        The members that share a draw share its product: with antithetic pairs the sum is over ``n/2`` draws.
+
+        Args:
+            weights: ``[n]``.
+        """
+        coefficients = (weights.view(-1, len(self.signs)) * self.signs.to(weights)).sum(1)
+        return {name: draws.combine(coefficients.to(draws.spec.centre.device)) for name, draws in self.draws.items()}
+
+
+def sample(
+    noise: Noise, specs: Sequence[ParameterSpec], generation: int, first: int, count: int, reuse: int = 1
+) -> Perturbations:
+    """Return the perturbations of members ``first, …, first + count - 1``.
+
+    Args:
+        noise: The run's random streams.
+        specs: The parameters to perturb.
+        generation: Index of the generation.
+        first: Index of the first member, a multiple of ``reuse``.
+        count: How many members, a multiple of ``reuse``.
+        reuse: How many members share a draw, with alternating signs.
+    """
+    assert first % reuse == 0 and count % reuse == 0, "a noise draw never straddles two chunks"
+    signs = torch.tensor([1.0, -1.0]).repeat(reuse)[:reuse]
+    draws: dict[str, Draws] = {}
+    for spec in specs:
+        shape, device = spec.centre.shape, spec.centre.device
+        key = (generation, spec.name, first // reuse, count // reuse)
+        own_signs = signs.to(device)
+        if spec.rank is None:
+            values = noise.draw(*key, spec.centre.numel(), device=device)
+            draws[spec.name] = FullRankDraws(values.view(-1, *shape), spec, own_signs)
+        else:
+            sides = LowRankDraws.sides(shape)
+            factors = noise.draw(*key, spec.rank * sides, spec.kind, device)
+            draws[spec.name] = LowRankDraws(factors.view(-1, spec.rank, sides), spec, own_signs)
+    return Perturbations(draws, signs, count)
+
+
+def perturb(centre: Tensor, member: tuple[Tensor, Tensor] | Tensor) -> Tensor:
+    """Return the parameter of one member: factored, or the dense sum for a full-rank perturbation."""
+    if isinstance(member, tuple):
+        return PerturbedTensor.wrap(centre, *member)
+    wide = torch.promote_types(centre.dtype, member.dtype)
+    return (centre.to(wide) + member).to(centre.dtype)
+
+
+def wide_dtype(tensor: Tensor) -> torch.dtype:
+    """Return the dtype in which sums over a parameter are taken: float32, or wider if it is."""
+    return torch.promote_types(tensor.dtype, torch.float32)

@@ -1,0 +1,142 @@
+"""The perturbed parameter: what a model finds in the place of a weight while it runs for one member.
+
+``PerturbedTensor`` stands for ``W + A Bᵀ`` without forming it. Operations with a rule (see :mod:`.rules`) use the
+factors; every other operation gets the dense sum. So any use of a parameter sees its perturbation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
+
+Rule = Callable[..., Any]
+
+# Operation → how it is computed with a perturbed parameter. A rule returns NotImplemented for arguments that it does
+# not cover, and the dense form is used.
+RULES: dict[Any, Rule] = {}
+# The rules that also stand in for the plain operation, because torch.vmap has no (or only a slow) batching rule for it.
+ALWAYS: dict[Any, Rule] = {}
+
+
+def rule(*functions: Any, always: bool = False) -> Callable[[Rule], Rule]:
+    """Register the decorated function as the rule of ``functions``."""
+
+    def register(implementation: Rule) -> Rule:
+        for function in functions:
+            RULES[function] = implementation
+            if always:
+                ALWAYS[function] = implementation
+        return implementation
+
+    return register
+
+
+class PerturbedTensor(torch.Tensor):
+    """The weight ``W + A Bᵀ`` of one member, in factored form.
+
+    Attributes:
+        centre: The unperturbed weight ``W``, of any shape ``[O, …]``; a kernel counts as the matrix ``[O, I]``.
+        A: ``[O, R]``, scaled by sign, sigma and rank.
+        B: ``[I, R]``.
+    """
+
+    centre: Tensor
+    A: Tensor
+    B: Tensor
+    _dense: Tensor | None
+
+    @staticmethod
+    def wrap(centre: Tensor, A: Tensor, B: Tensor) -> PerturbedTensor:
+        """Return ``centre + A Bᵀ`` in factored form."""
+        # The tensor's own memory is one NaN, seen at every index: code that got past __torch_function__ could not
+        # take the unperturbed weight for the perturbed one unnoticed.
+        hollow = torch.full((), float("nan"), dtype=centre.dtype, device=centre.device).expand(centre.shape)
+        tensor = hollow.as_subclass(PerturbedTensor)
+        tensor.centre, tensor.A, tensor.B, tensor._dense = centre, A, B, None
+        return tensor
+
+    def dense(self) -> Tensor:
+        """Return the sum ``W + A Bᵀ`` as an ordinary tensor of ``W``'s shape and dtype."""
+        if self._dense is None:
+            self._dense = dense_sum(self.centre, self.A, self.B)
+        return self._dense
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in _METADATA:
+            return func(args[0].centre, *args[1:], **kwargs)
+        if func in _OWN_ATTRIBUTES:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        implementation = RULES.get(func)
+        if implementation is not None:
+            result = implementation(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        if _writes_into_perturbed(func, args, kwargs):
+            raise RuntimeError(
+                f"the model changes a perturbed parameter in place ({getattr(func, '__name__', func)}); the change"
+                " would be lost with this member. Compute a new tensor instead."
+            )
+        return func(*tree_map(densify, args), **tree_map(densify, kwargs))
+
+
+def densify(value: Any) -> Any:
+    """Return the dense form of a perturbed tensor, and anything else as it is."""
+    return value.dense() if isinstance(value, PerturbedTensor) else value
+
+
+def dense_sum(centre: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    """Return ``centre + A Bᵀ`` in ``centre``'s shape and dtype, added in float32 or wider."""
+    wide = torch.promote_types(centre.dtype, torch.float32)
+    return (centre.to(wide) + (A.to(wide) @ B.to(wide).mT).reshape(centre.shape)).to(centre.dtype)
+
+
+class BatchingRules(TorchFunctionMode):
+    """Inside the block, operations that torch.vmap cannot batch well are computed by rules of ours."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        implementation = ALWAYS.get(func)
+        if implementation is not None:
+            result = implementation(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        return func(*args, **kwargs)
+
+
+def _writes_into_perturbed(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    if isinstance(kwargs.get("out"), PerturbedTensor):
+        return True
+    name = getattr(func, "__name__", "")
+    in_place = name == "__setitem__" or name.startswith("__i") or (name.endswith("_") and not name.endswith("__"))
+    return in_place and bool(args) and isinstance(args[0], PerturbedTensor)
+
+
+def _getters(*names: str) -> set[Any]:
+    # Not every release of torch has all of them.
+    return {getattr(torch.Tensor, name).__get__ for name in names if hasattr(torch.Tensor, name)}
+
+
+# What these say of the centre is true of the sum.
+_METADATA = _getters(
+    "shape", "dtype", "device", "ndim", "layout", "requires_grad", "is_cuda", "is_cpu", "is_meta", "is_mps", "is_xpu",
+    "is_sparse", "is_quantized", "is_nested", "is_mkldnn", "is_leaf", "itemsize", "nbytes", "names", "grad_fn", "grad",
+) | {
+    torch.Tensor.size, torch.Tensor.dim, torch.Tensor.ndimension, torch.Tensor.numel, torch.Tensor.nelement,
+    torch.Tensor.stride, torch.Tensor.is_contiguous, torch.Tensor.is_floating_point, torch.Tensor.is_complex,
+    torch.Tensor.element_size, torch.Tensor.get_device, torch.Tensor.__len__, torch.Tensor.storage_offset,
+    torch.Tensor.is_inference, torch.Tensor.is_signed, torch.numel, torch.is_floating_point, torch.is_complex,
+    torch.is_tensor, torch.is_inference, torch.is_same_size,
+}  # fmt: skip
+_OWN_ATTRIBUTES: set[Any] = {torch.Tensor.__hash__}

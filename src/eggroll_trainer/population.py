@@ -1,0 +1,276 @@
+"""Population: a model, for every member at once."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+
+from .module_state import NotBatchable, parameter_slots, swapped, training_modes, unchanged_state
+from .perturbation import BatchingRules, densify
+from .perturbation.sample import Perturbations, perturb
+
+# What a model may return or be called with besides tensors, and be batched all the same.
+PLAIN_TYPES = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, slice, type(...))
+
+
+class Population:
+    """The members of a population (or of a chunk of it), callable as one model.
+
+    Every call runs the model under ``torch.vmap``, its parameters perturbed in low-rank form. A model that cannot be
+    batched (say, one whose forward branches on values) is run once for each member, with one warning.
+
+    Args:
+        model: The centre.
+        perturbations: How each of the ``N`` members differs from it.
+        first: Index in the whole population of this chunk's first member.
+        warned: The warnings already given; each is given once.
+
+    Example:
+        >>> import torch, eggroll_trainer
+        >>> @eggroll_trainer.batched
+        ... def fitness(population):
+        ...     x = torch.linspace(-1, 1, 16)[:, None]
+        ...     return -(population(x) - x**2).square().mean((1, 2))  # [N, 16, 1] → [N]
+        >>> model = torch.nn.Sequential(torch.nn.Linear(1, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1))
+        >>> trainer = eggroll_trainer.EGGROLLTrainer(model=model, fitness_fn=fitness, seed=0)
+        >>> trainer.step()["generation"]
+        1
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        perturbations: Perturbations,
+        *,
+        first: int = 0,
+        warned: set[str] | None = None,
+    ) -> None:
+        self.model = model
+        self.perturbations = perturbations
+        self.first = first
+        self._members = perturbations.members()
+        self._centres = {name: draws.spec.centre for name, draws in perturbations.draws.items()}
+        self._slots = parameter_slots(model, self._centres)
+        self._training: dict[nn.Module, bool] = {}
+        self._scratch: nn.Module | None = None
+        self._warned = set() if warned is None else warned
+
+    def __len__(self) -> int:
+        """Return the number of members, ``N``."""
+        return len(self.perturbations)
+
+    @property
+    def members(self) -> range:
+        """Indices of these members in the whole population."""
+        return range(self.first, self.first + len(self))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call every member with the same arguments.
+
+        Returns:
+            What the model returns, each tensor with a leading dimension of members: ``[...] → [N, ...]``.
+
+        Raises:
+            ValueError: A BatchNorm layer is in training mode.
+        """
+        leaves, _ = tree_flatten((args, kwargs))
+        return self._call(args, kwargs, [None] * len(leaves))
+
+    def each(self, *args: Any, in_dims: int | Sequence[int | None] = 0, **kwargs: Any) -> Any:
+        """Call every member with arguments of its own: member ``i`` gets ``xs[i]``.
+
+        Args:
+            args: Tensors, or nested tuples, lists and dicts of tensors, with a dimension of members. Anything
+                else is passed on as it is.
+            in_dims: Where the dimension of members is, for all arguments or one entry for each positional one;
+                None marks an argument that all members share, as in ``population.each(x, state, in_dims=(None, 0))``.
+            kwargs: Like ``args``, with the members first.
+
+        Returns:
+            What the model returns, each tensor with a leading dimension of members.
+
+        Raises:
+            ValueError: An argument has another number of members, or a BatchNorm layer is in training mode.
+        """
+        if in_dims is None or isinstance(in_dims, int):
+            in_dims = [in_dims] * len(args)
+        if len(in_dims) != len(args):
+            raise ValueError(f"in_dims has {len(in_dims)} entries for {len(args)} positional arguments")
+        dims: list[int | None] = []
+        for argument, dim in [*zip(args, in_dims, strict=True), *((value, 0) for value in kwargs.values())]:
+            for leaf in tree_flatten(argument)[0]:
+                own = dim is not None and isinstance(leaf, Tensor)
+                if own and (leaf.ndim == 0 or leaf.shape[dim] != len(self)):
+                    raise ValueError(
+                        f"expected one input for each of the {len(self)} members in dimension {dim}, got a tensor"
+                        f" of shape {list(leaf.shape)}; pass in_dims=None for an input that all members share"
+                    )
+                dims.append(dim if own else None)
+        return self._call(args, kwargs, dims)
+
+    def train(self, mode: bool = True) -> Population:
+        """Run the members in training mode, whatever mode the model is in, and return ``self``."""
+        self._training = {module: mode for module in self.model.modules()}
+        return self
+
+    def eval(self) -> Population:
+        """Run the members in evaluation mode, whatever mode the model is in, and return ``self``."""
+        return self.train(False)
+
+    def member(self, index: int) -> nn.Module:
+        """Return a dense copy of one member: an ordinary module that shares nothing with the model.
+
+        Raises:
+            IndexError: ``index`` is not below ``len(population)``.
+        """
+        if not 0 <= index < len(self):
+            raise IndexError(f"member {index} of a population of {len(self)}")
+        clone = copy.deepcopy(self.model)
+        self._copy_modes(clone)
+        self.write_member(index, clone)
+        return clone
+
+    def write_member(self, index: int, module: nn.Module) -> None:
+        """Copy one member's parameters into ``module``, a copy of the model."""
+        with torch.no_grad():
+            parameters = dict(module.named_parameters(remove_duplicate=False))
+            for name, value in self.member_parameters(index).items():
+                parameters[name].copy_(value)
+
+    def member_parameters(self, index: int, names: Sequence[str] | None = None) -> dict[str, Tensor]:
+        """Return the perturbed parameters of one member in full, those in ``names`` if given."""
+        chosen = self._members if names is None else {name: self._members[name] for name in names}
+        return {
+            name: densify(perturb(self._centres[name], _take(value, index))).detach() for name, value in chosen.items()
+        }
+
+    def run(
+        self,
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        dims: Sequence[int | None],
+        members: Sequence[int] | None = None,
+        training: dict[nn.Module, bool] | None = None,
+    ) -> Any:
+        """Call ``module``, the model or a part of it, for many members in one batched forward.
+
+        Args:
+            module: The model or one of its submodules.
+            args: Positional arguments.
+            kwargs: Keyword arguments.
+            dims: For each leaf of ``(args, kwargs)`` its dimension of members, or None if they share it.
+            members: Which members, ``[n]``; all of them if None.
+            training: Modules whose training mode is to differ from the model's during the call.
+
+        Returns:
+            What the module returns, each tensor with a leading dimension ``n``.
+
+        Raises:
+            NotBatchable: The call cannot be made for all members at once.
+            ValueError: A BatchNorm layer is in training mode.
+        """
+        leaves, spec = tree_flatten((args, kwargs))
+        mapped = [i for i, dim in enumerate(dims) if dim is not None]
+        factors: Any = self._members
+        if members is not None and list(members) != list(range(len(self))):
+            index = torch.as_tensor(members)
+            factors = {name: tree_map(lambda t: t[index.to(t.device)], value) for name, value in factors.items()}
+        out_spec: Any = None
+        constants: dict[int, Any] = {}
+
+        def forward(factors: dict[str, Any], own: list[Tensor]) -> list[Tensor]:
+            nonlocal out_spec
+            filled = list(leaves)
+            for i, value in zip(mapped, own, strict=True):
+                filled[i] = value
+            call_args, call_kwargs = tree_unflatten(filled, spec)
+            parameters = {name: perturb(self._centres[name], value) for name, value in factors.items()}
+            with swapped(self._slots, parameters):
+                result = module(*call_args, **call_kwargs)
+            results, out_spec = tree_flatten(tree_map(densify, result))
+            for i, leaf in enumerate(results):
+                if not isinstance(leaf, Tensor):
+                    if not isinstance(leaf, PLAIN_TYPES):
+                        raise NotBatchable(f"the model returns a {type(leaf).__name__}")
+                    constants[i] = leaf
+            return [leaf for leaf in results if isinstance(leaf, Tensor)]
+
+        with (
+            training_modes(module, self._training if training is None else training),
+            unchanged_state(module),
+        ):
+            try:
+                with torch.no_grad(), BatchingRules():
+                    tensors = torch.vmap(forward, in_dims=(0, [dims[i] for i in mapped]), randomness="different")(
+                        factors, [leaves[i] for i in mapped]
+                    )
+            except NotBatchable:
+                raise
+            except Exception as error:
+                raise NotBatchable(f"{type(error).__name__}: {error}") from error
+        outputs = iter(tensors)
+        size = len(constants) + len(tensors)
+        return tree_unflatten([constants[i] if i in constants else next(outputs) for i in range(size)], out_spec)
+
+    def _copy_modes(self, clone: nn.Module) -> None:
+        for module, original in zip(clone.modules(), self.model.modules(), strict=True):
+            module.training = self._training.get(original, original.training)
+
+    def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any], dims: Sequence[int | None]) -> Any:
+        if self._scratch is None:
+            try:
+                return self.run(self.model, args, kwargs, dims)
+            except NotBatchable as error:
+                if error.stateful:
+                    raise ValueError(
+                        f"{error}: it would be lost between calls. Pass it in and return it, or write the fitness"
+                        " function for one model, without @batched."
+                    ) from None
+                self._scratch = copy.deepcopy(self.model)
+                result = self._call_one_by_one(self._scratch, args, kwargs, dims)
+                warn_once(self._warned, f"the model is run once for each member, not batched: {error}")
+                return result
+        return self._call_one_by_one(self._scratch, args, kwargs, dims)
+
+    def _call_one_by_one(
+        self, scratch: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dims: Sequence[int | None]
+    ) -> Any:
+        leaves, spec = tree_flatten((args, kwargs))
+        rows = []
+        self._copy_modes(scratch)
+        for i in range(len(self)):
+            own = [leaf if dim is None else leaf.select(dim, i) for leaf, dim in zip(leaves, dims, strict=True)]
+            own_args, own_kwargs = tree_unflatten(own, spec)
+            self.write_member(i, scratch)
+            with torch.no_grad(), unchanged_state(scratch):
+                rows.append(tree_flatten(scratch(*own_args, **own_kwargs)))
+        columns = zip(*(leaves for leaves, _ in rows), strict=True)
+        return tree_unflatten([_stack(column) for column in columns], rows[0][1])
+
+
+def warn_once(warned: set[str], message: str) -> None:
+    """Warn, unless the same has been said to the owner of ``warned`` before."""
+    if message not in warned:
+        warned.add(message)
+        warnings.warn(message, RuntimeWarning, stacklevel=2)
+
+
+def _take(value: tuple[Tensor, Tensor] | Tensor, index: int) -> tuple[Tensor, Tensor] | Tensor:
+    return (value[0][index], value[1][index]) if isinstance(value, tuple) else value[index]
+
+
+def _stack(column: Sequence[Any]) -> Any:
+    if all(isinstance(value, Tensor) for value in column):
+        return torch.stack(list(column))
+    if all(isinstance(value, (bool, int, float)) for value in column) and any(v != column[0] for v in column):
+        return torch.tensor(column)
+    if isinstance(column[0], PLAIN_TYPES) and all(value == column[0] for value in column):
+        return column[0]
+    raise TypeError(f"the model returns values of type {type(column[0]).__name__}, which cannot be stacked")

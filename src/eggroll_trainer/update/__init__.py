@@ -1,0 +1,6 @@
+"""Update: from weighted perturbations to the next centre."""
+
+from .centre import Centre
+from .schedule import LRSchedulerFactory, SigmaSchedule
+
+__all__ = ["Centre", "LRSchedulerFactory", "SigmaSchedule"]

@@ -1,0 +1,146 @@
+"""The centre of the population: its weights, and the optimizer that moves them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..perturbation.sample import wide_dtype
+
+OptimizerFactory = Callable[..., torch.optim.Optimizer]
+
+
+class Centre:
+    """The trained parameters, kept in float32 or wider, and a ``torch.optim`` optimizer over them.
+
+    The optimizer gets the negated estimate of the ascent direction as ``.grad``; plain SGD makes that
+    ``θ ← θ + learning_rate·Δθ``. Parameters in bf16 or fp16 are rounded copies of float32 masters, so that steps
+    below their resolution add up and nothing drifts.
+
+    Args:
+        groups: The trainer's parameter groups.
+        factory: ``(groups, lr=…) → torch.optim.Optimizer``.
+
+    Raises:
+        TypeError: ``factory`` returns something else.
+    """
+
+    def __init__(self, groups: Sequence[dict[str, Any]], factory: OptimizerFactory) -> None:
+        self.factory = factory
+        self.parameters: dict[str, nn.Parameter] = {
+            name: p for group in groups for name, p in zip(group["names"], group["params"], strict=True)
+        }
+        self.masters = {
+            name: p if p.dtype == wide_dtype(p) else nn.Parameter(p.detach().to(wide_dtype(p)))
+            for name, p in self.parameters.items()
+        }
+        self._versions = {name: p._version for name, p in self.parameters.items()}
+        self.restart(groups)
+
+    def restart(self, groups: Sequence[dict[str, Any]]) -> None:
+        """Make a new optimizer, without state."""
+        own = [{"params": [self.masters[name] for name in group["names"]], "lr": group["lr"]} for group in groups]
+        optimizer = self.factory(own, lr=groups[0]["lr"])
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise TypeError(
+                "optimizer must make a torch.optim.Optimizer from (params, lr=…), such as torch.optim.Adam or"
+                f" functools.partial(torch.optim.SGD, momentum=0.9); it made a {type(optimizer).__name__}"
+            )
+        self.optimizer = optimizer
+
+    def __len__(self) -> int:
+        """Return the number of weights, ``D``."""
+        return sum(p.numel() for p in self.parameters.values())
+
+    def flat(self) -> Tensor:
+        """Return all weights in one new tensor, ``[D]``."""
+        self._follow()
+        return self.flatten({name: master.detach() for name, master in self.masters.items()})
+
+    def flatten(self, values: Mapping[str, Tensor]) -> Tensor:
+        """Return one tensor ``[D]`` of a value for each parameter."""
+        return torch.cat([values[name].reshape(-1) for name in self.parameters])
+
+    def unflatten(self, flat: Tensor) -> dict[str, Tensor]:
+        """Return the part of ``flat``, ``[..., D]``, that belongs to each parameter, ``[..., *shape]``."""
+        parts = flat.split([p.numel() for p in self.parameters.values()], -1)
+        return {
+            name: part.reshape(*flat.shape[:-1], *p.shape)
+            for (name, p), part in zip(self.parameters.items(), parts, strict=True)
+        }
+
+    @torch.no_grad()
+    def assign(self, flat: Tensor) -> None:
+        """Set all weights from ``[D]``."""
+        for name, value in self.unflatten(flat).items():
+            self.masters[name].copy_(value)
+        self._publish()
+
+    @torch.no_grad()
+    def step(self, direction: Mapping[str, Tensor], learning_rates: Sequence[float]) -> float:
+        """Make one step along ``direction`` and return its Euclidean length.
+
+        If the optimizer raises, the weights stay as they were.
+
+        Args:
+            direction: Estimate of the ascent direction for every parameter.
+            learning_rates: For each group.
+        """
+        self._follow()
+        before = {name: master.clone() for name, master in self.masters.items()}
+        gradients = {name: master.grad for name, master in self.masters.items()}
+        for group, learning_rate in zip(self.optimizer.param_groups, learning_rates, strict=True):
+            group["lr"] = learning_rate
+        try:
+            for name, master in self.masters.items():
+                master.grad = -direction[name].to(master)
+            self.optimizer.step()
+        except BaseException:
+            for name, master in self.masters.items():
+                master.copy_(before[name])
+            raise
+        finally:
+            # A model that is also trained by gradients keeps the ones it has.
+            for name, master in self.masters.items():
+                master.grad = gradients[name]
+        self._publish()
+        squares = [(self.masters[name] - value).double().square().sum() for name, value in before.items()]
+        return float(sum(square.item() for square in squares) ** 0.5)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return copies of the weights and of the optimizer's state."""
+        self._follow()
+        return {
+            "parameters": {name: master.detach().clone() for name, master in self.masters.items()},
+            "optimizer": copy.deepcopy(self.optimizer.state_dict()),
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what :meth:`state_dict` returned.
+
+        Raises:
+            ValueError: The state is of other parameters or another optimizer.
+        """
+        self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
+        for name, master in self.masters.items():
+            master.copy_(state["parameters"][name])
+        self._publish()
+
+    def _publish(self) -> None:
+        for name, p in self.parameters.items():
+            if self.masters[name] is not p:
+                p.copy_(self.masters[name])
+            self._versions[name] = p._version
+
+    @torch.no_grad()
+    def _follow(self) -> None:
+        """Take over what somebody else has written into the model, by ``load_state_dict`` say."""
+        for name, p in self.parameters.items():
+            if self.masters[name] is not p and p._version != self._versions[name]:
+                self.masters[name].copy_(p)
+                self._versions[name] = p._version

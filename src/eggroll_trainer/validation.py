@@ -1,0 +1,118 @@
+"""Checks of arguments: every message names the argument, its value, and what is expected."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def check_int(name: str, value: Any, minimum: int) -> int:
+    """Return ``value`` if it is an integer of at least ``minimum``.
+
+    Raises:
+        TypeError: It is not an integer.
+        ValueError: It is too small.
+    """
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name} must be an integer, got {type(value).__name__} {value!r}")
+    if value < minimum:
+        raise ValueError(f"{name} must be at least {minimum}, got {value}")
+    return int(value)
+
+
+def check_real(name: str, value: Any, *, positive: bool) -> float:
+    """Return ``value`` if it is a finite number, above zero or (unless ``positive``) zero.
+
+    Raises:
+        TypeError: It is not a number.
+        ValueError: It is out of range.
+    """
+    if isinstance(value, (bool, str)):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__} {value!r}")
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__} {value!r}") from None
+    if not math.isfinite(number) or number < 0 or (positive and number == 0):
+        raise ValueError(f"{name} must be a finite number {'above' if positive else 'of at least'} 0, got {number}")
+    return number
+
+
+def check_divides(divisor_name: str, divisor: int, name: str, value: int) -> None:
+    """Raise ``ValueError`` unless ``divisor`` divides ``value``; 0 and 1 divide everything."""
+    if divisor > 1 and value % divisor:
+        raise ValueError(
+            f"{name} must be divisible by {divisor_name}={divisor}, got {value};"
+            f" the next that is: {value + divisor - value % divisor}"
+        )
+
+
+def parameter_groups(params: Any, model: nn.Module) -> list[dict[str, Any]]:
+    """Return groups ``{"params": [...], "names": [...], …}`` of the parameters to train.
+
+    Args:
+        params: Parameters, ``(name, parameter)`` pairs, or groups of either in dictionaries with options of their
+            own; None for all of the model's. Frozen ones are left out.
+        model: The model that they must belong to.
+
+    Raises:
+        TypeError: An entry is none of these.
+        ValueError: There is none to train, one is not the model's, is given twice, or cannot be perturbed.
+    """
+    names = {id(p): name for name, p in model.named_parameters()}
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ValueError(f"{type(model).__name__} has no trainable parameters (none with requires_grad=True)")
+    if params is None:
+        params = model.parameters()
+    elif isinstance(params, (nn.Module, torch.Tensor)):
+        raise TypeError(
+            f"params must be an iterable of parameters such as model.parameters(), got a {type(params).__name__};"
+            " a model is passed as model="
+        )
+    entries = list(params)
+    if not entries:
+        raise ValueError("params is empty: pass model.parameters(), or leave it out to train them all")
+    groups = [dict(e) for e in entries] if isinstance(entries[0], dict) else [{"params": entries}]
+    seen: set[int] = set()
+    for group in groups:
+        given = group["params"]
+        parameters = [_parameter(e) for e in ([given] if isinstance(given, torch.Tensor) else given)]
+        for p in parameters:
+            _check_parameter(p, names, seen)
+        group["params"] = [p for p in parameters if p.requires_grad]
+        group["names"] = [names[id(p)] for p in group["params"]]
+    groups = [group for group in groups if group["params"]]
+    if not groups:
+        raise ValueError("every parameter in params is frozen (requires_grad=False)")
+    return groups
+
+
+def _parameter(entry: Any) -> nn.Parameter:
+    value = entry[1] if isinstance(entry, tuple) and len(entry) == 2 else entry
+    if not isinstance(value, nn.Parameter):
+        raise TypeError(f"params must contain parameters of the model, got {type(value).__name__}")
+    return value
+
+
+def _check_parameter(p: nn.Parameter, names: dict[int, str], seen: set[int]) -> None:
+    if id(p) not in names:
+        raise ValueError(f"params contains a parameter of shape {list(p.shape)} that is not one of the model's")
+    name = names[id(p)]
+    if id(p) in seen:
+        raise ValueError(f"parameter {name!r} is in params twice")
+    seen.add(id(p))
+    if isinstance(p, nn.parameter.UninitializedParameter):
+        raise ValueError(f"parameter {name!r} has no shape yet: run the model once before training it")
+    if p.requires_grad and not p.is_floating_point():
+        raise ValueError(f"parameter {name!r} of dtype {p.dtype} cannot be perturbed; freeze it")
+
+
+def check_options(group: dict[str, Any], known: Iterable[str]) -> None:
+    """Raise ``ValueError`` for an option of a parameter group that the trainer does not have."""
+    unknown = group.keys() - {"params", "names", *known}
+    if unknown:
+        raise ValueError(f"parameter group has unknown options {sorted(unknown)}; known are {sorted(known)}")
