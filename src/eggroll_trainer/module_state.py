@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import weakref
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -32,12 +32,15 @@ _CONTAINERS = (list, dict, set, collections.deque)
 _INTERNALS = frozenset(nn.Module().__dict__)
 
 
-def parameter_slots(model: nn.Module, names: Collection[str]) -> list[Slot]:
-    """Return every place ``container[key]`` where a module keeps one of the named parameters, with its name.
+def parameter_slots(model: nn.Module, by_identity: Mapping[int, str]) -> list[Slot]:
+    """Return every place ``container[key]`` where a module keeps a parameter of interest, with the parameter's name.
 
     A tied parameter has several.
+
+    Args:
+        model: Looked at with all modules below it.
+        by_identity: Names of the parameters of interest by their ``id``.
     """
-    by_identity = {id(model.get_parameter(name)): name for name in names}
     slots: list[Slot] = []
     for module in model.modules():
         # Besides the parameters proper: attributes and lists that hold one as well, as nn.LSTM's flat weights do.
@@ -45,6 +48,13 @@ def parameter_slots(model: nn.Module, names: Collection[str]) -> list[Slot]:
         for container in containers:
             items = container.items() if isinstance(container, dict) else enumerate(container)
             slots += [(container, key, by_identity[id(value)]) for key, value in items if id(value) in by_identity]
+        # By these nn.RNNBase notices that its weights have changed, and would flatten them anew for cuDNN.
+        references = getattr(module, "_flat_weight_refs", [])
+        slots += [
+            (references, i, by_identity[id(reference())])
+            for i, reference in enumerate(references)
+            if reference is not None and id(reference()) in by_identity
+        ]
     return slots
 
 
@@ -65,7 +75,7 @@ def swapped(slots: Sequence[Slot], values: Mapping[str, Tensor]) -> Iterator[Non
     originals = [container[key] for container, key, _ in slots]
     try:
         for container, key, name in slots:
-            container[key] = values[name]
+            container[key] = weakref.ref(values[name]) if isinstance(container[key], weakref.ref) else values[name]
         yield
     finally:
         for (container, key, _), original in zip(slots, originals, strict=True):

@@ -1,6 +1,18 @@
 """Perturbation of parameters: how members differ from the centre, and how operations use that."""
 
-from . import linear
+# Importing a module of rules registers them.
+from . import attention, conv, embedding, linear, products, recurrent
 from .tensor import BatchingRules, PerturbedTensor, dense_sum, densify
 
-__all__ = ["BatchingRules", "PerturbedTensor", "dense_sum", "densify", "linear"]
+__all__ = [
+    "BatchingRules",
+    "PerturbedTensor",
+    "attention",
+    "conv",
+    "dense_sum",
+    "densify",
+    "embedding",
+    "linear",
+    "products",
+    "recurrent",
+]

@@ -23,7 +23,7 @@ class _PerturbedLinear(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        """Nothing is kept: evaluation strategies don't differentiate."""
+        """Nothing is kept: evolution strategies don't differentiate."""
 
     @staticmethod
     def vmap(

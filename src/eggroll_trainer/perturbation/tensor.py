@@ -1,7 +1,7 @@
 """The perturbed parameter: what a model finds in the place of a weight while it runs for one member.
 
-``PerturbedTensor`` stands for ``W + A Bᵀ`` without forming it. Operations with a rule (see :mod:`.rules`) use the
-factors; every other operation gets the dense sum. So any use of a parameter sees its perturbation.
+``PerturbedTensor`` stands for ``W + A Bᵀ`` without forming it. Operations with a rule (the other modules of this
+folder) use the factors; every other operation gets the dense sum. So any use of a parameter sees its perturbation.
 """
 
 from __future__ import annotations

@@ -1,0 +1,135 @@
+"""Noise is a function of its key alone; its distribution is what it is said to be."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from eggroll_trainer.noise import Noise, NoiseKind, derive_seed, forked_rng, keyed_generator
+
+KEY = {"generation": 3, "name": "layer.weight", "first": 5, "count": 40, "numel": 50}
+KINDS: list[NoiseKind] = ["gaussian", "rademacher"]
+
+
+def draw(seed: int = 1, kind: NoiseKind = "gaussian", **changes: object) -> torch.Tensor:
+    return Noise(seed).draw(**{**KEY, **changes}, kind=kind)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_same_key_same_bits(kind: NoiseKind) -> None:
+    assert torch.equal(draw(kind=kind), draw(kind=kind))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"seed": 2}, {"generation": 4}, {"name": "layer.bias"}, {"name": "layer2.weight"}],
+    ids=lambda change: next(iter(change)),
+)
+def test_each_part_of_the_key_changes_every_value(change: dict[str, object]) -> None:
+    # Two independent float32 normals are equal with probability below 1e-6: 0.2 % over all values and cases here.
+    assert not (draw() == draw(**change)).any()  # type: ignore[arg-type]
+    # Of random signs about half change: n = 2000, so outside 0.5 ± 6/(2√n) with probability 2e-9.
+    changed = (draw(kind="rademacher") != draw(kind="rademacher", **change)).double().mean()  # type: ignore[arg-type]
+    assert abs(changed - 0.5) < 3 / math.sqrt(KEY["count"] * KEY["numel"])  # type: ignore[operator]
+
+
+def test_members_differ() -> None:
+    noise = draw(count=64)
+    for shift in (1, 2, 7):
+        assert not (noise[shift:] == noise[:-shift]).any()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("cut", [1, 7, 63, 64, 65, 200])
+def test_does_not_depend_on_how_members_are_cut(cut: int, kind: NoiseKind) -> None:
+    noise = Noise(7)
+    whole = noise.draw(0, "w", 0, 200, 11, kind)
+    parts = [noise.draw(0, "w", first, min(cut, 200 - first), 11, kind) for first in range(0, 200, cut)]
+    assert torch.equal(torch.cat(parts), whole)
+    assert torch.equal(noise.draw(0, "w", 123, 5, 11, kind), whole[123:128])
+
+
+def test_does_not_depend_on_what_was_drawn_before() -> None:
+    noise = Noise(7)
+    for name, generation in (("a", 0), ("b", 0), ("a", 1)):
+        noise.draw(generation, name, 3, 2, 5)
+    assert torch.equal(noise.draw(0, "a", 3, 2, 5), Noise(7).draw(0, "a", 3, 2, 5))
+
+
+def test_large_parameters_come_in_smaller_blocks() -> None:
+    whole = Noise(7).draw(0, "w", 0, 5, 2**19 + 1)
+    assert torch.equal(Noise(7).draw(0, "w", 3, 1, 2**19 + 1), whole[3:4])
+
+
+def test_global_generators_are_untouched() -> None:
+    torch.manual_seed(0)
+    random.seed(0)
+    np.random.seed(0)
+    before = (torch.get_rng_state(), random.getstate(), repr(np.random.get_state()))
+    draw()
+    draw(kind="rademacher")
+    with forked_rng(1, "a"):
+        torch.randn(5)
+    assert torch.equal(before[0], torch.get_rng_state())
+    assert before[1:] == (random.getstate(), repr(np.random.get_state()))
+
+
+def test_forked_rng_is_a_function_of_its_key() -> None:
+    def inside(*key: int | str) -> torch.Tensor:
+        with forked_rng(*key):
+            return torch.randn(100)
+
+    assert torch.equal(inside(1, "a"), inside(1, "a"))
+    assert not (inside(1, "a") == inside(2, "a")).any()
+    assert not (inside(1, "a") == inside(1, "b")).any()
+
+
+def test_all_64_bits_of_a_key_count() -> None:
+    low, high = 5, 5 + 2**32
+    assert not (draw(seed=low) == draw(seed=high)).any()
+    first, second = keyed_generator(low), keyed_generator(high)
+    assert not (torch.randn(99, generator=first) == torch.randn(99, generator=second)).any()
+
+
+def test_keys_are_serialised_injectively() -> None:
+    keys: list[tuple[int | str, ...]] = [
+        (1, 2),
+        (12,),
+        ("1", 2),
+        (1, "2"),
+        ("1", "2"),
+        ("12",),
+        (1, 2, ""),
+        ("a", "b"),
+        ("ab",),
+    ]
+    assert len({derive_seed(*key) for key in keys}) == len(keys)
+
+
+def test_gaussian_is_gaussian() -> None:
+    noise = Noise(11).draw(0, "w", 0, 1000, 100)
+    # Kolmogorov-Smirnov over 1e5 values; fails for a right generator with probability 1e-6.
+    assert stats.kstest(noise.flatten().numpy(), "norm").pvalue > 1e-6
+    assert len(noise.unique()) > 0.98 * noise.numel()
+
+
+def test_rademacher_is_plus_minus_one() -> None:
+    noise = Noise(11).draw(0, "w", 0, 1000, 101, "rademacher")
+    assert set(noise.unique().tolist()) == {-1.0, 1.0}
+    # The mean of n signs has deviation 1/√n; 6 of them: failure probability 2e-9.
+    assert abs(noise.mean()) < 6 / math.sqrt(noise.numel())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_draws_are_uncorrelated(kind: NoiseKind) -> None:
+    numel = 2000
+    noise = torch.cat([Noise(3).draw(g, name, 0, 70, numel, kind) for g in (0, 1) for name in ("a", "b")]).double()
+    correlation = noise @ noise.T / numel
+    pairs = correlation[~torch.eye(len(noise), dtype=torch.bool)]
+    # Each entry has deviation 1/√numel; 39,060 distinct pairs at 6.5 deviations: failure probability 4e-6.
+    assert pairs.abs().max() < 6.5 / math.sqrt(numel)
