@@ -15,15 +15,16 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from . import validation
 from .callbacks.progress import Progress
-from .checkpoint import FORMAT, check_format, read_checkpoint, write_checkpoint
+from .checkpoint import FORMAT, check_format, check_same_run, plain_copy, read_checkpoint, untrained, write_checkpoint
+from .fitness import thread_modes
 from .fitness.evaluate import evaluate, is_batched
 from .fitness.scores import CheckedScores, check_scores, to_score, to_scores
 from .interrupts import delayed_interrupt
 from .noise import forked_rng
-from .perturbation.sample import Draws, FullRankDraws, ParameterSpec, Perturbations
+from .perturbation.sample import Draws, FullRankDraws, ParameterSpec, Perturbations, wide_dtype
 from .population import Population, warn_once
 from .update.centre import Centre, OptimizerFactory
-from .update.schedule import LRSchedulerFactory, SigmaSchedule, make_scheduler
+from .update.schedule import LRSchedulerFactory, Schedules
 
 # Elements of perturbations held at a time where the user sets no chunk size: 256 MB in float32.
 _CHUNK_ELEMENTS = 2**26
@@ -65,7 +66,8 @@ class ESTrainer(torch.optim.Optimizer, ABC):
         optimizer: What takes the step: a ``torch.optim`` class or another factory ``(params, lr=…)`` of a
             ``torch.optim.Optimizer``. It gets ``-Δθ`` as gradient. ``torch.optim.SGD`` if None.
         lr_scheduler: Factory of a ``torch.optim.lr_scheduler`` from the trainer, stepped after every generation. One
-            that you make and step yourself works as well.
+            that you make and step yourself works as well. ``ReduceLROnPlateau`` gets the mean fitness: make it with
+            ``mode="max"``, and ``threshold_mode="abs"`` where fitness is negative.
         sigma_scheduler: Factory of a ``torch.optim.lr_scheduler`` that drives ``sigma`` instead.
         chunk_size: How many members are evaluated at a time; bounds memory. Chosen from the model's size if None.
         coalesce: Whether a plain ``fitness_fn`` may be run for the members of a chunk together.
@@ -120,10 +122,10 @@ class ESTrainer(torch.optim.Optimizer, ABC):
             model = cast(nn.Module, model._orig_mod)
         self.model: nn.Module = model
         self.fitness_fn = fitness_fn
-        self.population_size = validation.check_int("population_size", population_size, 1)
-        self.chunk_size = None if chunk_size is None else validation.check_int("chunk_size", chunk_size, 1)
+        self.population_size, self.chunk_size = population_size, chunk_size
+        self._check_sizes()
         self.coalesce = bool(coalesce)
-        self.seed = secrets.randbits(63) if seed is None else validation.check_int("seed", seed, -(2**63))
+        self._seed = secrets.randbits(63) if seed is None else validation.check_int("seed", seed, -(2**63))
         defaults = {
             "lr": validation.check_real("learning_rate", learning_rate, positive=False),
             "sigma": validation.check_real("sigma", sigma, positive=True),
@@ -132,10 +134,10 @@ class ESTrainer(torch.optim.Optimizer, ABC):
         groups = validation.parameter_groups(params, model)
         for group in groups:
             validation.check_options(group, defaults)
-            validation.check_real("learning_rate", group.get("lr", learning_rate), positive=False)
-            validation.check_real("sigma", group.get("sigma", sigma), positive=True)
+            group["lr"] = validation.check_real("learning_rate", group.get("lr", learning_rate), positive=False)
+            group["sigma"] = validation.check_real("sigma", group.get("sigma", sigma), positive=True)
         if device is not None:
-            model.to(device)
+            model.to(validation.check_device(device))
         self.device = torch.device(groups[0]["params"][0].device)
         super().__init__(groups, defaults)
         self._constructed = True
@@ -144,7 +146,8 @@ class ESTrainer(torch.optim.Optimizer, ABC):
             {k: v for k, v in g.items() if k not in ("params", "names")} for g in self.param_groups
         ]
         self._centre = Centre(self.param_groups, torch.optim.SGD if optimizer is None else optimizer)
-        self._make_schedulers(lr_scheduler, sigma_scheduler)
+        self._schedulers = (lr_scheduler, sigma_scheduler)
+        self._schedules = Schedules(self, *self._schedulers)
         self._initial = self._centre.flat()
         self._warned: set[str] = set()
         self._sampled: Tensor | None = None
@@ -184,6 +187,16 @@ class ESTrainer(torch.optim.Optimizer, ABC):
     # The face of an optimizer.
 
     @property
+    def seed(self) -> int:
+        """Seed of the run; a new one holds from the next generation on."""
+        return self._seed
+
+    @seed.setter
+    def seed(self, value: int) -> None:
+        self._seed = validation.check_int("seed", value, -(2**63))
+        self._restart_noise()
+
+    @property
     def learning_rate(self) -> float:
         """Learning rate of the first parameter group; setting it sets all groups."""
         return float(self.param_groups[0]["lr"])
@@ -202,6 +215,11 @@ class ESTrainer(torch.optim.Optimizer, ABC):
     def sigma(self, value: float) -> None:
         for group in self.param_groups:
             group["sigma"] = validation.check_real("sigma", value, positive=True)
+
+    @property
+    def lr_scheduler(self) -> LRScheduler | None:
+        """What ``lr_scheduler=`` made."""
+        return self._schedules.lr_scheduler
 
     @property
     def current_params(self) -> Tensor:
@@ -255,10 +273,12 @@ class ESTrainer(torch.optim.Optimizer, ABC):
             ValueError: No member has a finite fitness.
             TypeError: The fitness function does not return a number.
         """
-        with torch.no_grad():
+        with delayed_interrupt(), thread_modes.neutral():
+            self._check_live()
             self._begin_generation()
         # The fitness function runs under the caller's modes.
-        scores = torch.cat([self._evaluate(first, count) for first, count in self._chunks()])
+        with thread_modes.kept():
+            scores = torch.cat([self._evaluate(first, count) for first, count in self._chunks()])
         checked = check_scores(scores, self.generation + 1)
         if checked.num_nonfinite:
             warn_once(
@@ -267,21 +287,18 @@ class ESTrainer(torch.optim.Optimizer, ABC):
                 " the metrics",
             )
         best = int(checked.values.argmax())
-        with torch.no_grad():
+        with delayed_interrupt(), thread_modes.neutral():
             improved = self._member_parameters(best) if float(checked.values[best]) > self.best_fitness else None
             direction = self._direction(checked.values)
-        with delayed_interrupt():
-            update_norm = self._centre.step(direction, [group["lr"] for group in self.param_groups])
+        learning_rates = [group["lr"] for group in self.param_groups]
+        metrics = self._metrics(checked)
+        with delayed_interrupt(), thread_modes.neutral(), self._schedules.stepped(metrics["mean_fitness"]):
+            metrics["update_norm"] = self._centre.step(direction, learning_rates)
             if improved is not None:
-                self._best, self.best_fitness = improved, float(checked.values[best])
+                self._best, self.best_fitness = improved, metrics["best_fitness"]
             self.generation += 1
-            metrics = self._metrics(checked, update_norm)
             for key, value in metrics.items():
-                self.history[key].append(value)
-            if self.lr_scheduler is not None:
-                self.lr_scheduler.step()
-            if self._sigma_schedule is not None:
-                self._sigma_schedule.step()
+                self.history.setdefault(key, []).append(value)
         return metrics
 
     def train(
@@ -306,8 +323,10 @@ class ESTrainer(torch.optim.Optimizer, ABC):
             TypeError: An argument is not an integer.
             ValueError: ``num_generations`` is negative or ``log_every`` less than 1.
         """
-        validation.check_int("num_generations", num_generations, 0)
-        validation.check_int("log_every", log_every, 1)
+        num_generations = validation.check_int("num_generations", num_generations, 0)
+        log_every = validation.check_int("log_every", log_every, 1)
+        if callback is not None and not callable(callback):
+            raise TypeError(f"callback must be callable, got {type(callback).__name__}")
         with Progress(num_generations, verbose) as progress:
             for i in range(num_generations):
                 progress.update(self.step())
@@ -354,35 +373,34 @@ class ESTrainer(torch.optim.Optimizer, ABC):
 
     def reset(self) -> None:
         """Go back to the initial parameters and options, and forget history and optimizer state."""
-        for group, options in zip(self.param_groups, self._initial_options, strict=True):
-            for key in group.keys() - {"params", "names"}:
-                del group[key]
-            group.update(options)
-        self._centre.assign(self._initial)
-        self._centre.restart(self.param_groups)
-        self._make_schedulers(*self._scheduler_factories)
-        self._forget()
+        with delayed_interrupt():
+            for group, options in zip(self.param_groups, self._initial_options, strict=True):
+                for key in group.keys() - {"params", "names"}:
+                    del group[key]
+                group.update(options)
+            self._centre.assign(self._initial)
+            self._centre.restart(self.param_groups)
+            self._schedules = Schedules(self, *self._schedulers)
+            self._forget()
 
     # State.
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything that the rest of the run depends on, as copies: tensors, numbers and strings."""
-        options = [{k: v for k, v in group.items() if k != "params"} for group in self.param_groups]
-        return {
+        state = {
             "format": FORMAT,
             "settings": self._settings(),
             "seed": self.seed,
             "generation": self.generation,
-            "param_groups": copy.deepcopy(options),
             "centre": self._centre.state_dict(),
-            "buffers": {name: buffer.clone() for name, buffer in self.model.named_buffers()},
-            "initial_params": self._initial.clone(),
-            "lr_scheduler": None if self.lr_scheduler is None else copy.deepcopy(self.lr_scheduler.state_dict()),
-            "sigma_scheduler": None if self._sigma_schedule is None else self._sigma_schedule.state_dict(),
-            "history": copy.deepcopy(self.history),
+            "untrained": untrained(self.model, self._centre.parameters),
+            "initial_params": self._initial,
+            "history": self.history,
             "best_fitness": self.best_fitness,
-            "best_params": None if self._best is None else self._best.clone(),
+            "best_params": self._best,
+            **self._schedules.state_dict(),
         }
+        return cast(dict[str, Any], plain_copy(state))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what :meth:`state_dict` returned, of a trainer of the same model made with the same arguments.
@@ -392,13 +410,19 @@ class ESTrainer(torch.optim.Optimizer, ABC):
                 as it was.
         """
         check_format(state_dict, "state_dict")
-        self._check_state(state_dict)
         before = self.state_dict()
-        try:
-            self._restore(state_dict)
-        except Exception as error:
-            self._restore(before)
-            raise ValueError(f"the state does not fit this trainer: {error!r}") from error
+        changed = check_same_run(state_dict, before)
+        if changed:
+            warn_once(
+                self._warned,
+                f"going on with {', '.join(changed)}: the numbers will not be those of an uninterrupted run",
+            )
+        with delayed_interrupt():
+            try:
+                self._restore(state_dict)
+            except Exception as error:
+                self._restore(before)
+                raise ValueError(f"the state does not fit this trainer: {error!r}") from error
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write a checkpoint; the file at ``path`` is at any moment either the old one or the whole new one."""
@@ -417,64 +441,28 @@ class ESTrainer(torch.optim.Optimizer, ABC):
         """Return the arguments, besides those in the parameter groups, that the numbers of a run depend on."""
         return {
             "trainer": type(self).__name__,
-            "population_size": self.population_size,
-            "chunk_size": self._chunk_members(),
             "optimizer": type(self._centre.optimizer).__name__,
+            "lr_scheduler": type(self._schedules.lr_scheduler).__name__,
+            "sigma_scheduler": type(self._schedules.sigma_scheduler).__name__,
+            "population_size": self.population_size,
+            "chunk_size": min(self.population_size, self._chunk_members()),
+            "coalesce": self.coalesce,
+            "device": self.device.type,
+            "dtypes": sorted({str(p.dtype) for p in self._centre.parameters.values()}),
         }
-
-    def _check_state(self, state: dict[str, Any]) -> None:
-        wanted = {name: tuple(p.shape) for name, p in self._centre.parameters.items()}
-        got = {name: tuple(p.shape) for name, p in state["centre"]["parameters"].items()}
-        if wanted != got:
-            differing = sorted(name for name in wanted.keys() | got.keys() if wanted.get(name) != got.get(name))
-            name = differing[0] if differing else next(iter(wanted))
-            raise ValueError(
-                f"the checkpoint is of another model: {len(differing)} parameters differ, the first is {name!r} with"
-                f" shape {got.get(name, 'missing')} there and {wanted.get(name, 'missing')} here"
-            )
-        here, there = self._settings(), state["settings"]
-        changed = [f"{k}={here.get(k)!r} (was {there.get(k)!r})" for k in here if here.get(k) != there.get(k)]
-        if here["optimizer"] != there["optimizer"] or here["trainer"] != there["trainer"]:
-            raise ValueError(f"the checkpoint is of another kind of trainer: {', '.join(changed)}")
-        if changed:
-            warn_once(
-                self._warned,
-                f"going on with {', '.join(changed)}: the numbers will not be those of an uninterrupted run",
-            )
 
     def _restore(self, state: dict[str, Any]) -> None:
         self._centre.load_state_dict(state["centre"])
-        for group, options in zip(self.param_groups, state["param_groups"], strict=True):
-            group.update(copy.deepcopy(options))
-        for scheduler, saved in (
-            (self.lr_scheduler, "lr_scheduler"),
-            (self._sigma_schedule, "sigma_scheduler"),
-        ):
-            if (scheduler is None) != (state[saved] is None):
-                raise ValueError(f"{saved} is {'absent' if scheduler is None else 'present'} here and not there")
-            if scheduler is not None:
-                scheduler.load_state_dict(copy.deepcopy(state[saved]))
-        buffers = dict(self.model.named_buffers())
+        self._schedules.load_state_dict(state)
         with torch.no_grad():
-            for name, value in state["buffers"].items():
-                buffers[name].copy_(value)
+            for name, value in untrained(self.model, self._centre.parameters).items():
+                value.copy_(state["untrained"][name])
         self._initial = state["initial_params"].clone()
-        self.seed, self.generation = state["seed"], state["generation"]
+        self._seed, self.generation = state["seed"], state["generation"]
         self.history = copy.deepcopy(state["history"])
         self.best_fitness = state["best_fitness"]
         self._best = None if state["best_params"] is None else state["best_params"].clone()
         self._restart_noise()
-
-    def _make_schedulers(
-        self, lr_scheduler: LRSchedulerFactory | None, sigma_scheduler: LRSchedulerFactory | None
-    ) -> None:
-        self._scheduler_factories = (lr_scheduler, sigma_scheduler)
-        self.lr_scheduler: LRScheduler | None = None
-        self._sigma_schedule: SigmaSchedule | None = None
-        if lr_scheduler is not None:
-            self.lr_scheduler = make_scheduler("lr_scheduler", lr_scheduler, self)
-        if sigma_scheduler is not None:
-            self._sigma_schedule = SigmaSchedule(self.param_groups, sigma_scheduler)
 
     def _forget(self) -> None:
         self.generation = 0
@@ -482,6 +470,20 @@ class ESTrainer(torch.optim.Optimizer, ABC):
         self.best_fitness = float("-inf")
         self._best = None
         self._restart_noise()
+
+    def _check_sizes(self) -> None:
+        """Check the attributes that say how large a population is, which may change at any time."""
+        self.population_size = validation.check_int("population_size", self.population_size, 1)
+        if self.chunk_size is not None:
+            self.chunk_size = validation.check_int("chunk_size", self.chunk_size, 1)
+
+    def _check_live(self) -> None:
+        """Check what may have changed since the last generation."""
+        self._check_sizes()
+        for group in self.param_groups:
+            validation.check_real("learning_rate", group["lr"], positive=False)
+            validation.check_real("sigma", group["sigma"], positive=True)
+        self._centre.check_model(self.model)
 
     # The stations of a generation; trainers with keyed noise replace those of perturbation and update.
 
@@ -520,11 +522,15 @@ class ESTrainer(torch.optim.Optimizer, ABC):
         return self._centre.unflatten(update)
 
     def _check_flat(self, method: str, value: Any, shape: tuple[int, ...]) -> None:
-        got = f"shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-        if not isinstance(value, Tensor) or value.shape != shape:
-            raise ValueError(f"{method} must return a tensor of shape {list(shape)}, got {got}")
-        if not value.isfinite().all():
-            raise ValueError(f"{method} returned values that are not finite; the parameters were not changed")
+        expected = f"{method} must return a tensor of shape {list(shape)}"
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{expected}, got {type(value).__name__}")
+        if value.shape != shape:
+            raise ValueError(f"{expected}, got shape {list(value.shape)}")
+        if value.is_complex() or not value.isfinite().all():
+            raise ValueError(
+                f"{method} returned values that are not finite real numbers; the parameters were not changed"
+            )
 
     def _chunk_members(self) -> int:
         """Return how many members are evaluated at a time."""
@@ -564,17 +570,22 @@ class ESTrainer(torch.optim.Optimizer, ABC):
     def _member_parameters(self, index: int) -> Tensor:
         """Return all parameters of one member of the current generation, ``[D]``."""
         unit = self._chunk_unit()
-        perturbation = self._perturbations(index // unit * unit, unit).dense(index % unit)
-        return self._centre.flat() + self._centre.flatten(perturbation)
+        first = index // unit * unit
+        # As the population forms them, to the last bit: for bf16 models that is not what the master weights give.
+        population = Population(self.model, self._perturbations(first, unit), first=first)
+        member = population.member_parameters(index - first)
+        return self._centre.flatten({name: value.to(wide_dtype(value)) for name, value in member.items()})
 
-    def _metrics(self, scores: CheckedScores, update_norm: float) -> dict[str, Any]:
+    def _metrics(self, scores: CheckedScores) -> dict[str, Any]:
+        """Return the metrics of the current generation, the step not taken yet."""
+        fitness = scores.values.max().item()
         values = (
-            self.generation,
-            scores.values.max().item(),
+            self.generation + 1,
+            fitness,
             scores.values.mean().item(),
             scores.values.std(correction=0).item(),
-            self.best_fitness,
-            update_norm,
+            max(fitness, self.best_fitness),
+            0.0,
             scores.num_nonfinite,
             scores.num_tied,
             self.learning_rate,

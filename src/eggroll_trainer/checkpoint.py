@@ -3,28 +3,66 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
 import pickle
-import tempfile
+import secrets
+import struct
+import zipfile
+import zlib
+from collections import Counter, OrderedDict
+from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+import numpy as np
 import torch
+from torch import Tensor, nn
 
 FORMAT = 1
 
 
+def plain_copy(value: Any) -> Any:
+    """Return a deep copy in which NumPy's numbers, which only code could load again, are Python's.
+
+    Example:
+        >>> plain_copy({"lr": [np.float64(0.5)]})
+        {'lr': [0.5]}
+    """
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    if isinstance(value, np.generic):
+        return value.item()
+    if type(value) in (dict, OrderedDict, Counter):
+        return type(value)({plain_copy(k): plain_copy(v) for k, v in value.items()})
+    if type(value) in (list, tuple):
+        return type(value)(plain_copy(v) for v in value)
+    return copy.deepcopy(value)
+
+
 def write_checkpoint(state: dict[str, Any], path: str | os.PathLike[str]) -> None:
-    """Write ``state`` to ``path``; whenever the process is killed, the file is the old one or the whole new one."""
-    target = Path(path)
-    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
+    """Write ``state`` to ``path``; whenever the process is killed, the file is the old one or the whole new one.
+
+    Raises:
+        TypeError: ``state`` holds something that could only be loaded by running code.
+    """
+    # A link keeps pointing to where it does.
+    target = Path(os.path.realpath(path))
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
     try:
-        with os.fdopen(handle, "wb") as file:
-            torch.save(state, file)
+        with open(temporary, "xb") as file:
+            with _checksums():
+                torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
-        # mkstemp's own mode is for the owner alone; a checkpoint has the mode of any other new file.
-        os.chmod(temporary, 0o666 & ~_umask())
+        unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(temporary)
+        if unsafe:
+            raise TypeError(
+                f"the state holds {', '.join(unsafe)}, which could not be loaded without running code; an optimizer's"
+                " or scheduler's state may hold tensors, numbers and strings"
+            )
+        if target.exists():
+            os.chmod(temporary, target.stat().st_mode & 0o777)
         os.replace(temporary, target)
     except BaseException:
         with contextlib.suppress(FileNotFoundError):
@@ -40,14 +78,17 @@ def read_checkpoint(path: str | os.PathLike[str], device: torch.device) -> dict[
         FileNotFoundError: There is no such file.
         ValueError: The file is damaged, holds anything but data, or is no checkpoint of a trainer.
     """
-    try:
-        state = torch.load(path, map_location=device, weights_only=True)
-    except FileNotFoundError:
-        raise
-    except pickle.UnpicklingError as error:
-        raise ValueError(f"{path} holds more than data and was not loaded: it could run code. {error}") from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{path} is damaged or not a checkpoint: {error}") from error
+    with open(path, "rb") as file:
+        # torch does not compare the checksums that it writes.
+        if not _is_intact(file):
+            raise ValueError(f"{path} is damaged or not a checkpoint")
+        file.seek(0)
+        try:
+            state = torch.load(file, map_location=device, weights_only=True)
+        except pickle.UnpicklingError as error:
+            raise ValueError(f"{path} holds more than data and was not loaded: it could run code") from error
+        except (RuntimeError, EOFError, ValueError, KeyError, AttributeError, TypeError) as error:
+            raise ValueError(f"{path} is damaged or not a checkpoint: {error}") from error
     check_format(state, str(path))
     return state
 
@@ -56,14 +97,73 @@ def check_format(state: Any, origin: str) -> None:
     """Raise ``ValueError`` unless ``state`` is what a trainer's ``state_dict`` returned, in a format known here."""
     if not isinstance(state, dict) or "format" not in state:
         raise ValueError(f"{origin} is not the state of a trainer")
-    if state["format"] != FORMAT:
-        raise ValueError(f"{origin} has format {state['format']!r}; this version reads format {FORMAT}")
+    if type(state["format"]) is not int or state["format"] != FORMAT:
+        raise ValueError(
+            f"{origin} has format {state['format']!r} and this version of eggroll_trainer reads format {FORMAT}: use"
+            " the version that wrote it, or a newer one"
+        )
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def check_same_run(state: dict[str, Any], own: dict[str, Any]) -> list[str]:
+    """Return the settings that differ between a state and a trainer's own, neither of which is changed.
+
+    Raises:
+        ValueError: The state is damaged, or is of another model or another kind of trainer.
+    """
+    try:
+        return _differing_settings(state, own)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"the state of the trainer is incomplete or damaged: {error!r}") from error
+
+
+def _differing_settings(state: dict[str, Any], own: dict[str, Any]) -> list[str]:
+    there, here = (
+        {name: tuple(value.shape) for name, value in {**s["centre"]["parameters"], **s["untrained"]}.items()}
+        for s in (state, own)
+    )
+    differing = [name for name in {**here, **there} if here.get(name) != there.get(name)]
+    if differing:
+        name = differing[0]
+        raise ValueError(
+            f"the checkpoint is of another model: {len(differing)} parameters or buffers differ, the first is {name!r}"
+            f" with shape {there.get(name, 'missing')} there and {here.get(name, 'missing')} here"
+        )
+    groups_there, groups_here = ([list(group["names"]) for group in s["param_groups"]] for s in (state, own))
+    if groups_there != groups_here:
+        raise ValueError(f"the checkpoint has the parameter groups {groups_there}, this trainer has {groups_here}")
+    now, then = own["settings"], state["settings"]
+    changed = {key: f"{key}={now[key]!r} (was {then.get(key)!r})" for key in now if now[key] != then.get(key)}
+    if not changed.keys().isdisjoint(("trainer", "optimizer", "lr_scheduler", "sigma_scheduler")):
+        raise ValueError(f"the checkpoint is of another kind of trainer; this one has {', '.join(changed.values())}")
+    return list(changed.values())
+
+
+def untrained(model: nn.Module, trained: Collection[str]) -> dict[str, Tensor]:
+    """Return a model's buffers and the parameters that are not among ``trained``: fitness depends on them as well."""
+    return {
+        name: value
+        for name, value in [*model.named_buffers(), *model.named_parameters()]
+        # Quantised weights and the like are classes of their own, which a checkpoint cannot hold.
+        if name not in trained and type(value) in (Tensor, nn.Parameter)
+    }
+
+
+@contextlib.contextmanager
+def _checksums() -> Iterator[None]:
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(True)
+    try:
+        yield
+    finally:
+        torch.serialization.set_crc32_options(before)
+
+
+def _is_intact(file: IO[bytes]) -> bool:
+    try:
+        with zipfile.ZipFile(file) as archive:
+            return archive.testzip() is None
+    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError, ValueError, struct.error):
+        return False
 
 
 def _sync_folder(folder: Path) -> None:

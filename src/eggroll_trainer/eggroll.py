@@ -93,11 +93,11 @@ class EGGROLLTrainer(KeyedESTrainer):
         noise: NoiseKind = "gaussian",
         **options: Any,
     ) -> None:
-        self.rank = validation.check_int("rank", rank, 1)
+        self._default_rank = validation.check_int("rank", rank, 1)
         self.freeze_nonlora = bool(freeze_nonlora)
         if isinstance(model, nn.Module):
             groups = validation.parameter_groups(params, model)
-            _check_ranks(groups, self.rank)
+            _check_ranks(groups, self._default_rank)
             params = groups
             if self.freeze_nonlora:
                 params = _matrices_of(groups)
@@ -117,8 +117,20 @@ class EGGROLLTrainer(KeyedESTrainer):
             **options,
         )
 
+    @property
+    def rank(self) -> int:
+        """Rank of the perturbations in the first parameter group; setting it sets all groups."""
+        return int(self.param_groups[0]["rank"])
+
+    @rank.setter
+    def rank(self, value: int) -> None:
+        value = validation.check_int("rank", value, 1)
+        _check_ranks([{**group, "rank": value} for group in self.param_groups], value)
+        for group in self.param_groups:
+            group["rank"] = value
+
     def _group_defaults(self) -> dict[str, Any]:
-        return {"rank": self.rank}
+        return {"rank": self._default_rank}
 
     def _rank(self, group: dict[str, Any]) -> int | None:
         return validation.check_int("rank", group["rank"], 1)

@@ -11,17 +11,25 @@ from types import FrameType
 
 @contextlib.contextmanager
 def delayed_interrupt() -> Iterator[None]:
-    """Let a Ctrl-C during the block take effect after it."""
+    """Let a Ctrl-C during the block take effect after it, also if the block raises; a second one, at once."""
     handler = signal.getsignal(signal.SIGINT)
     if handler is None or threading.current_thread() is not threading.main_thread():
         # Somebody else handles it, or it is another thread's: only the main thread receives signals.
         yield
         return
-    arrived: list[tuple[int, FrameType | None]] = []
-    signal.signal(signal.SIGINT, lambda number, frame: arrived.append((number, frame)))
+    arrived = False
+
+    def remember(number: int, frame: FrameType | None) -> None:
+        nonlocal arrived
+        if arrived:
+            signal.signal(signal.SIGINT, handler)
+            signal.raise_signal(signal.SIGINT)
+        arrived = True
+
+    signal.signal(signal.SIGINT, remember)
     try:
         yield
     finally:
         signal.signal(signal.SIGINT, handler)
-    if arrived and callable(handler):
-        handler(*arrived[0])
+        if arrived:
+            signal.raise_signal(signal.SIGINT)

@@ -39,28 +39,34 @@ class KeyedESTrainer(ESTrainer):
         noise: NoiseKind = "gaussian",
         **options: Any,
     ) -> None:
-        self.noise_reuse = validation.check_int("noise_reuse", noise_reuse, 0)
-        self.group_size = validation.check_int("group_size", group_size, 0)
-        size = validation.check_int("population_size", population_size, 1)
-        validation.check_divides("noise_reuse", self.noise_reuse, "population_size", size)
-        validation.check_divides("group_size", self.group_size, "population_size", size)
-        if self.group_size:
-            # A draw never straddles two groups.
-            validation.check_divides("noise_reuse", self.noise_reuse, "group_size", self.group_size)
-        chunk_size = options.get("chunk_size")
-        if chunk_size is not None:
-            chunk_size = validation.check_int("chunk_size", chunk_size, 1)
-            validation.check_divides("noise_reuse", self.noise_reuse, "chunk_size", chunk_size)
+        self.noise_reuse, self.group_size = noise_reuse, group_size
         self.noise = check_noise_kind(noise)
         self.shaping = shaping
-        self._shaper = get_shaper(shaping, self.noise_reuse)
         super().__init__(params, model, fitness_fn, population_size, learning_rate, sigma, device, seed, **options)
+
+    def _check_sizes(self) -> None:
+        super()._check_sizes()
+        self.noise_reuse = validation.check_int("noise_reuse", self.noise_reuse, 0)
+        self.group_size = validation.check_int("group_size", self.group_size, 0)
+        if self.group_size == 1:
+            raise ValueError(
+                "group_size must be at least 2, as scores are compared in a group, or 0 for no groups; got 1"
+            )
+        validation.check_divides("noise_reuse", self.noise_reuse, "population_size", self.population_size)
+        validation.check_divides("group_size", self.group_size, "population_size", self.population_size)
+        if self.group_size:
+            # A draw never straddles two groups, nor two chunks.
+            validation.check_divides("noise_reuse", self.noise_reuse, "group_size", self.group_size)
+        if self.chunk_size is not None:
+            validation.check_divides("noise_reuse", self.noise_reuse, "chunk_size", self.chunk_size)
+        self._shaper = get_shaper(self.shaping, self.noise_reuse)
 
     def sample_perturbations(self, population_size: int) -> Tensor:
         """Return the current generation's perturbations in full, ``[N, D]``: for small models and for study.
 
         A generation never forms them.
         """
+        validation.check_int("population_size", population_size, 1)
         validation.check_divides("noise_reuse", self.noise_reuse, "population_size", population_size)
         perturbations = self._sample(0, population_size)
         return torch.stack([self._centre.flatten(perturbations.dense(i)) for i in range(population_size)])
@@ -110,6 +116,8 @@ class KeyedESTrainer(ESTrainer):
         self._kept: tuple[tuple[int, int, int], Perturbations] | None = None
 
     def _begin_generation(self) -> None:
+        # What is kept of a generation that failed may be of another sigma.
+        self._kept = None
         if self._is_dense():
             super()._begin_generation()
 

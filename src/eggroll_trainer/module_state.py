@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
+
+from .snapshot import Snapshot, is_immutable
 
 
 class NotBatchable(RuntimeError):
@@ -27,7 +27,6 @@ class NotBatchable(RuntimeError):
 
 Slot = tuple[Any, Any, str]
 
-_CONTAINERS = (list, dict, set, collections.deque)
 # The attributes that every module has, among them the dictionaries of its parameters, buffers, submodules and hooks.
 _INTERNALS = frozenset(nn.Module().__dict__)
 
@@ -71,12 +70,19 @@ def parameter_lists(module: nn.Module) -> list[Any]:
 
 @contextlib.contextmanager
 def swapped(slots: Sequence[Slot], values: Mapping[str, Tensor]) -> Iterator[None]:
-    """Put ``values`` in the place of the parameters inside the block."""
+    """Put ``values`` in the place of the parameters inside the block.
+
+    Raises:
+        NotBatchable: The block replaced one of them; ``stateful`` is true.
+    """
     originals = [container[key] for container, key, _ in slots]
     try:
         for container, key, name in slots:
             container[key] = weakref.ref(values[name]) if isinstance(container[key], weakref.ref) else values[name]
         yield
+        for container, key, name in slots:
+            if isinstance(container, dict) and container.get(key) is not values[name]:
+                raise NotBatchable(f"the model's forward replaces its parameter {key}", stateful=True)
     finally:
         for (container, key, _), original in zip(slots, originals, strict=True):
             container[key] = original
@@ -106,77 +112,63 @@ def training_modes(module: nn.Module, modes: Mapping[nn.Module, bool]) -> Iterat
             m.training = mode
 
 
-# Modules of which one call has been seen to leave the buffers as they were: theirs are no longer copied before a call.
-_keeps_buffers: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-
-
 @contextlib.contextmanager
 def unchanged_state(module: nn.Module) -> Iterator[None]:
     """Put back whatever a call changes in the module besides its result, and say so.
 
     Raises:
-        NotBatchable: Attributes or buffers were changed; ``stateful`` is true.
+        NotBatchable: Attributes, buffers or submodules were changed; ``stateful`` is true.
     """
-    before = [(name, m, dict(m.__dict__), _contents(m)) for name, m in module.named_modules()]
-    buffers = list(module.named_buffers())
-    trusted = module in _keeps_buffers
-    versions = [_version(buffer) for _, buffer in buffers]
-    saved = [None if trusted else buffer.clone() for _, buffer in buffers]
+    seen: set[int] = set()
+    before = [_State(name, m, seen) for name, m in module.named_modules()]
     changed: list[str] = []
     try:
         yield
     finally:
-        for name, m, attributes, contents in before:
-            keys = _restore(m, attributes, contents)
-            if keys:
-                changed.append(f"{', '.join(keys)} of {name or type(m).__name__}")
-        for (name, buffer), version, value in zip(buffers, versions, saved, strict=True):
-            if _version(buffer) != version:
-                changed.append(f"buffer {name}")
-                if value is not None:
-                    with torch.no_grad():
-                        buffer.copy_(value)
+        for state in before:
+            changed += state.restore()
     if changed:
-        _keeps_buffers.discard(module)
         raise NotBatchable(f"the model's forward changes {' and '.join(changed)}", stateful=True)
-    _keeps_buffers.add(module)
 
 
-def _restore(module: nn.Module, attributes: dict[str, Any], contents: dict[str, list[Any]]) -> list[str]:
-    """Set a module's attributes and the containers among them back, and return the names of those that differed."""
-    missing = object()
-    now = module.__dict__
-    keys = {k for k in attributes.keys() | now.keys() if attributes.get(k, missing) is not now.get(k, missing)}
-    if keys:
-        now.clear()
-        now.update(attributes)
-    for k, items in contents.items():
-        container = attributes[k]
-        present = _items(container)
-        if len(present) != len(items) or any(a is not b for a, b in zip(present, items, strict=True)):
-            keys.add(k)
-            container.clear()
-            if isinstance(container, dict):
-                container.update(zip(items[::2], items[1::2], strict=True))
-            elif isinstance(container, set):
-                container.update(items)
-            else:
-                container.extend(items)
-    return sorted(keys)
+class _State:
+    """What one module holds besides its parameters."""
 
+    def __init__(self, name: str, module: nn.Module, seen: set[int]) -> None:
+        self.module, self.name = module, name
+        self.attributes = dict(module.__dict__)
+        # Of the attributes that every module has, these may change in a forward.
+        self.registered = {key: dict(self.attributes[key]) for key in ("_parameters", "_buffers", "_modules")}
+        self.snapshots = {
+            key: Snapshot(value, seen)
+            for key, value in (*self.registered["_buffers"].items(), *self.attributes.items())
+            if key not in _INTERNALS and not is_immutable(value)
+        }
 
-def own_containers(module: nn.Module) -> dict[str, Any]:
-    """Return the built-in containers among the attributes that the module's author gave it."""
-    return {k: v for k, v in module.__dict__.items() if type(v) in _CONTAINERS and k not in _INTERNALS}
-
-
-def _contents(module: nn.Module) -> dict[str, list[Any]]:
-    return {k: _items(v) for k, v in own_containers(module).items()}
-
-
-def _items(container: Any) -> list[Any]:
-    return [x for pair in container.items() for x in pair] if isinstance(container, dict) else list(container)
-
-
-def _version(tensor: Tensor) -> int:
-    return -1 if tensor.is_inference() else tensor._version
+    def restore(self) -> list[str]:
+        """Put everything back and return what differed."""
+        missing = object()
+        now = self.module.__dict__
+        changed = {k for k, v in self.attributes.items() if now.get(k, missing) is not v}
+        changed |= now.keys() - self.attributes.keys()
+        if changed:
+            now.clear()
+            now.update(self.attributes)
+        for key, entries in self.registered.items():
+            container = self.attributes[key]
+            differing = {k for k, v in entries.items() if container.get(k, missing) is not v}
+            differing |= container.keys() - entries.keys()
+            if differing:
+                container.clear()
+                container.update(entries)
+                changed |= differing
+        for key, snapshot in self.snapshots.items():
+            if snapshot.changed():
+                snapshot.restore()
+                changed.add(key)
+        buffers = sorted(changed & self.registered["_buffers"].keys())
+        others = sorted(changed - self.registered["_buffers"].keys())
+        at = f"{self.name}." if self.name else ""
+        return [f"buffer {at}{name}" for name in buffers] + (
+            [f"{', '.join(others)} of {self.name or type(self.module).__name__}"] if others else []
+        )

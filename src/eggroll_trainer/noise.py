@@ -10,8 +10,9 @@ import contextlib
 import functools
 import hashlib
 from collections.abc import Iterator
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -61,17 +62,16 @@ def keyed_generator(*key: int | str, device: torch.device | str = "cpu") -> torc
         # Accelerators use counter-based generators, which take all 64 bits.
         generator.manual_seed(derive_seed(*key))
         return generator
-    words = torch.frombuffer(bytearray(hashlib.shake_128(_key_bytes(*key)).digest(4 * _WORDS)), dtype=torch.int32)
-    state = _fresh_cpu_state().clone()
-    slots = state[_STATE_HEADER : _STATE_HEADER + 8 * _WORDS].view(torch.int32)
-    slots[::2] = words
-    generator.set_state(state)
+    state = _fresh_cpu_state().copy()
+    slots = state[_STATE_HEADER : _STATE_HEADER + 8 * _WORDS].view(np.uint64)
+    slots[:] = np.frombuffer(hashlib.shake_128(_key_bytes(*key)).digest(4 * _WORDS), np.uint32)
+    generator.set_state(torch.from_numpy(state))
     return generator
 
 
 @functools.cache
-def _fresh_cpu_state() -> Tensor:
-    return torch.Generator().manual_seed(0).get_state()
+def _fresh_cpu_state() -> np.ndarray[Any, np.dtype[np.uint8]]:
+    return torch.Generator().manual_seed(0).get_state().numpy()
 
 
 @contextlib.contextmanager
@@ -131,7 +131,7 @@ class Noise:
             kind: ``"gaussian"``, or ``"rademacher"`` for ±1 with equal probability.
             device: Where the noise is generated and returned.
         """
-        out = torch.empty(count, numel, device=device)
+        out = torch.empty(count, numel, dtype=torch.float32, device=device)
         if count == 0 or numel == 0:
             return out
         size = max(1, min(_BLOCK_DRAWS, _BLOCK_ELEMENTS // numel))

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from .module_state import NotBatchable, parameter_slots, swapped, training_modes, unchanged_state
+from .interrupts import delayed_interrupt
+from .module_state import NotBatchable, Slot, parameter_slots, swapped, training_modes, unchanged_state
 from .perturbation import BatchingRules, densify
 from .perturbation.sample import Perturbations, perturb
 
@@ -55,8 +56,9 @@ class Population:
         self.perturbations = perturbations
         self.first = first
         self._members = perturbations.members()
+        self._names = {id(model.get_parameter(name)): name for name in perturbations.draws}
         self._centres = {name: draws.spec.centre for name, draws in perturbations.draws.items()}
-        self._slots = parameter_slots(model, self._centres)
+        self._slots: dict[nn.Module, list[Slot]] = {}
         self._training: dict[nn.Module, bool] = {}
         self._scratch: nn.Module | None = None
         self._warned = set() if warned is None else warned
@@ -178,21 +180,25 @@ class Population:
         """
         leaves, spec = tree_flatten((args, kwargs))
         mapped = [i for i, dim in enumerate(dims) if dim is not None]
-        factors: Any = self._members
-        if members is not None and list(members) != list(range(len(self))):
+        slots = self._slots_in(module)
+        factors: Any = {name: self._members[name] for _, _, name in slots}
+        if members is None:
+            members = range(len(self))
+        elif list(members) != list(range(len(self))):
             index = torch.as_tensor(members)
             factors = {name: tree_map(lambda t: t[index.to(t.device)], value) for name, value in factors.items()}
         out_spec: Any = None
         constants: dict[int, Any] = {}
 
-        def forward(factors: dict[str, Any], own: list[Tensor]) -> list[Tensor]:
+        # The unused counter gives vmap its size where a module has neither parameters nor inputs of each member.
+        def forward(_: Tensor, factors: dict[str, Any], own: list[Tensor]) -> list[Tensor]:
             nonlocal out_spec
             filled = list(leaves)
             for i, value in zip(mapped, own, strict=True):
                 filled[i] = value
             call_args, call_kwargs = tree_unflatten(filled, spec)
             parameters = {name: perturb(self._centres[name], value) for name, value in factors.items()}
-            with swapped(self._slots, parameters):
+            with swapped(slots, parameters):
                 result = module(*call_args, **call_kwargs)
             results, out_spec = tree_flatten(tree_map(densify, result))
             for i, leaf in enumerate(results):
@@ -200,24 +206,36 @@ class Population:
                     if not isinstance(leaf, PLAIN_TYPES):
                         raise NotBatchable(f"the model returns a {type(leaf).__name__}")
                     constants[i] = leaf
-            return [leaf for leaf in results if isinstance(leaf, Tensor)]
+            return [_unshared(leaf) for leaf in results if isinstance(leaf, Tensor)]
 
         with (
+            # An interrupted vmap would leave its transforms, and its weights in the model.
+            delayed_interrupt(),
             training_modes(module, self._training if training is None else training),
             unchanged_state(module),
         ):
             try:
-                with torch.no_grad(), BatchingRules():
-                    tensors = torch.vmap(forward, in_dims=(0, [dims[i] for i in mapped]), randomness="different")(
-                        factors, [leaves[i] for i in mapped]
+                with torch.no_grad(), BatchingRules(), warnings.catch_warnings():
+                    # An operation that vmap runs member by member is slow, but right.
+                    warnings.filterwarnings("ignore", "There is a performance drop")
+                    in_dims = (0, 0, [dims[i] for i in mapped])
+                    tensors = torch.vmap(forward, in_dims, randomness="different")(
+                        torch.arange(len(members)), factors, [leaves[i] for i in mapped]
                     )
             except NotBatchable:
                 raise
             except Exception as error:
                 raise NotBatchable(f"{type(error).__name__}: {error}") from error
-        outputs = iter(tensors)
+        # What is the same for all members comes expanded; each gets its own, to change in place.
+        outputs = iter(t.contiguous() if t.stride(0) == 0 else t for t in tensors)
         size = len(constants) + len(tensors)
         return tree_unflatten([constants[i] if i in constants else next(outputs) for i in range(size)], out_spec)
+
+    def _slots_in(self, module: nn.Module) -> list[Slot]:
+        """Return where ``module`` and those below it keep perturbed parameters."""
+        if module not in self._slots:
+            self._slots[module] = parameter_slots(module, self._names)
+        return self._slots[module]
 
     def _copy_modes(self, clone: nn.Module) -> None:
         for module, original in zip(clone.modules(), self.model.modules(), strict=True):
@@ -229,10 +247,7 @@ class Population:
                 return self.run(self.model, args, kwargs, dims)
             except NotBatchable as error:
                 if error.stateful:
-                    raise ValueError(
-                        f"{error}: it would be lost between calls. Pass it in and return it, or write the fitness"
-                        " function for one model, without @batched."
-                    ) from None
+                    raise _lost(error) from None
                 self._scratch = copy.deepcopy(self.model)
                 result = self._call_one_by_one(self._scratch, args, kwargs, dims)
                 warn_once(self._warned, f"the model is run once for each member, not batched: {error}")
@@ -249,17 +264,33 @@ class Population:
             own = [leaf if dim is None else leaf.select(dim, i) for leaf, dim in zip(leaves, dims, strict=True)]
             own_args, own_kwargs = tree_unflatten(own, spec)
             self.write_member(i, scratch)
-            with torch.no_grad(), unchanged_state(scratch):
-                rows.append(tree_flatten(scratch(*own_args, **own_kwargs)))
+            try:
+                with torch.no_grad(), unchanged_state(scratch):
+                    rows.append(tree_flatten(scratch(*own_args, **own_kwargs)))
+            except NotBatchable as error:
+                raise _lost(error) from None
         columns = zip(*(leaves for leaves, _ in rows), strict=True)
         return tree_unflatten([_stack(column) for column in columns], rows[0][1])
 
 
-def warn_once(warned: set[str], message: str) -> None:
-    """Warn, unless the same has been said to the owner of ``warned`` before."""
-    if message not in warned:
-        warned.add(message)
+def _lost(error: NotBatchable) -> ValueError:
+    return ValueError(
+        f"{error}: it would be lost between calls. Pass it in and return it, or write the fitness function for one"
+        " model, without @batched."
+    )
+
+
+def warn_once(warned: set[str], message: str, kind: str | None = None) -> None:
+    """Warn, unless the same, or something of the same kind, has been said to the owner of ``warned`` before."""
+    kind = message if kind is None else kind
+    if kind not in warned:
+        warned.add(kind)
         warnings.warn(message, RuntimeWarning, stacklevel=2)
+
+
+def _unshared(output: Tensor) -> Tensor:
+    """Return an output that does not depend on the member as a copy: it may be a buffer or an input."""
+    return output if torch._C._functorch.is_batchedtensor(output) else output.clone()
 
 
 def _take(value: tuple[Tensor, Tensor] | Tensor, index: int) -> tuple[Tensor, Tensor] | Tensor:

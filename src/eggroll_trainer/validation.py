@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+import operator
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def check_int(name: str, value: Any, minimum: int) -> int:
@@ -17,11 +20,15 @@ def check_int(name: str, value: Any, minimum: int) -> int:
         TypeError: It is not an integer.
         ValueError: It is too small.
     """
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
+    try:
+        number = None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = None
+    if number is None:
         raise TypeError(f"{name} must be an integer, got {type(value).__name__} {value!r}")
-    if value < minimum:
-        raise ValueError(f"{name} must be at least {minimum}, got {value}")
-    return int(value)
+    if number < minimum:
+        raise ValueError(f"{name} must be at least {minimum}, got {number}")
+    return number
 
 
 def check_real(name: str, value: Any, *, positive: bool) -> float:
@@ -35,7 +42,8 @@ def check_real(name: str, value: Any, *, positive: bool) -> float:
         raise TypeError(f"{name} must be a number, got {type(value).__name__} {value!r}")
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, RuntimeError):
+        # RuntimeError is what a tensor of several elements raises.
         raise TypeError(f"{name} must be a number, got {type(value).__name__} {value!r}") from None
     if not math.isfinite(number) or number < 0 or (positive and number == 0):
         raise ValueError(f"{name} must be a finite number {'above' if positive else 'of at least'} 0, got {number}")
@@ -49,6 +57,18 @@ def check_divides(divisor_name: str, divisor: int, name: str, value: int) -> Non
             f"{name} must be divisible by {divisor_name}={divisor}, got {value};"
             f" the next that is: {value + divisor - value % divisor}"
         )
+
+
+def check_device(device: Any) -> torch.device:
+    """Return ``device`` as a ``torch.device``.
+
+    Raises:
+        ValueError: It names none.
+    """
+    try:
+        return torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"device must be a torch device such as 'cpu' or 'cuda:0', got {device!r}") from error
 
 
 def parameter_groups(params: Any, model: nn.Module) -> list[dict[str, Any]]:
@@ -66,21 +86,17 @@ def parameter_groups(params: Any, model: nn.Module) -> list[dict[str, Any]]:
     names = {id(p): name for name, p in model.named_parameters()}
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError(f"{type(model).__name__} has no trainable parameters (none with requires_grad=True)")
-    if params is None:
-        params = model.parameters()
-    elif isinstance(params, (nn.Module, torch.Tensor)):
-        raise TypeError(
-            f"params must be an iterable of parameters such as model.parameters(), got a {type(params).__name__};"
-            " a model is passed as model="
-        )
-    entries = list(params)
-    if not entries:
-        raise ValueError("params is empty: pass model.parameters(), or leave it out to train them all")
-    groups = [dict(e) for e in entries] if isinstance(entries[0], dict) else [{"params": entries}]
+    entries = _entries(model.parameters() if params is None else params)
+    grouped = [isinstance(entry, Mapping) for entry in entries]
+    if any(grouped) and not all(grouped):
+        raise TypeError("params mixes parameters and groups; give either parameters or dictionaries only")
+    groups = [dict(entry) for entry in entries] if all(grouped) else [{"params": entries}]
     seen: set[int] = set()
     for group in groups:
+        if "params" not in group:
+            raise ValueError(f"a parameter group has no 'params', only {sorted(group)}")
         given = group["params"]
-        parameters = [_parameter(e) for e in ([given] if isinstance(given, torch.Tensor) else given)]
+        parameters = [_parameter(e) for e in ([given] if isinstance(given, nn.Parameter) else _entries(given))]
         for p in parameters:
             _check_parameter(p, names, seen)
         group["params"] = [p for p in parameters if p.requires_grad]
@@ -88,7 +104,22 @@ def parameter_groups(params: Any, model: nn.Module) -> list[dict[str, Any]]:
     groups = [group for group in groups if group["params"]]
     if not groups:
         raise ValueError("every parameter in params is frozen (requires_grad=False)")
+    if not any(p.numel() for group in groups for p in group["params"]):
+        raise ValueError("there is nothing to train: all parameters are empty")
     return groups
+
+
+def _entries(params: Any) -> list[Any]:
+    advice = "params must be an iterable of parameters such as model.parameters(), or a list of groups"
+    if isinstance(params, (nn.Module, torch.Tensor)):
+        raise TypeError(f"{advice}, got a {type(params).__name__}; a model is passed as model=")
+    if isinstance(params, (Mapping, set, frozenset, str)) or not isinstance(params, Iterable):
+        # A set would be in another order in every process.
+        raise TypeError(f"{advice}, got a {type(params).__name__}")
+    entries = list(params)
+    if not entries:
+        raise ValueError("params is empty: pass model.parameters(), or leave it out to train them all")
+    return entries
 
 
 def _parameter(entry: Any) -> nn.Parameter:
@@ -100,15 +131,21 @@ def _parameter(entry: Any) -> nn.Parameter:
 
 def _check_parameter(p: nn.Parameter, names: dict[int, str], seen: set[int]) -> None:
     if id(p) not in names:
-        raise ValueError(f"params contains a parameter of shape {list(p.shape)} that is not one of the model's")
+        raise ValueError("params contains a parameter that is not one of the model's")
     name = names[id(p)]
     if id(p) in seen:
         raise ValueError(f"parameter {name!r} is in params twice")
     seen.add(id(p))
     if isinstance(p, nn.parameter.UninitializedParameter):
         raise ValueError(f"parameter {name!r} has no shape yet: run the model once before training it")
-    if p.requires_grad and not p.is_floating_point():
-        raise ValueError(f"parameter {name!r} of dtype {p.dtype} cannot be perturbed; freeze it")
+    if not p.requires_grad:
+        return
+    if p.dtype not in _DTYPES or p.layout is not torch.strided:
+        raise ValueError(f"parameter {name!r} of {p.dtype}, {p.layout} cannot be perturbed; freeze it")
+    if p.is_meta:
+        raise ValueError(f"parameter {name!r} is on the meta device and has no values; materialise the model first")
+    if p.is_inference():
+        raise ValueError(f"parameter {name!r} was made under torch.inference_mode(); make the model outside it")
 
 
 def check_options(group: dict[str, Any], known: Iterable[str]) -> None:

@@ -9,149 +9,152 @@ of the model that shows that member's weights.
 from __future__ import annotations
 
 import contextvars
-import dataclasses
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import greenlet
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..module_state import NotBatchable
 from ..population import PLAIN_TYPES, Population, warn_once
 from . import thread_modes
-from .view import Blueprint, natural_call, notice_changes, training_changes, view_of
+from .member_state import Differentiated, MemberState, Origin
+from .randomness import RandomStates
+from .view import Blueprint, natural_call, release, view_of
+
+# Why a call runs in the member's own greenlet, on its own weights.
+_READS = "the fitness function, or a method of the model, reads them"
+_CHANGED = "the fitness function changes the model"
+_FOREIGN = (
+    "the fitness function calls the model inside a block that cannot be left and entered again (torch.device, torch.func,"
+    " an asyncio loop, …)"
+)
+_THREAD = "the fitness function calls the model in another thread or after it has returned"
+_HOOKS = "the model has forward hooks"
+_DIFFERENTIATES = "the fitness function differentiates"
 
 
-class Interference(Exception):
-    """The members' calls changed something that they share, so they cannot take turns."""
+class Group:
+    """Members that wait for the same module with inputs of the same shape.
+
+    Args:
+        base: The module.
+        spec: The structure of the arguments, or the number of positional tensors.
+        modes: Modes of the thread.
+        training: Modules whose training mode differs from the model's.
+        width: How many leaves the arguments have.
+    """
+
+    def __init__(
+        self, base: nn.Module, spec: Any, modes: thread_modes.Modes, training: dict[nn.Module, bool], width: int
+    ) -> None:
+        self.base, self.spec, self.modes, self.training = base, spec, modes, training
+        self.members: list[_Member] = []
+        self.columns: list[list[Any]] = [[] for _ in range(width)]
 
 
-@dataclasses.dataclass(slots=True)
-class _Request:
-    """A call of the model that waits to be served."""
-
-    member: _Member
-    base: nn.Module
-    spec: Any
-    leaves: Sequence[Any]
-    versions: Sequence[int | None]
-    key: Any
-    training: dict[nn.Module, bool]
-    # Filled in when served.
-    result: Any = None
-    error: BaseException | None = None
-    refused: bool = False
-
-
-class _Member:
+class _Member(MemberState):
     """One member's run of the fitness function."""
 
-    def __init__(self, scheduler: Coalescer, index: int, function: Callable[[nn.Module], Any]) -> None:
-        self.scheduler, self.index = scheduler, index
-        self.views: dict[nn.Module, nn.Module] = {}
-        self.touched: set[nn.Module] = set()
+    def __init__(self, scheduler: Coalescer, index: int) -> None:
+        super().__init__(scheduler.origin, index)
+        self.scheduler = scheduler
+        # What the function returned.
         self.value: Any = None
-        self._shared_parameters: dict[int, nn.Parameter] = {}
-        self._why_dense = "the fitness function reads or changes the weights"
+        # How its last request was served: a result, an error to raise, or the reason why it was not.
+        self.result: Any = None
+        self.error: BaseException | None = None
+        self.refusal: str | None = None
+        # The modes under which it waits, and what is to be put in force when it goes on.
+        self.thread_modes: thread_modes.Modes | None = None
+        self.suspended: thread_modes.Suspended | None = None
+        self.random: dict[Any, Any] = {}
+        self._why: str | None = _READS
         self.greenlet = greenlet.greenlet(self._run)
         self.greenlet.gr_context = contextvars.copy_context()
-        self._function = function
-
-    def blueprint(self, base: nn.Module) -> Blueprint:
-        """Return the blueprint of the views of ``base``."""
-        return self.scheduler.blueprint(base)
 
     def _run(self) -> None:
-        self.value = self._function(view_of(self, self.scheduler.population.model))
+        # No variable refers to the view: whether the function keeps it shows by its being alive afterwards.
+        self.value = self.scheduler.function(self.view(self.origin.population.model))
+        self._why = "the fitness function keeps a reference to its model"
+        release(self)
+
+    def view(self, base: nn.Module) -> nn.Module:
+        return view_of(self, base)
+
+    def blueprint(self, base: nn.Module) -> Blueprint:
+        return self.scheduler.blueprint(base)
+
+    def report_dense(self) -> None:
+        if self._why is not None:
+            self.scheduler.report("dense", f"the weights of each member are formed in full, which is slow: {self._why}")
 
     def call(self, view: nn.Module, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call the member's form of ``base``: together with the other members if that is possible."""
-        request = self._request(base, args, kwargs)
-        if request is not None:
-            self._wait(request)
-            if request.error is not None:
-                raise request.error
-            if not request.refused:
-                return request.result
-            self._why_dense = self.scheduler.refused[base]
-        return natural_call(view, args, kwargs)
-
-    def parameters_of(self, base: nn.Module) -> dict[str, nn.Parameter | None]:
-        """Return the member's dense parameters of ``base`` itself; tied ones are the same object everywhere."""
-        scheduler = self.scheduler
-        warn_once(
-            scheduler.warned,
-            f"a fitness function is served from dense weights of each member, which is slow: {self._why_dense}",
-        )
-        dense: dict[str, nn.Parameter | None] = {}
-        for key, parameter in base._parameters.items():
-            if parameter is None:
-                dense[key] = None
-                continue
-            own = self._shared_parameters.get(id(parameter))
-            if own is None:
-                name = scheduler.names.get(id(parameter))
-                if name is None:
-                    value = parameter.detach().clone()
-                else:
-                    value = scheduler.population.member_parameters(self.index, [name])[name]
-                own = nn.Parameter(value, requires_grad=parameter.requires_grad)
-                self._shared_parameters[id(parameter)] = own
-                # Whoever else holds it no longer matches the batched forward either.
-                self.touched.update(scheduler.owners[id(parameter)])
-            dense[key] = own
-        return dense
-
-    def _request(self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Request | None:
-        """Return the request to batch this call, or None if it is to run on its own."""
-        scheduler = self.scheduler
-        if greenlet.getcurrent() is not self.greenlet or scheduler.aborted or base in scheduler.refused:
-            if scheduler.aborted and greenlet.getcurrent() is self.greenlet:
+        why: str | None = _THREAD
+        refusal = None
+        if greenlet.getcurrent() is self.greenlet:
+            if self.scheduler.aborted:
                 raise greenlet.GreenletExit
-            return None
-        if scheduler.watches:
-            notice_changes(self)
-        if self.touched and not self.touched.isdisjoint(scheduler.blueprint(base).subtree):
-            return None
-        if thread_modes.foreign_context() != scheduler.foreign:
-            return None
-        spec: Any
-        if kwargs or not all(isinstance(arg, Tensor) for arg in args):
-            leaves, spec = tree_flatten((args, kwargs))
-        else:
-            leaves, spec = list(args), len(args)
-        grad = torch.is_grad_enabled()
-        keys: list[Any] = [base, spec, thread_modes.autocast_state()]
-        versions: list[int | None] = []
-        for i, leaf in enumerate(leaves):
-            if isinstance(leaf, Tensor):
-                if grad and leaf.requires_grad:
-                    # The function wants to differentiate.
-                    return None
-                leaves[i], version = scheduler.hold(leaf)
-                versions.append(version)
-                keys += (leaf.shape, leaf.dtype, leaf.device)
-            elif isinstance(leaf, PLAIN_TYPES):
-                versions.append(None)
-                keys += (type(leaf), leaf)
-            else:
-                return None
-        training = training_changes(self)
-        keys += training.items()
-        return _Request(self, base, spec, leaves, versions, tuple(keys), training)
-
-    def _wait(self, request: _Request) -> None:
-        own = thread_modes.current()
-        suspended = None
-        if own != self.scheduler.modes:
-            suspended = thread_modes.Suspended(own, self.scheduler.modes)
+            why, refusal = self._join(base, args, kwargs)
+            if why is None and refusal is None:
+                self.scheduler.hub.switch()
+                result, error, refusal = self.result, self.error, self.refusal
+                self.result = self.error = self.refusal = None
+                if error is not None:
+                    raise error
+                if refusal is None:
+                    return result
+        before, self._why = self._why, why
         try:
-            self.scheduler.hub.switch(request)
+            result = natural_call(view, args, kwargs)
         finally:
-            if suspended is not None:
-                suspended.resume()
+            self._why = before
+        if refusal is not None:
+            self.scheduler.report_refusal(base, refusal)
+        return result
+
+    def _join(self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str | None, str | None]:
+        """Wait with others of the same kind, or return why not: a reason of the function's, or of the model's."""
+        scheduler = self.scheduler
+        blueprint = scheduler.blueprint(base)
+        if self.has_state:
+            self.notice_changes()
+        if self.touched and not self.touched.isdisjoint(blueprint.subtree):
+            return _CHANGED, None
+        if blueprint.has_hooks or torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
+            return _HOOKS, None
+        if thread_modes.foreign_context() != scheduler.foreign:
+            return _FOREIGN, None
+        modes = thread_modes.current()
+        leaves: Sequence[Any] = args
+        spec: Any = len(args)
+        if kwargs or not all(type(arg) is Tensor for arg in args):
+            leaves, spec = tree_flatten((args, kwargs))
+        key: list[Any] = [base, spec, modes[2:], scheduler.interned(self.modes)]
+        held = []
+        for leaf in leaves:
+            if isinstance(leaf, Tensor):
+                if leaf.requires_grad and modes[1]:
+                    return _DIFFERENTIATES, None
+                if type(leaf) not in (Tensor, nn.Parameter) or leaf.layout is not torch.strided:
+                    return f"it is called with a {type(leaf).__name__} of layout {leaf.layout}", None
+                held.append(scheduler.hold(leaf))
+                key += (leaf.shape, leaf.dtype, leaf.device)
+            elif isinstance(leaf, PLAIN_TYPES):
+                held.append(leaf)
+                key += (type(leaf), (leaf.start, leaf.stop, leaf.step) if isinstance(leaf, slice) else leaf)
+            else:
+                return f"it is called with a {type(leaf).__name__}", None
+        refusal = scheduler.join(self, tuple(key), held, modes)
+        if refusal is None:
+            self.thread_modes = modes
+            self.outputs.differentiable |= modes[1]
+        return None, refusal
 
 
 class Coalescer:
@@ -161,23 +164,24 @@ class Coalescer:
         population: The members.
         function: From a model to its fitness, in any form.
         warned: The warnings already given; each is given once.
+        seeds: Whether the function may seed the generators of NumPy or Python.
     """
 
-    def __init__(self, population: Population, function: Callable[[nn.Module], Any], warned: set[str]) -> None:
+    def __init__(
+        self, population: Population, function: Callable[[nn.Module], Any], warned: set[str], *, seeds: bool = False
+    ) -> None:
         self.population, self.function, self.warned = population, function, warned
-        # Modules that could not be batched, with the reason.
-        self.refused: dict[nn.Module, str] = {}
+        self.origin = Origin(population)
         self.aborted = False
         self.hub = greenlet.getcurrent()
-        model = population.model
-        self.names = {id(model.get_parameter(name)): name for name in population.perturbations.draws}
-        self.owners: dict[int, set[nn.Module]] = {}
-        for module in model.modules():
-            for parameter in module._parameters.values():
-                self.owners.setdefault(id(parameter), set()).add(module)
+        self._random = RandomStates(seeds)
+        # Calls that could not be batched, with the reason.
+        self._refused: dict[Any, str] = {}
+        self._groups: dict[Any, Group] = {}
         self._blueprints: dict[nn.Module, Blueprint] = {}
-        self.watches = any(self.blueprint(module).mutable for module in model.modules())
-        self._held: dict[Any, tuple[Tensor, Tensor]] = {}
+        self._interned: dict[Any, Any] = {}
+        self._held: dict[Any, tuple[Tensor, Tensor, int | None]] = {}
+        self._reports: list[tuple[str, str]] = []
 
     def scores(self, on_error: Callable[[BaseException, int], None]) -> list[Any]:
         """Return what the function returned for each member.
@@ -186,21 +190,22 @@ class Coalescer:
             on_error: Called with an exception of the function and the member that it came from, before it is raised.
 
         Raises:
-            Interference: A member changed an input that another one was waiting with.
+            Differentiated: The function wants gradients of what came from a batched forward.
         """
-        members = [_Member(self, i, self.function) for i in range(len(self.population))]
-        with thread_modes.kept() as self.modes:
-            self.foreign = thread_modes.foreign_context()
+        members = [_Member(self, i) for i in range(len(self.population))]
+        with thread_modes.kept():
+            self.stage, self.foreign = thread_modes.Stage(), thread_modes.foreign_context()
             try:
-                waiting = [request for member in members if (request := self._go_on(member, on_error)) is not None]
-                while waiting:
-                    self._serve(waiting)
-                    waiting = [
-                        request for served in waiting if (request := self._go_on(served.member, on_error)) is not None
-                    ]
+                active = members
+                while active:
+                    waiting = [member for i, member in enumerate(active) if self._go_on(member, i == 0, on_error)]
+                    self._serve()
+                    active = waiting
             except BaseException:
                 self._abort(members)
                 raise
+        for kind, message in self._reports:
+            warn_once(self.warned, message, kind)
         return [member.value for member in members]
 
     def blueprint(self, base: nn.Module) -> Blueprint:
@@ -210,106 +215,149 @@ class Coalescer:
             known = self._blueprints[base] = Blueprint(base)
         return known
 
-    def hold(self, tensor: Tensor) -> tuple[Tensor, int | None]:
-        """Return the tensor to serve an input from, one object for equal inputs, and its version.
+    def report(self, kind: str, message: str) -> None:
+        """Keep a warning until the members have finished, who may have filters of their own in force."""
+        if kind not in self.warned and all(kind != other for other, _ in self._reports):
+            self._reports.append((kind, message))
 
-        Memory that torch's version counter does not see all writes to (NumPy's, inference tensors) is copied at
-        once, with the version None: another member may fill the same buffer before this one is served.
+    def report_refusal(self, base: nn.Module, reason: str) -> None:
+        """Warn of a module that the members had to run one by one."""
+        name = next((name for name, module in self.population.model.named_modules() if module is base), "")
+        together = ", its submodules together" if len(self.blueprint(base).subtree) > 1 else ""
+        self.report(
+            "refused",
+            f"{name or 'the model'} ({type(base).__name__}) runs for each member on its own{together}: {reason}",
+        )
+
+    def interned(self, modes: dict[nn.Module, bool]) -> Any:
+        """Return one and the same object for equal training modes."""
+        if not modes:
+            return None
+        key = frozenset(modes.items())
+        return self._interned.setdefault(key, key)
+
+    def hold(self, tensor: Tensor) -> Tensor:
+        """Return a copy of an input, one and the same for inputs that are at the same place with the same values.
+
+        It is a copy because the function, or another member's, may fill the same memory anew before it is served.
         """
-        key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+        key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.is_conj(), tensor.is_neg())
+        # Memory of NumPy's and inference tensors don't count all changes as versions.
+        counted = not tensor.is_inference() and tensor.untyped_storage().resizable()
+        version = tensor._version if counted else None
         known = self._held.get(key)
-        if known is not None and known[0] is tensor is known[1]:
-            return tensor, tensor._version
-        if tensor.is_inference() or not tensor.untyped_storage().resizable():
-            if known is None or known[1] is known[0] or not torch.equal(known[1], tensor):
-                known = self._held[key] = (tensor, tensor.detach().clone())
-            return known[1], None
-        if known is not None and known[0] is known[1] and known[0]._version == tensor._version:
-            return known[0], tensor._version
-        # The first to come is kept alive until it is served, so that its memory means nothing else meanwhile.
-        self._held[key] = (tensor, tensor)
-        return tensor, tensor._version
+        if known is not None:
+            source, copied, known_version = known
+            same_counter = source is tensor or (tensor._base is not None and tensor._base is source._base)
+            if version is not None and same_counter and (tensor.numel() > _SMALL or not tensor.is_cpu):
+                same = version == known_version
+            else:
+                same = torch.equal(copied, tensor)
+            if same:
+                return copied
+        copied = tensor.detach().clone()
+        # The source stays alive until it is served, so that its memory means nothing else meanwhile.
+        self._held[key] = (tensor, copied, version)
+        return copied
 
-    def _go_on(self, member: _Member, on_error: Callable[[BaseException, int], None]) -> _Request | None:
+    def join(self, member: _Member, key: Any, leaves: list[Any], modes: thread_modes.Modes) -> str | None:
+        """Add a member to the group that waits for the same, or return why there can be none."""
+        group = self._groups.get(key)
+        if group is None:
+            if key in self._refused:
+                return self._refused[key]
+            group = self._groups[key] = Group(key[0], key[1], modes, member.modes, len(leaves))
+        group.members.append(member)
+        for column, leaf in zip(group.columns, leaves, strict=True):
+            column.append(leaf)
+        return None
+
+    def _go_on(self, member: _Member, first: bool, on_error: Callable[[BaseException, int], None]) -> bool:
+        """Run a member until it waits or has finished, and return whether it waits."""
+        self._random.enter(member.random, first)
+        if member.suspended is not None:
+            member.suspended.resume()
         try:
-            request: _Request | None = member.greenlet.switch()
+            member.greenlet.switch()
+        except Differentiated:
+            raise
         except BaseException as error:
+            if isinstance(error, RuntimeError) and member.outputs.differentiable and "grad" in str(error):
+                # Such as "element 0 of tensors does not require grad".
+                raise Differentiated from error
             on_error(error, member.index)
             raise
-        if member.greenlet.dead:
-            if thread_modes.current() != self.modes:
-                thread_modes.apply(self.modes)
-            return None
-        return request
+        finally:
+            modes, member.thread_modes = member.thread_modes, None
+            member.suspended = self.stage.clear(thread_modes.current() if modes is None else modes)
+            self._random.leave(member.random)
+        return not member.greenlet.dead
 
-    def _serve(self, waiting: Sequence[_Request]) -> None:
+    def _serve(self) -> None:
+        groups, self._groups = self._groups, {}
         self._held.clear()
-        groups: dict[Any, list[_Request]] = {}
-        for request in waiting:
-            groups.setdefault(request.key, []).append(request)
-        for group in groups.values():
+        for key, group in groups.items():
             try:
-                self._run(group)
+                # Ordinary tensors, whatever the caller's modes are: they count their versions.
+                with torch.inference_mode(False), torch.no_grad():
+                    self._run(group)
             except NotBatchable as error:
-                base = group[0].base
-                self.refused[base] = str(error)
-                name = next((name for name, module in self.population.model.named_modules() if module is base), "")
-                warn_once(
-                    self.warned,
-                    f"{name or 'the model'} ({type(base).__name__}) runs for each member on its own, its submodules"
-                    f" together: {error}",
-                )
-                for request in group:
-                    request.refused = True
+                self._refused[key] = str(error)
+                for member in group.members:
+                    member.refusal = str(error)
             except ValueError as error:
-                for request in group:
-                    request.error = error
+                for member in group.members:
+                    # Each raises its own: they collect tracebacks.
+                    member.error = copy.copy(error)
 
-    def _run(self, group: Sequence[_Request]) -> None:
-        first = group[0]
+    def _run(self, group: Group) -> None:
         leaves: list[Any] = []
         dims: list[int | None] = []
-        for i, leaf in enumerate(first.leaves):
-            column = [request.leaves[i] for request in group]
-            if isinstance(leaf, Tensor) and not all(other is leaf for other in column):
-                leaves.append(torch.stack(column))
-                dims.append(0)
-            else:
-                leaves.append(leaf)
-                dims.append(None)
-            for request in group:
-                version = request.versions[i]
-                if version is not None and request.leaves[i]._version != version:
-                    raise Interference("a member changes a tensor in place that another one has called the model with")
-        args, kwargs = (leaves, {}) if isinstance(first.spec, int) else tree_unflatten(leaves, first.spec)
-        with thread_modes.autocast(first.key[2]):
-            result = self.population.run(
-                first.base,
-                tuple(args),
-                kwargs,
-                dims,
-                [request.member.index for request in group],
-                first.training,
-            )
-        if isinstance(result, Tensor):
-            for request, own in zip(group, result.unbind(0), strict=True):
-                # As fresh outputs would: slices don't share a version counter.
-                request.result = own.data
-            return
-        results, spec = tree_flatten(result)
+        for column in group.columns:
+            shared = all(leaf is column[0] for leaf in column) or not isinstance(column[0], Tensor)
+            leaf = column[0] if shared else torch.stack(column)
+            leaves.append(leaf.clone() if isinstance(leaf, Tensor) and leaf.is_inference() else leaf)
+            dims.append(None if shared else 0)
+        versions = [leaf._version for leaf in leaves if isinstance(leaf, Tensor)]
+        args, kwargs = (leaves, {}) if isinstance(group.spec, int) else tree_unflatten(leaves, group.spec)
+        state = self._random.state() if self._random.seeded else None
+        with thread_modes.autocast(group.modes):
+            members = [member.index for member in group.members]
+            result = self.population.run(group.base, tuple(args), kwargs, dims, members, group.training)
+        if versions != [leaf._version for leaf in leaves if isinstance(leaf, Tensor)]:
+            raise NotBatchable("the model's forward changes its input in place")
+        if state is not None and state != self._random.state():
+            raise NotBatchable("the model's forward draws random numbers, from a generator that the function has seeded")
+        results, spec = ([result], None) if isinstance(result, Tensor) else tree_flatten(result)
+        # Like fresh outputs, slices taken by `data` don't share a version counter.
         columns = [
-            [own.data for own in leaf.unbind(0)] if isinstance(leaf, Tensor) else [leaf] * len(group)
+            [own.data for own in leaf.unbind(0)] if isinstance(leaf, Tensor) else [leaf] * len(group.members)
             for leaf in results
         ]
-        for request, own_leaves in zip(group, zip(*columns, strict=True), strict=True):
-            request.result = tree_unflatten(list(own_leaves), spec)
+        if spec is None:
+            for member, own in zip(group.members, columns[0], strict=True):
+                member.result = own
+        else:
+            for i, member in enumerate(group.members):
+                member.result = tree_unflatten([column[i] for column in columns], spec)
 
     def _abort(self, members: Sequence[_Member]) -> None:
         """End the functions that still wait, so that their ``with`` and ``finally`` blocks run."""
         self.aborted = True
         for member in members:
             if member.greenlet:
+                self._random.enter(member.random, False)
+                if member.suspended is not None:
+                    member.suspended.resume()
                 try:
                     member.greenlet.throw()
-                except Exception as error:
+                except BaseException as error:
                     warn_once(self.warned, f"a fitness function raised while it was abandoned: {error!r}")
+                finally:
+                    self.stage.clear(thread_modes.current())
+                    self._random.leave(member.random)
+            member.end()
+
+
+# Up to so many values, looking whether they are the same costs no more than asking for the version.
+_SMALL = 1024

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from ..population import Population, warn_once
 from . import thread_modes
-from .coalesce import Coalescer, Interference
-from .environments import shared_environment
+from .coalesce import Coalescer
+from .environments import Outside
+from .member_state import Differentiated
 from .scores import to_score, to_scores
 from .view import view_class
 
@@ -84,13 +85,16 @@ def evaluate(
         return to_score(fitness_fn(model))
 
     if coalesce:
-        reason = why_not_coalesced(population.model, fitness_fn)
+        outside = Outside(fitness_fn)
+        reason = _DIFFERENTIATES if _DIFFERENTIATES in warned else why_not_coalesced(population.model, outside)
         if reason is None:
             try:
-                values = Coalescer(population, score, warned).scores(annotate)
-                return torch.tensor(values, dtype=torch.float64)
-            except Interference as error:
-                reason = str(error)
+                coalescer = Coalescer(population, score, warned, seeds=outside.seeds())
+                return torch.tensor(coalescer.scores(annotate), dtype=torch.float64)
+            except Differentiated:
+                reason = _DIFFERENTIATES
+                # Not to be tried again.
+                warned.add(reason)
         warn_once(warned, f"the fitness function is run for one member at a time: {reason}")
     return torch.tensor(list(_one_by_one(population, score, annotate)), dtype=torch.float64)
 
@@ -117,19 +121,29 @@ def _add_note(error: BaseException, text: str) -> None:
         error.args = (f"{error.args[0]} ({text})", *error.args[1:]) if error.args else (text,)
 
 
-def why_not_coalesced(model: nn.Module, fitness_fn: Callable[..., Any]) -> str | None:
-    """Return why the members cannot take turns in this function, or None if nothing speaks against it."""
+_DIFFERENTIATES = "it takes gradients through its model"
+
+
+def why_not_coalesced(model: nn.Module, outside: Outside) -> str | None:
+    """Return why the members cannot take turns in a function, or None if nothing speaks against it.
+
+    Args:
+        model: The model.
+        outside: What the function uses from outside.
+    """
     for module in model.modules():
         if isinstance(module, torch.jit.ScriptModule):
             return "the model is a TorchScript module"
         try:
-            view_class(type(module))
+            view_class(module.__class__)
         except TypeError as error:
             return f"{type(module).__name__} cannot be subclassed: {error}"
-    environment = shared_environment(fitness_fn)
+    environment, lock = outside.environment(), outside.lock()
     if environment is not None:
         return (
             f"all its calls step the same environment {environment!r}; make one inside the function, and the members"
             " can run together"
         )
+    if lock is not None:
+        return f"all its calls take the same lock {lock!r}, which can be taken once"
     return None

@@ -1,7 +1,7 @@
-"""The modes of torch that belong to a thread: gradients, inference mode, autocast.
+"""What belongs to a thread or a process, and would have to belong to one member's fitness function.
 
-A fitness function that is switched out inside ``with torch.inference_mode():`` must find the mode on when it goes on,
-and no other function may see it meanwhile. Modes for which there is no such hand-over are reported by
+A function that is switched out inside ``with torch.inference_mode():`` must find the mode on when it goes on, and no
+other function may see it meanwhile. Modes for which there is no such hand-over are reported by
 :func:`foreign_context`; inside them a function is not switched out.
 """
 
@@ -9,12 +9,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import operator
+import sys
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch.nn.utils import parametrize
 
-# (inference mode, gradients on, autocast of the CPU, of the accelerator)
+# (inference mode, gradients on, autocast of the CPU, its dtype, autocast of the accelerator, its dtype)
 Modes = tuple[Any, ...]
 
 _ACCELERATOR = "cuda" if not torch.backends.mps.is_available() else "mps"
@@ -22,45 +26,14 @@ _ACCELERATOR = "cuda" if not torch.backends.mps.is_available() else "mps"
 
 def current() -> Modes:
     """Return the modes of the running thread."""
-    return (torch.is_inference_mode_enabled(), torch.is_grad_enabled(), *autocast_state())
-
-
-def autocast_state() -> Modes:
-    """Return the autocast settings of the running thread."""
     return (
+        torch.is_inference_mode_enabled(),
+        torch.is_grad_enabled(),
         torch.is_autocast_enabled("cpu"),
         torch.get_autocast_dtype("cpu"),
         torch.is_autocast_enabled(_ACCELERATOR),
         torch.get_autocast_dtype(_ACCELERATOR),
     )
-
-
-@contextlib.contextmanager
-def autocast(state: Modes) -> Iterator[None]:
-    """Run the block under the autocast settings that :func:`autocast_state` returned."""
-    with contextlib.ExitStack() as stack:
-        for device_type, enabled, dtype in (("cpu", *state[:2]), (_ACCELERATOR, *state[2:])):
-            if enabled:
-                stack.enter_context(torch.autocast(device_type, dtype))
-        yield
-
-
-class Suspended:
-    """The modes of a function that is switched out, while others run under ``baseline``."""
-
-    def __init__(self, own: Modes, baseline: Modes) -> None:
-        self.own, self.baseline = own, baseline
-        # A guard remembers the thread's whole state and restores it absolutely: guards of different functions may
-        # end in any order.
-        self._guard = torch._C._InferenceMode(baseline[0])
-        self._guard.__enter__()
-        apply(baseline)
-
-    def resume(self) -> None:
-        """Put the function's modes back."""
-        _set_autocast(self.own)
-        self._guard.__exit__(None, None, None)
-        torch._C._set_grad_enabled(self.own[1])
 
 
 def apply(modes: Modes) -> None:
@@ -76,6 +49,16 @@ def _set_autocast(modes: Modes) -> None:
 
 
 @contextlib.contextmanager
+def autocast(modes: Modes) -> Iterator[None]:
+    """Run the block under the autocast settings among ``modes``."""
+    with contextlib.ExitStack() as stack:
+        for i, device_type in ((2, "cpu"), (4, _ACCELERATOR)):
+            if modes[i]:
+                stack.enter_context(torch.autocast(device_type, modes[i + 1]))
+        yield
+
+
+@contextlib.contextmanager
 def kept() -> Iterator[Modes]:
     """Leave the thread's modes after the block as they were before it, also where code inside set and left them."""
     modes = current()
@@ -85,16 +68,113 @@ def kept() -> Iterator[Modes]:
         apply(modes)
 
 
+@contextlib.contextmanager
+def neutral() -> Iterator[None]:
+    """Run the block on ordinary tensors, without gradients and in full precision, whatever the modes around it."""
+    with kept() as modes, torch.inference_mode(False), torch.no_grad():
+        _set_autocast((*modes[:2], False, modes[3], False, modes[5]))
+        yield
+
+
+# What belongs to the process: (sys.stdout, sys.stderr, the filters of warnings and how they are shown).
+Surroundings = tuple[Any, ...]
+
+
+def surroundings() -> Surroundings:
+    """Return what ``contextlib.redirect_stdout``, ``warnings.catch_warnings`` and the like replace."""
+    return (sys.stdout, sys.stderr, warnings.filters, warnings.showwarning, warnings._showwarnmsg_impl)  # type: ignore[attr-defined]
+
+
+def surround(values: Surroundings) -> None:
+    """Put back what :func:`surroundings` returned."""
+    sys.stdout, sys.stderr, warnings.filters, warnings.showwarning, shown = values
+    warnings._showwarnmsg_impl = shown  # type: ignore[attr-defined]
+    # Cached decisions of what to show hold for other filters.
+    getattr(warnings, "_filters_mutated", getattr(warnings, "_filters_mutated_lock_held", lambda: None))()
+
+
+class Stage:
+    """The modes and surroundings under which the members take turns."""
+
+    def __init__(self) -> None:
+        self.modes, self.surroundings = current(), surroundings()
+        self.autocast_depth = _autocast_depth()
+
+    def clear(self, modes: Modes) -> Suspended | None:
+        """Put the stage back in order after a function has run on it, and return what it needs to go on.
+
+        Args:
+            modes: The modes that it has left on.
+        """
+        around = surroundings()
+        same = all(map(operator.is_, around, self.surroundings))
+        if same and modes == self.modes:
+            return None
+        return Suspended(self, modes, None if same else around)
+
+
+def _autocast_depth() -> int:
+    """Return how many autocast blocks are open."""
+    depth = torch.autocast_increment_nesting() - 1
+    torch.autocast_decrement_nesting()
+    return depth
+
+
+class Suspended:
+    """The modes and surroundings of a function that is switched out."""
+
+    def __init__(self, stage: Stage, modes: Modes, around: Surroundings | None) -> None:
+        self._modes, self._around = modes, around
+        self._guard = None
+        if modes[0] != stage.modes[0]:
+            # A guard remembers the thread's whole state and restores it absolutely: guards of different functions
+            # may end in any order.
+            self._guard = torch._C._InferenceMode(stage.modes[0])
+            self._guard.__enter__()
+        self._depth, self._casts = 0, modes[2:] != stage.modes[2:]
+        if self._casts:
+            _set_autocast(stage.modes)
+            # The casts that autocast keeps are dropped when the last block ends: blocks of others must not count.
+            self._depth = _autocast_depth() - stage.autocast_depth
+            for _ in range(self._depth):
+                torch.autocast_decrement_nesting()
+            torch.clear_autocast_cache()
+        torch._C._set_grad_enabled(stage.modes[1])
+        if around is not None:
+            surround(stage.surroundings)
+
+    def resume(self) -> None:
+        """Put them in force again."""
+        if self._guard is not None:
+            self._guard.__exit__(None, None, None)
+        if self._casts:
+            for _ in range(self._depth):
+                torch.autocast_increment_nesting()
+            _set_autocast(self._modes)
+        torch._C._set_grad_enabled(self._modes[1])
+        if self._around is not None:
+            surround(self._around)
+
+
 def foreign_context() -> tuple[Any, ...]:
     """Return what else of the thread's state a function may have changed and cannot take along when it is switched.
 
-    Function and dispatch modes (``torch.device`` as a context), functorch transforms, the default dtype and a
-    running asyncio loop.
+    Function and dispatch modes (``torch.device`` as a context), functorch transforms, the default dtype, a backward
+    pass or a trace that is going on, hooks on saved tensors, cached parametrizations, the choice of attention kernels,
+    and a running asyncio loop.
     """
+    c = torch._C
     return (
-        torch._C._len_torch_function_stack(),
-        torch._C._len_torch_dispatch_stack(),
-        torch._C._functorch.peek_interpreter_stack() is not None,
+        c._len_torch_function_stack(),
+        c._len_torch_dispatch_stack(),
+        c._functorch.peek_interpreter_stack() is not None,
         torch.get_default_dtype(),
+        c._current_graph_task_id(),
+        c._get_tracing_state() is not None,
+        c._autograd._top_saved_tensors_default_hooks(True) is not None,
+        parametrize._cache_enabled,
+        c._get_flash_sdp_enabled(),
+        c._get_mem_efficient_sdp_enabled(),
+        c._get_math_sdp_enabled(),
         asyncio._get_running_loop() is not None,
     )

@@ -2,104 +2,127 @@
 
 A view is a module tree of its own, in which every class is a subclass, made on the fly, of the model's class. Its calls
 go to the member, who may wait until one batched forward serves all; its parameters are that member's dense ones when
-somebody reads them; what a function assigns to it stays with the member. Children come into being when they are used.
+somebody reads them; what a function assigns to it stays with the member. Everything comes into being when it is used.
 """
 
 from __future__ import annotations
 
-import collections
-import copy
+import copyreg
 import functools
+import itertools
+import types
+import weakref
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
-import numpy as np
-from torch import Tensor, nn
+import torch
+from torch import nn
 
-from ..module_state import parameter_lists
+from ..snapshot import is_immutable
+from .member_state import MemberState
 
 _LINK = "_eggroll_link"
+_REGISTRIES = ("_parameters", "_buffers", "_modules")
+# The other attributes that every module has.
+_INTERNALS = frozenset(nn.Module().__dict__) - set(_REGISTRIES)
 
 
 class Blueprint:
     """What the views of one module have in common, found out once an evaluation.
 
     Attributes:
+        base: The module.
+        cls: The views' class.
         subtree: The module and all below it.
-        mutable: Names of attributes that a function could change without assigning to them.
-        plain_train: Whether every module of the subtree has the ``train()`` of ``nn.Module``.
-        has_aliases: Whether the module holds parameters outside its dictionary of parameters too.
+        has_hooks: Whether forward hooks are registered in it: what they do outside the model is each member's own.
+        plain_train: Whether every module of it has the ``train()`` of ``nn.Module``.
         changes: For each training mode, the modules of the subtree that are in the other one.
+        shared: Attributes that the views take as they are.
+        deferred: Names of the others, which are copied when they are first used.
+        early: Those of them that are copied at once, because the class has an attribute of that name too.
     """
 
     def __init__(self, base: nn.Module) -> None:
-        self.cls = view_class(type(base))
+        # A function may train its model, a view, with a trainer of its own.
+        load_all(base)
+        self.base, self.cls = base, view_class(base.__class__)
         self.subtree = frozenset(base.modules())
-        self.mutable = [
-            name
-            for name, value in base.__dict__.items()
-            if isinstance(value, _MUTABLE) and name not in _INTERNALS and not isinstance(value, nn.Parameter)
-        ]
-        self.plain_train = all(type(module).train is nn.Module.train for module in self.subtree)
-        # nn.RNNBase has them, but reads them in its forward alone; see natural_call.
-        self.has_aliases = not isinstance(base, nn.RNNBase) and (
-            bool(parameter_lists(base)) or any(isinstance(v, nn.Parameter) for v in base.__dict__.values())
-        )
+        self.has_hooks = any(module._forward_hooks or module._forward_pre_hooks for module in self.subtree)
+        self.plain_train = all(module.__class__.train is nn.Module.train for module in self.subtree)
         self.changes = {
             mode: {module: mode for module in base.modules() if module.training != mode} for mode in (False, True)
         }
+        attributes = {k: v for k, v in base.__dict__.items() if k not in _REGISTRIES and k not in _dropped(base)}
+        # Empty registries of hooks are shared until the view gets one; of others a function may remove some.
+        self.deferred = frozenset(
+            key for key, value in attributes.items() if not is_immutable(value) and (value or key not in _INTERNALS)
+        )
+        self.early = [key for key in self.deferred if key in _INTERNALS or hasattr(self.cls, key)]
+        self.shared = {key: value for key, value in attributes.items() if key not in self.deferred}
+
+    @functools.cached_property
+    def kinds(self) -> set[tuple[torch.dtype, torch.device]]:
+        """Return the dtypes and devices of the subtree's tensors."""
+        return {(t.dtype, t.device) for t in itertools.chain(self.base.parameters(), self.base.buffers())}
 
 
-class Member(Protocol):
-    """The owner of a tree of views."""
-
-    views: dict[nn.Module, nn.Module]
-    touched: set[nn.Module]
-
-    def blueprint(self, base: nn.Module) -> Blueprint:
-        """Return the blueprint of the views of ``base``."""
-
-    def call(self, view: nn.Module, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Call the member's form of ``base``."""
-
-    def parameters_of(self, base: nn.Module) -> dict[str, nn.Parameter | None]:
-        """Return the member's dense parameters of ``base`` itself."""
+def _dropped(base: nn.Module) -> set[str]:
+    """Return the attributes that views don't have: what torch.compile made runs the module that it was made from."""
+    compiled = {"_compiled_call_impl", _LINK}
+    return compiled | {"forward", "dynamo_ctx"} if "dynamo_ctx" in base.__dict__ else compiled
 
 
 class Link:
     """Binds a view to its member and to the module that it is a view of."""
 
-    def __init__(self, member: Member, base: nn.Module, blueprint: Blueprint) -> None:
-        self.member, self.base, self.blueprint = member, base, blueprint
-        # Training mode for children that don't exist yet; None: each its own.
-        self.mode: bool | None = None
-        self.watched: list[tuple[Any, Any]] = []
+    __slots__ = ("base", "blueprint", "member", "natural", "pending")
+
+    def __init__(self, member: MemberState, blueprint: Blueprint) -> None:
+        self.member, self.base, self.blueprint = member, blueprint.base, blueprint
+        # Attributes that have not been copied yet.
+        self.pending = set(blueprint.deferred) if blueprint.deferred else blueprint.deferred
+        # Whether the next call of forward() comes from the module's own __call__.
+        self.natural = False
 
     def touch(self) -> None:
         """Note that the view may no longer do what the batched forward does."""
         self.member.touched.add(self.base)
 
+    def load(self, view: nn.Module, name: str) -> Any:
+        """Copy a deferred attribute for the member."""
+        value = self.base.__dict__[name]
+        with self.member.origin.lock:
+            if name not in self.pending:
+                return view.__dict__[name]
+            own = self.member.copy(value)
+            if not isinstance(value, types.MethodType) or name in self.blueprint.early:
+                # A method that refers back to the view would keep it alive.
+                view.__dict__[name] = own
+                self.pending.remove(name)  # type: ignore[union-attr]
+                self.member.watch(self.base, own)
+        return own
 
-def view_of(member: Member, base: nn.Module) -> nn.Module:
+
+def view_of(member: MemberState, base: nn.Module) -> nn.Module:
     """Return the member's view of ``base``, the model or one of its submodules; always the same one."""
     view = member.views.get(base)
-    if view is None:
+    if view is not None:
+        return view
+    with member.origin.lock:
         blueprint = member.blueprint(base)
-        view = blueprint.cls.__new__(blueprint.cls)
-        link = Link(member, base, blueprint)
+        link = Link(member, blueprint)
+        view = object.__new__(blueprint.cls)
         attributes = view.__dict__
-        attributes.update(base.__dict__)
+        attributes.update(blueprint.shared)
         attributes[_LINK] = link
-        attributes["_parameters"] = _Parameters(base._parameters, link, view)
-        attributes["_buffers"] = _Buffers(base._buffers, link, view)
-        attributes["_modules"] = _Modules(base._modules, link, view)
-        for name in blueprint.mutable:
-            value = attributes[name]
-            attributes[name] = own = value.clone() if isinstance(value, Tensor) else copy.copy(value)
-            link.watched.append((own, _fingerprint(own)))
-        member.views[base] = view
-        if blueprint.has_aliases:
-            attributes["_parameters"].load()
+        attributes["_parameters"] = _Parameters(base._parameters, link)
+        attributes["_buffers"] = _Buffers(base._buffers, link)
+        attributes["_modules"] = _Modules(base._modules, link)
+        if base in member.modes:
+            attributes["training"] = member.modes[base]
+        view = member.views.setdefault(base, view)
+        for name in blueprint.early:
+            link.load(view, name)
     return view
 
 
@@ -111,80 +134,135 @@ def link_of(view: nn.Module) -> Link | None:
 
 def natural_call(view: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run the module's own forward (and hooks) on the view; calls of its children go to the member again."""
-    if isinstance(view, nn.RNNBase):
-        view._parameters.load()  # type: ignore[attr-defined]
-    return super(_ViewMixin, view).__call__(*args, **kwargs)  # type: ignore[misc]
+    link: Link = view.__dict__[_LINK]
+    link.natural = True
+    try:
+        return super(_ViewMixin, view).__call__(*args, **kwargs)  # type: ignore[misc]
+    finally:
+        link.natural = False
 
 
-def notice_changes(member: Member) -> None:
-    """Note the views whose own containers or arrays were changed in place."""
-    for view in member.views.values():
-        link = link_of(view)
-        if link is not None and any(_fingerprint(value) != before for value, before in link.watched):
-            link.touch()
+def load_all(view: nn.Module) -> None:
+    """Give a view everything that it would otherwise get when it is used."""
+    link = link_of(view)
+    if link is not None:
+        for key in _REGISTRIES:
+            view.__dict__[key].load()
+        for name in list(link.pending):
+            link.load(view, name)
+
+
+def release(member: MemberState) -> None:
+    """End a member's views: those that the fitness function has kept become ordinary modules with its weights."""
+    references = [weakref.ref(view) for view in member.views.values()]
+    member.forget()
+    kept = [view for reference in references if (view := reference()) is not None]
+    member.views = {link.base: view for view in kept if (link := link_of(view)) is not None}
+    settled: set[nn.Module] = set()
+    while todo := member.views.keys() - settled:
+        for base in todo:
+            load_all(member.views[base])
+        settled |= todo
+    for base in settled:
+        view = member.views[base]
+        _own_internals(view)
+        attributes = view.__dict__
+        del attributes[_LINK]
+        attributes.update({key: dict(attributes[key]) for key in _REGISTRIES})
+        _set_class(view, view.__class__)
+    member.end()
+
+
+def _own_internals(view: nn.Module) -> None:
+    """Give a view registries of hooks of its own."""
+    link = link_of(view)
+    if link is not None:
+        shared, attributes = link.blueprint.shared, view.__dict__
+        for key in _INTERNALS & shared.keys():
+            if attributes[key] is shared[key] and isinstance(shared[key], (dict, set)):
+                attributes[key] = shared[key].copy()
+
+
+_set_class: Callable[[Any, type], None] = object.__dict__["__class__"].__set__
 
 
 class _ViewMixin(nn.Module):
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Keep the registration of subclasses, that the user's class may do, from noticing the view's class."""
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        link = link_of(self)
-        # Without a link: built by user code from a view, such as a slice of an nn.Sequential.
+        link = self.__dict__.get(_LINK)
         if link is None:
             return super().__call__(*args, **kwargs)
         return link.member.call(self, link.base, args, kwargs)
 
+    def __getattr__(self, name: str) -> Any:
+        link = self.__dict__.get(_LINK)
+        if link is not None and name in link.pending:
+            return link.load(self, name)
+        return super().__getattr__(name)
+
     def __setattr__(self, name: str, value: Any) -> None:
         link = link_of(self)
-        if link is not None and name != "training":
+        if link is not None:
+            if name == "training":
+                link.member.set_mode(link.base, value)
+                self.__dict__[name] = value
+                return
             link.touch()
+            _own_internals(self)
+            if name in link.pending:
+                link.load(self, name)
         super().__setattr__(name, value)
 
     def __delattr__(self, name: str) -> None:
         link = link_of(self)
         if link is not None:
             link.touch()
+            _own_internals(self)
+            if name in link.pending:
+                link.load(self, name)
         super().__delattr__(name)
+
+    def __dir__(self) -> list[str]:
+        link = link_of(self)
+        return [*super().__dir__(), *(() if link is None else link.pending)]
 
     def train(self, mode: bool = True) -> Any:
         link = link_of(self)
-        if link is None or len(link.member.views) > 1 or not link.blueprint.plain_train:
+        if link is None or link.member.touched or not link.blueprint.plain_train or not isinstance(mode, bool):
             return super().train(mode)
-        # No child has been looked at yet: each takes the mode over when it comes into being.
-        self.__dict__["training"] = mode
-        link.mode = mode
+        link.member.set_modes(link.blueprint.subtree, link.blueprint.changes[mode], mode)
         return self
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        return detached_copy(self, memo)
+    def _apply(self, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        link = link_of(self)
+        # Moving a model to where it is already is common, and changes nothing.
+        if link is not None and not link.member.touched and all(_keeps(fn, *kind) for kind in link.blueprint.kinds):
+            return self
+        return super()._apply(fn, *args, **kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        # Pickled, for another process say, a view becomes an ordinary module as well.
-        return detached_copy(self, {}).__reduce_ex__(protocol)
+        # Copied or pickled, a view becomes an ordinary module.
+        load_all(self)
+        cls = self.__class__
+        if cls.__reduce_ex__ is not object.__reduce_ex__ or cls.__reduce__ is not object.__reduce__:
+            custom = cls.__reduce_ex__ is not object.__reduce_ex__
+            return super().__reduce_ex__(protocol) if custom else super().__reduce__()
+        own = getattr(cls, "__getstate__", None)
+        custom = own is not None and own is not getattr(object, "__getstate__", None)
+        state: Any = own(self) if custom else self.__dict__
+        if isinstance(state, dict):
+            state = {k: dict(v) if isinstance(v, _Lazy) else v for k, v in state.items() if k != _LINK}
+        return copyreg.__newobj__, (cls,), state  # type: ignore[attr-defined]
 
 
-def detached_copy(view: nn.Module, memo: dict[int, Any]) -> nn.Module:
-    """Return an ordinary module of the user's class with the member's dense weights."""
-    link = link_of(view)
-    if link is None:
-        cls: type[nn.Module] = type(view)._viewed  # type: ignore[attr-defined]
-        clone = cls.__new__(cls)
-        memo[id(view)] = clone
-        clone.__dict__.update({k: copy.deepcopy(v, memo) for k, v in view.__dict__.items()})
-        return clone
-    clone = type(link.base).__new__(type(link.base))
-    memo[id(view)] = clone
-    for key, value in view.__dict__.items():
-        if key == _LINK:
-            continue
-        if isinstance(value, _Lazy):
-            value.load()
-            value = dict(value)
-        clone.__dict__[key] = copy.deepcopy(value, memo)
-    if isinstance(clone, nn.RNNBase):
-        clone._init_flat_weights()
-    return clone
+def _keeps(fn: Callable[..., Any], dtype: torch.dtype, device: torch.device) -> bool:
+    probe = torch.empty(0, dtype=dtype, device=device)
+    return fn(probe) is probe and (probe.is_cuda or not probe.is_shared())
 
 
-def _hook_registration(name: str) -> Callable[..., Any]:
+def _registration(name: str) -> Callable[..., Any]:
     original = getattr(nn.Module, name)
 
     @functools.wraps(original)
@@ -192,17 +270,27 @@ def _hook_registration(name: str) -> Callable[..., Any]:
         link = link_of(self)
         if link is not None:
             link.touch()
-            for key, hooks in link.base.__dict__.items():
-                if "_hooks" in key and hooks is not None and hooks is self.__dict__[key]:
-                    self.__dict__[key] = hooks.copy()
-        return original(self, *args, **kwargs)
+            _own_internals(self)
+        return getattr(super(_ViewMixin, self), name)(*args, **kwargs)
 
     return register
 
 
 for _name in dir(nn.Module):
-    if _name.startswith(("register_", "_register_")) and _name.endswith("_hook"):
-        setattr(_ViewMixin, _name, _hook_registration(_name))
+    if _name.startswith(("register_", "_register_")):
+        setattr(_ViewMixin, _name, _registration(_name))
+
+
+class _ViewType(type):
+    """The class of views' classes: each is equal to the user's, for ``type(module) == nn.Linear``."""
+
+    _viewed: type[nn.Module]
+
+    def __eq__(cls, other: object) -> bool:
+        return cls._viewed is getattr(other, "_viewed", other)
+
+    def __hash__(cls) -> int:
+        return hash(cls._viewed)
 
 
 _view_classes: dict[type[nn.Module], type[nn.Module]] = {}
@@ -216,25 +304,67 @@ def view_class(cls: type[nn.Module]) -> type[nn.Module]:
     """
     known = _view_classes.get(cls)
     if known is None:
-        names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "_viewed": cls}
-        known = _view_classes[cls] = type(cls.__name__, (_ViewMixin, cls), names)
+        metaclass = _ViewType if type(cls) is type else type("_ViewType", (_ViewType, type(cls)), {})
+        names: dict[str, Any] = {
+            "__module__": cls.__module__,
+            "__qualname__": cls.__qualname__,
+            "_viewed": cls,
+            "__class__": property(lambda self: cls, _change_class),
+            "forward": _forward(cls),
+        }
+        if hasattr(cls, "__deepcopy__"):
+            names["__deepcopy__"] = _deepcopy
+        # Past a metaclass of the user's, which may keep a register.
+        known = _view_classes[cls] = type.__new__(metaclass, cls.__name__, (_ViewMixin, cls), names)
     return known
+
+
+def _forward(cls: type[nn.Module]) -> Callable[..., Any]:
+    own = cls.forward
+
+    @functools.wraps(own)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        link = link_of(self)
+        if link is not None and not link.natural:
+            return link.member.call(self, link.base, args, kwargs)
+        if link is not None:
+            link.natural = False
+            if "dynamo_ctx" in link.base.__dict__:
+                return self._orig_mod(*args, **kwargs)
+        return own(self, *args, **kwargs)
+
+    return forward
+
+
+def _deepcopy(self: Any, memo: dict[int, Any]) -> Any:
+    load_all(self)
+    return type(self)._viewed.__deepcopy__(self, memo)
+
+
+def _change_class(self: nn.Module, cls: type) -> None:
+    # As parametrizations do: from here on the module is an ordinary one in the tree of views.
+    load_all(self)
+    _set_class(self, cls)
 
 
 class _Lazy(dict[str, Any]):
     """A module's dictionary of parameters, buffers or children, replaced by the member's own at the first look."""
 
-    def __init__(self, base: dict[str, Any], link: Link, view: nn.Module) -> None:
+    __slots__ = ("_link", "_loaded")
+
+    def __init__(self, base: dict[str, Any], link: Link) -> None:
         super().__init__(base)
-        self._link, self._view, self._loaded = link, view, False
+        self._link, self._loaded = link, False
 
     def load(self) -> None:
         """Replace the centre's entries by the member's."""
         if not self._loaded:
-            self._loaded = True
-            self._replace()
+            with self._link.member.origin.lock:
+                if not self._loaded:
+                    dict.update(self, {k: self._own(v) for k, v in dict.items(self) if v is not None})
+                    self._loaded = True
 
-    def _replace(self) -> None:
+    def _own(self, value: Any) -> Any:
         raise NotImplementedError
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -242,78 +372,38 @@ class _Lazy(dict[str, Any]):
         return dict, (dict(self),)
 
 
-def _loading(name: str) -> Callable[..., Any]:
+class _Parameters(_Lazy):
+    def _own(self, value: Any) -> Any:
+        return self._link.member.parameter(value)
+
+
+class _Buffers(_Lazy):
+    def _own(self, value: Any) -> Any:
+        own = self._link.member.tensor(value)
+        self._link.member.watch(self._link.base, own)
+        return own
+
+
+class _Modules(_Lazy):
+    def _own(self, value: Any) -> Any:
+        return self._link.member.view(value)
+
+
+def _loading(name: str, writes: bool) -> Callable[..., Any]:
     original = getattr(dict, name)
 
     @functools.wraps(original)
     def method(self: _Lazy, *args: Any, **kwargs: Any) -> Any:
         self.load()
+        if writes:
+            self._link.touch()
         return original(self, *args, **kwargs)
 
     return method
 
 
 # Everything that hands out or changes a value; keys, membership and length are known without.
-_READS = ("__getitem__", "__iter__", "__reversed__", "__eq__", "__or__", "get", "items", "values", "copy")
+_READS = ("__getitem__", "__iter__", "__reversed__", "__eq__", "__or__", "__ror__", "get", "items", "values", "copy")
 _WRITES = ("__setitem__", "__delitem__", "__ior__", "pop", "popitem", "setdefault", "update", "clear")
-for _name in _READS + _WRITES:
-    setattr(_Lazy, _name, _loading(_name))
-
-
-class _Parameters(_Lazy):
-    def _replace(self) -> None:
-        link = self._link
-        link.touch()
-        aliases = {id(value): key for key, value in link.base._parameters.items() if value is not None}
-        dict.update(self, link.member.parameters_of(link.base))
-        attributes = self._view.__dict__
-        for key, value in link.base.__dict__.items():
-            if id(value) in aliases:
-                attributes[key] = dict.__getitem__(self, aliases[id(value)])
-            elif type(value) is list and any(id(item) in aliases for item in value):
-                attributes[key] = [
-                    dict.__getitem__(self, aliases[id(item)]) if id(item) in aliases else item for item in value
-                ]
-
-
-class _Buffers(_Lazy):
-    def _replace(self) -> None:
-        self._link.touch()
-        dict.update(self, {k: v.clone() for k, v in self._link.base._buffers.items() if v is not None})
-
-
-class _Modules(_Lazy):
-    def _replace(self) -> None:
-        link = self._link
-        for name, child in link.base._modules.items():
-            if child is None:
-                continue
-            view = view_of(link.member, child)
-            dict.__setitem__(self, name, view)
-            if link.mode is not None:
-                view.__dict__["training"] = view.__dict__[_LINK].mode = link.mode
-        link.mode = None
-
-
-def training_changes(member: Member) -> dict[nn.Module, bool]:
-    """Return the modules whose training mode the member's function has changed, with the mode it set."""
-    changes: dict[nn.Module, bool] = {}
-    for base, view in member.views.items():
-        link: Link = view.__dict__[_LINK]
-        if link.mode is not None:
-            changes.update(link.blueprint.changes[link.mode])
-        elif view.__dict__["training"] != base.training:
-            changes[base] = view.training
-    return changes
-
-
-_MUTABLE = (list, dict, set, collections.deque, bytearray, np.ndarray, Tensor)
-_INTERNALS = frozenset(nn.Module().__dict__)
-
-
-def _fingerprint(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value._version
-    if isinstance(value, (np.ndarray, bytearray)):
-        return bytes(value)
-    return [id(x) for pair in value.items() for x in pair] if isinstance(value, dict) else [id(x) for x in value]
+for _name in (*_READS, *_WRITES):
+    setattr(_Lazy, _name, _loading(_name, _name in _WRITES))

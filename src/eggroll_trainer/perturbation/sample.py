@@ -77,7 +77,7 @@ class LowRankDraws:
         """Return every member's ``A [n, O, R]``, scaled by sign, sigma and rank, and ``B [n, I, R]``."""
         A, B = self._split(self.factors.to(self.spec.centre.dtype))
         reuse = len(self.signs)
-        signed = A[:, None] * (self.scale * self.signs).to(A.dtype)[:, None, None]
+        signed = A[:, None] * (self.scale * self.signs.to(A.dtype))[:, None, None]
         B = B if reuse == 1 else B.repeat_interleave(reuse, 0)
         return signed.flatten(0, 1).mT, B.mT
 
@@ -90,7 +90,7 @@ class LowRankDraws:
         """Return ``Σ_d c_d · perturbation_d`` as one product over all draws; ``coefficients [d]``."""
         wide = wide_dtype(self.spec.centre)
         A, B = self._split(self.factors.to(wide).flatten(0, 1))
-        weights = (self.scale * coefficients).to(wide).repeat_interleave(self.factors.shape[1])
+        weights = (self.scale * coefficients).to(A).repeat_interleave(self.factors.shape[1])
         return (A.mT @ (weights[:, None] * B)).view(self.spec.centre.shape)
 
 
@@ -108,8 +108,9 @@ class FullRankDraws:
 
     def members(self) -> Tensor:
         """Return every member's perturbation ``[n, *shape]``."""
-        scales = (self.spec.sigma * self.signs).to(self.values.dtype)
-        return (self.values[:, None] * scales.view(-1, *[1] * (self.values.ndim - 1))).flatten(0, 1)
+        values = self.values.to(wide_dtype(self.spec.centre))
+        scales = self.spec.sigma * self.signs.to(values.dtype)
+        return (values[:, None] * scales.view(-1, *[1] * (self.values.ndim - 1))).flatten(0, 1)
 
     def dense(self, draw: int) -> Tensor:
         """Return the perturbation of a draw's first member as an array of the parameter's shape."""
@@ -117,9 +118,8 @@ class FullRankDraws:
 
     def combine(self, coefficients: Tensor) -> Tensor:
         """Return ``Σ_d c_d · perturbation_d``; ``coefficients [d]``."""
-        wide = wide_dtype(self.spec.centre)
-        weights = (self.spec.sigma * coefficients).to(wide)
-        return torch.tensordot(weights, self.values.to(wide), dims=1)
+        values = self.values.to(wide_dtype(self.spec.centre))
+        return torch.tensordot((self.spec.sigma * coefficients).to(values), values, dims=1)
 
 
 Draws = LowRankDraws | FullRankDraws
@@ -158,7 +158,7 @@ class Perturbations:
             weights: ``[n]``.
         """
         coefficients = (weights.view(-1, len(self.signs)) * self.signs.to(weights)).sum(1)
-        return {name: draws.combine(coefficients.to(draws.spec.centre.device)) for name, draws in self.draws.items()}
+        return {name: draws.combine(coefficients) for name, draws in self.draws.items()}
 
 
 def sample(

@@ -97,7 +97,9 @@ def densify(value: Any) -> Any:
 def dense_sum(centre: Tensor, A: Tensor, B: Tensor) -> Tensor:
     """Return ``centre + A Bᵀ`` in ``centre``'s shape and dtype, added in float32 or wider."""
     wide = torch.promote_types(centre.dtype, torch.float32)
-    return (centre.to(wide) + (A.to(wide) @ B.to(wide).mT).reshape(centre.shape)).to(centre.dtype)
+    # Autocast would make the product a rounded one.
+    with torch.autocast(centre.device.type, enabled=False):
+        return (centre.to(wide) + (A.to(wide) @ B.to(wide).mT).reshape(centre.shape)).to(centre.dtype)
 
 
 class BatchingRules(TorchFunctionMode):

@@ -1,6 +1,6 @@
 """Update: from weighted perturbations to the next centre."""
 
 from .centre import Centre
-from .schedule import LRSchedulerFactory, SigmaSchedule
+from .schedule import LRSchedulerFactory, Schedules
 
-__all__ = ["Centre", "LRSchedulerFactory", "SigmaSchedule"]
+__all__ = ["Centre", "LRSchedulerFactory", "Schedules"]

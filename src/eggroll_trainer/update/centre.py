@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -27,8 +28,11 @@ class Centre:
 
     Raises:
         TypeError: ``factory`` returns something else.
+        ValueError: The optimizer is over other parameters, or maximises.
     """
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def __init__(self, groups: Sequence[dict[str, Any]], factory: OptimizerFactory) -> None:
         self.factory = factory
         self.parameters: dict[str, nn.Parameter] = {
@@ -38,9 +42,10 @@ class Centre:
             name: p if p.dtype == wide_dtype(p) else nn.Parameter(p.detach().to(wide_dtype(p)))
             for name, p in self.parameters.items()
         }
-        self._versions = {name: p._version for name, p in self.parameters.items()}
+        self._placements = {name: (p.dtype, p.device) for name, p in self.parameters.items()}
         self.restart(groups)
 
+    @torch.inference_mode(False)
     def restart(self, groups: Sequence[dict[str, Any]]) -> None:
         """Make a new optimizer, without state."""
         own = [{"params": [self.masters[name] for name in group["names"]], "lr": group["lr"]} for group in groups]
@@ -50,7 +55,27 @@ class Centre:
                 "optimizer must make a torch.optim.Optimizer from (params, lr=…), such as torch.optim.Adam or"
                 f" functools.partial(torch.optim.SGD, momentum=0.9); it made a {type(optimizer).__name__}"
             )
+        if _members(optimizer.param_groups) != _members(own):
+            raise ValueError(
+                "optimizer must be made over the parameter groups that it is given; its own are"
+                f" {len(optimizer.param_groups)} groups of other parameters or in another order"
+            )
+        if any(group.get("maximize", False) for group in optimizer.param_groups):
+            raise ValueError("optimizer must not have maximize=True: it gets -Δθ, so that it maximises the fitness")
         self.optimizer = optimizer
+
+    def check_model(self, model: nn.Module) -> None:
+        """Raise ``RuntimeError`` unless the model still has these parameters, as they were."""
+        for name, p in self.parameters.items():
+            try:
+                current = model.get_parameter(name)
+            except AttributeError:
+                current = None
+            if current is not p or (p.dtype, p.device) != self._placements[name]:
+                raise RuntimeError(
+                    f"parameter {name!r} of the model was replaced, converted or moved after this trainer was made,"
+                    " which would go on with the old one; make a new trainer"
+                )
 
     def __len__(self) -> int:
         """Return the number of weights, ``D``."""
@@ -84,44 +109,59 @@ class Centre:
     def step(self, direction: Mapping[str, Tensor], learning_rates: Sequence[float]) -> float:
         """Make one step along ``direction`` and return its Euclidean length.
 
-        If the optimizer raises, the weights stay as they were.
+        If anything raises, weights and optimizer are as they were.
 
         Args:
             direction: Estimate of the ascent direction for every parameter.
             learning_rates: For each group.
+
+        Raises:
+            ValueError: The direction, or the weights after the step, are not finite.
         """
+        if not _together([value.isfinite().all() for value in direction.values()]).all():
+            raise ValueError(
+                "the update is not finite, and the parameters were not changed: scale the fitness down, or shape it"
+            )
         self._follow()
         before = {name: master.clone() for name, master in self.masters.items()}
+        state = copy.deepcopy(self.optimizer.state_dict())
         gradients = {name: master.grad for name, master in self.masters.items()}
-        for group, learning_rate in zip(self.optimizer.param_groups, learning_rates, strict=True):
-            group["lr"] = learning_rate
         try:
+            for group, learning_rate in zip(self.optimizer.param_groups, learning_rates, strict=True):
+                group["lr"] = learning_rate
             for name, master in self.masters.items():
                 master.grad = -direction[name].to(master)
             self.optimizer.step()
+            squares = [(self.masters[name] - value).double().square().sum() for name, value in before.items()]
+            length = _together(squares).sum().sqrt().item()
+            if not math.isfinite(length):
+                raise ValueError(
+                    "the step leads to weights that are not finite; they were not changed. Lower learning_rate"
+                )
         except BaseException:
             for name, master in self.masters.items():
                 master.copy_(before[name])
+            self.optimizer.load_state_dict(state)
             raise
         finally:
             # A model that is also trained by gradients keeps the ones it has.
             for name, master in self.masters.items():
                 master.grad = gradients[name]
         self._publish()
-        squares = [(self.masters[name] - value).double().square().sum() for name, value in before.items()]
-        return float(sum(square.item() for square in squares) ** 0.5)
+        return length
 
     def state_dict(self) -> dict[str, Any]:
-        """Return copies of the weights and of the optimizer's state."""
+        """Return the weights and the optimizer's state, not copied."""
         self._follow()
         return {
-            "parameters": {name: master.detach().clone() for name, master in self.masters.items()},
-            "optimizer": copy.deepcopy(self.optimizer.state_dict()),
+            "parameters": {name: master.detach() for name, master in self.masters.items()},
+            "optimizer": self.optimizer.state_dict(),
         }
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore what :meth:`state_dict` returned.
+        """Restore a copy of what :meth:`state_dict` returned.
 
         Raises:
             ValueError: The state is of other parameters or another optimizer.
@@ -135,12 +175,21 @@ class Centre:
         for name, p in self.parameters.items():
             if self.masters[name] is not p:
                 p.copy_(self.masters[name])
-            self._versions[name] = p._version
 
     @torch.no_grad()
     def _follow(self) -> None:
         """Take over what somebody else has written into the model, by ``load_state_dict`` say."""
         for name, p in self.parameters.items():
-            if self.masters[name] is not p and p._version != self._versions[name]:
-                self.masters[name].copy_(p)
-                self._versions[name] = p._version
+            master = self.masters[name]
+            if master is not p:
+                # Elsewhere the master keeps its digits below the resolution of the model.
+                master.copy_(torch.where(p == master.to(p.dtype), master, p.to(master.dtype)))
+
+
+def _members(groups: Sequence[Mapping[str, Any]]) -> list[list[int]]:
+    return [[id(p) for p in group["params"]] for group in groups]
+
+
+def _together(numbers: Sequence[Tensor]) -> Tensor:
+    """Return 0-d tensors as one, so that an accelerator is waited for once."""
+    return torch.stack([number.to(numbers[0].device) for number in numbers])

@@ -2,52 +2,89 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+from ..checkpoint import plain_copy
 
 LRSchedulerFactory = Callable[[torch.optim.Optimizer], LRScheduler]
 
 
-class SigmaSchedule:
-    """Lets a learning-rate scheduler drive the ``sigma`` of a trainer's groups.
+class Schedules:
+    """What changes the learning rates and sigmas of a trainer's parameter groups, one step a generation.
 
     Args:
-        groups: The trainer's parameter groups; their ``sigma`` is set.
-        factory: Makes the scheduler from an optimizer whose learning rates stand for the sigmas, such as
-            ``functools.partial(torch.optim.lr_scheduler.ExponentialLR, gamma=0.99)``.
+        trainer: The optimizer whose groups have an ``lr`` and a ``sigma``.
+        lr_scheduler: Makes a scheduler from the trainer, or None.
+        sigma_scheduler: Makes a scheduler from an optimizer whose learning rates stand for the sigmas, or None.
+
+    Attributes:
+        lr_scheduler: The scheduler of the learning rate.
+        sigma_scheduler: The scheduler of sigma.
     """
 
-    def __init__(self, groups: list[dict[str, Any]], factory: LRSchedulerFactory) -> None:
-        self._groups = groups
-        self._stand_in = torch.optim.SGD([{"params": [torch.zeros(())], "lr": group["sigma"]} for group in groups])
-        self.scheduler = make_scheduler("sigma_scheduler", factory, self._stand_in)
-        self._write()
+    def __init__(
+        self,
+        trainer: torch.optim.Optimizer,
+        lr_scheduler: LRSchedulerFactory | None,
+        sigma_scheduler: LRSchedulerFactory | None,
+    ) -> None:
+        self._groups = trainer.param_groups
+        self.lr_scheduler = None if lr_scheduler is None else make_scheduler("lr_scheduler", lr_scheduler, trainer)
+        self.sigma_scheduler: LRScheduler | None = None
+        if sigma_scheduler is not None:
+            stand_ins = [{"params": [torch.zeros(())], "lr": group["sigma"]} for group in self._groups]
+            self._stand_in = torch.optim.SGD(stand_ins)
+            self.sigma_scheduler = make_scheduler("sigma_scheduler", sigma_scheduler, self._stand_in)
+            self._write_sigmas()
 
-    def step(self) -> None:
-        """Go on by one generation."""
-        # A scheduler expects its optimizer to have stepped; this one has no gradients and does nothing.
-        self._stand_in.step()
-        self.scheduler.step()
-        self._write()
+    @contextlib.contextmanager
+    def stepped(self, fitness: float) -> Iterator[None]:
+        """Go on by one generation, of mean fitness ``fitness``; if a scheduler or the block raises, go back."""
+        before = plain_copy(self.state_dict())
+        try:
+            if self.lr_scheduler is not None:
+                advance(self.lr_scheduler, fitness)
+            if self.sigma_scheduler is not None:
+                # From the sigmas that the groups have now, which may have been set since.
+                for group, stand_in in zip(self._groups, self._stand_in.param_groups, strict=True):
+                    stand_in["lr"] = group["sigma"]
+                # A scheduler expects its optimizer to have stepped; this one has no gradients and does nothing.
+                self._stand_in.step()
+                advance(self.sigma_scheduler, fitness)
+                self._write_sigmas()
+            yield
+        except BaseException:
+            self.load_state_dict(before)
+            raise
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the scheduler's state."""
+        """Return the options of the groups and the schedulers' states, not copied."""
         return {
-            "scheduler": self.scheduler.state_dict(),
-            "values": [g["lr"] for g in self._stand_in.param_groups],
+            "param_groups": [{k: v for k, v in group.items() if k != "params"} for group in self._groups],
+            "lr_scheduler": None if self.lr_scheduler is None else self.lr_scheduler.state_dict(),
+            "sigma_scheduler": None
+            if self.sigma_scheduler is None
+            else [self.sigma_scheduler.state_dict(), self._stand_in.state_dict()],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what :meth:`state_dict` returned."""
-        self.scheduler.load_state_dict(state["scheduler"])
-        for group, value in zip(self._stand_in.param_groups, state["values"], strict=True):
-            group["lr"] = value
-        self._write()
+        """Restore a copy of what :meth:`state_dict` returned."""
+        state = plain_copy(state)
+        for group, options in zip(self._groups, state["param_groups"], strict=True):
+            group.update(options)
+        if self.lr_scheduler is not None:
+            self.lr_scheduler.load_state_dict(state["lr_scheduler"])
+        if self.sigma_scheduler is not None:
+            scheduler, stand_in = state["sigma_scheduler"]
+            self.sigma_scheduler.load_state_dict(scheduler)
+            self._stand_in.load_state_dict(stand_in)
 
-    def _write(self) -> None:
+    def _write_sigmas(self) -> None:
         for group, stand_in in zip(self._groups, self._stand_in.param_groups, strict=True):
             group["sigma"] = stand_in["lr"]
 
@@ -57,11 +94,24 @@ def make_scheduler(name: str, factory: LRSchedulerFactory, optimizer: torch.opti
 
     Raises:
         TypeError: It is not a scheduler.
+        ValueError: It is one of another optimizer, or one that waits for a quantity to fall.
     """
-    scheduler = factory(optimizer) if callable(factory) else factory
+    scheduler = factory(optimizer) if callable(factory) else None
     if not isinstance(scheduler, LRScheduler):
         raise TypeError(
             f"{name} must make a torch.optim.lr_scheduler from an optimizer, such as"
-            f" functools.partial(CosineAnnealingLR, T_max=300); got {type(scheduler).__name__}"
+            f" functools.partial(CosineAnnealingLR, T_max=300); got {type(factory).__name__} {factory!r}"
         )
+    if scheduler.optimizer is not optimizer:
+        raise ValueError(f"{name} must make its scheduler for the optimizer that it is given, not for another one")
+    if isinstance(scheduler, ReduceLROnPlateau) and scheduler.mode != "max":
+        raise ValueError(f"{name}: ReduceLROnPlateau gets the mean fitness, which rises; make it with mode='max'")
     return scheduler
+
+
+def advance(scheduler: LRScheduler, fitness: float) -> None:
+    """Step a scheduler at the end of a generation; one that reduces on plateaus gets the mean fitness."""
+    if isinstance(scheduler, ReduceLROnPlateau):
+        scheduler.step(fitness)
+    else:
+        scheduler.step()

@@ -1,0 +1,160 @@
+"""What was in a container, array or object: to see later whether it has changed, and to put it back."""
+
+from __future__ import annotations
+
+import collections
+import enum
+import functools
+import pickle
+import random
+import re
+import types
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+_IMMUTABLE = (
+    type(None), bool, int, float, complex, str, bytes, range, slice, type(...), type, enum.Enum, np.generic, re.Pattern,
+    types.FunctionType, types.BuiltinFunctionType, types.ModuleType, torch.dtype, torch.device, torch.layout,
+    torch.memory_format, torch.Size, weakref.ref,
+)  # fmt: skip
+# Whoever holds them guards them.
+_GUARDED = (nn.Module, nn.Parameter, types.MethodType)
+
+# Of one item: a function that tells whether it differs, and one that puts it back.
+_Note = tuple[Callable[[], bool], Callable[[], object]]
+
+# More items than a model has for its state; what refers to so many is part of something larger.
+_LIMIT = 1000
+
+
+def is_immutable(value: Any) -> bool:
+    """Return whether nothing in a value can change."""
+    return isinstance(value, _IMMUTABLE) or (isinstance(value, (tuple, frozenset)) and all(map(is_immutable, value)))
+
+
+class Snapshot:
+    """The state of a value and of all that can be reached from it, down to modules and parameters.
+
+    Args:
+        value: A container, array, tensor or object.
+        seen: Identities of values that other snapshots have noted; added to.
+        restorable: Whether tensors are copied, so that they can be put back.
+
+    Attributes:
+        opaque: Whether something was met that hides its state, or there was too much.
+
+    Example:
+        >>> notes = {"seen": [1, 2]}
+        >>> before = Snapshot(notes)
+        >>> notes["seen"].append(3)
+        >>> before.changed()
+        True
+        >>> before.restore()
+        >>> notes
+        {'seen': [1, 2]}
+    """
+
+    def __init__(self, value: Any, seen: set[int] | None = None, *, restorable: bool = True) -> None:
+        self.opaque, self._restorable = False, restorable
+        self._notes: list[_Note] = []
+        seen = set() if seen is None else seen
+        todo = [value]
+        while todo:
+            if len(self._notes) > _LIMIT:
+                self.opaque = True
+                break
+            item = todo.pop()
+            if not isinstance(item, _GUARDED) and not is_immutable(item) and id(item) not in seen:
+                seen.add(id(item))
+                todo += self._note(item)
+
+    def changed(self) -> bool:
+        """Return whether anything is different now."""
+        return any(differs() for differs, _ in self._notes)
+
+    def restore(self) -> None:
+        """Put back what is different."""
+        for differs, put_back in self._notes:
+            if differs():
+                put_back()
+
+    def _note(self, item: Any) -> list[Any]:
+        """Note one item and return what it refers to."""
+        if isinstance(item, (tuple, frozenset)):
+            return list(item)
+        if isinstance(item, functools.partial):
+            return [item.func, *item.args, *item.keywords.values()]
+        if isinstance(item, Tensor):
+            self._notes.append(_note_tensor(item, self._restorable))
+            return []
+        for cls, (read, write) in _HIDDEN.items():
+            if isinstance(item, cls):
+                self._notes.append(_note_hidden(item, read, write))
+                return []
+        held: list[Any] = []
+        for part in _parts(item):
+            contents = _contents(part)
+            held += contents
+            self._notes.append(_note_contents(part, contents))
+        self.opaque |= not held and not _parts(item)
+        return held
+
+
+# What keeps its state out of Python's sight, with how to read and write it.
+_HIDDEN: dict[type, tuple[Callable[[Any], Any], Callable[[Any, Any], object]]] = {
+    np.ndarray: (lambda array: array, lambda array, state: array.__setitem__(..., state)),
+    bytearray: (bytes, lambda array, state: array.__setitem__(slice(None), state)),
+    torch.Generator: (lambda g: g.get_state(), lambda g, state: g.set_state(state)),
+    random.Random: (lambda g: g.getstate(), lambda g, state: g.setstate(state)),
+    np.random.RandomState: (lambda g: g.get_state(), lambda g, state: g.set_state(state)),
+    np.random.Generator: (lambda g: g.bit_generator.state, lambda g, state: setattr(g.bit_generator, "state", state)),
+}
+
+
+def _note_hidden(item: Any, read: Callable[[Any], Any], write: Callable[[Any, Any], object]) -> _Note:
+    state = pickle.dumps(read(item))
+    return lambda: pickle.dumps(read(item)) != state, lambda: write(item, pickle.loads(state))
+
+
+def _note_tensor(tensor: Tensor, restorable: bool) -> _Note:
+    # Inference tensors don't count their versions.
+    counted = not tensor.is_inference()
+    copied = tensor.detach().clone() if restorable or not counted else tensor
+    version = tensor._version if counted else 0
+    return (
+        lambda: tensor._version != version if counted else not torch.equal(tensor, copied),
+        lambda: tensor.detach().copy_(copied),
+    )
+
+
+def _parts(item: Any) -> list[Any]:
+    """Return the containers that make up an item: itself if it is one, and its attributes."""
+    parts = [item] if isinstance(item, (list, dict, set, collections.deque)) else []
+    attributes = getattr(item, "__dict__", None)
+    return [*parts, attributes] if type(attributes) is dict else parts
+
+
+def _contents(part: Any) -> list[Any]:
+    return [x for pair in part.items() for x in pair] if isinstance(part, dict) else list(part)
+
+
+def _note_contents(part: Any, contents: list[Any]) -> _Note:
+    def differs() -> bool:
+        now = _contents(part)
+        return len(now) != len(contents) or any(a is not b for a, b in zip(now, contents, strict=True))
+
+    def put_back() -> None:
+        part.clear()
+        if isinstance(part, dict):
+            part.update(zip(contents[::2], contents[1::2], strict=True))
+        elif isinstance(part, set):
+            part.update(contents)
+        else:
+            part.extend(contents)
+
+    return differs, put_back
