@@ -218,9 +218,7 @@ def test_no_block_is_lost(document: str) -> None:
     found = spans(document)
     assert len(found) == len(NAMES[document])
     # Whatever looks like a statement stands inside a block.
-    statement = re.compile(
-        r"\s*(class \w+\(|def \w+\(|import |from \w+ import |return |pass$|\w+ = |[\w.]+\($)"
-    )
+    statement = re.compile(r"\s*(class \w+\(|def \w+\(|import |from \w+ import |return |pass$|\w+ = |[\w.]+\($)")
     for i, line in enumerate(lines_of(document)):
         if statement.match(line):
             assert any(start <= i < stop for start, stop in found), f"{document}:{i + 1}: {line}"

@@ -30,8 +30,8 @@ from .view import Blueprint, natural_call, release, view_of
 _READS = "the fitness function, or a method of the model, reads them"
 _CHANGED = "the fitness function changes the model"
 _FOREIGN = (
-    "the fitness function calls the model inside a block that cannot be left and entered again (torch.device, torch.func,"
-    " an asyncio loop, …)"
+    "the fitness function calls the model inside a block that cannot be left and entered again (torch.device,"
+    " torch.func, an asyncio loop, …)"
 )
 _THREAD = "the fitness function calls the model in another thread or after it has returned"
 _HOOKS = "the model has forward hooks"
@@ -136,7 +136,7 @@ class _Member(MemberState):
         if kwargs or not all(type(arg) is Tensor for arg in args):
             leaves, spec = tree_flatten((args, kwargs))
         key: list[Any] = [base, spec, modes[2:], scheduler.interned(self.modes)]
-        held = []
+        held: list[Any] = []
         for leaf in leaves:
             if isinstance(leaf, Tensor):
                 if leaf.requires_grad and modes[1]:
@@ -327,7 +327,7 @@ class Coalescer:
         if versions != [leaf._version for leaf in leaves if isinstance(leaf, Tensor)]:
             raise NotBatchable("the model's forward changes its input in place")
         if state is not None and state != self._random.state():
-            raise NotBatchable("the model's forward draws random numbers, from a generator that the function has seeded")
+            raise NotBatchable("the model's forward draws random numbers from a generator that the function has seeded")
         results, spec = ([result], None) if isinstance(result, Tensor) else tree_flatten(result)
         # Like fresh outputs, slices taken by `data` don't share a version counter.
         columns = [

@@ -1,4 +1,4 @@
-"""What a fitness function finds outside itself and all its calls share: looked through for what forbids taking turns."""
+"""What all calls of a fitness function share, looked through for what forbids that members take turns."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def _function_of(value: Any) -> types.FunctionType | None:
         return _function_of(value.__func__)
     if isinstance(value, types.FunctionType):
         return value
-    call = None if isinstance(value, type) else getattr(type(value), "__call__", None)
+    call = None if isinstance(value, type) else getattr(type(value), "__call__", None)  # noqa: B004
     return call if isinstance(call, types.FunctionType) else None
 
 
@@ -130,9 +130,11 @@ def _members(owner: Any, names: set[str]) -> Iterator[tuple[str, Any]]:
     for name in sorted(names & attributes.keys()):
         yield name, attributes[name]
     for name in sorted(names):
-        attribute = getattr(type(owner), name, None)
+        attribute = next((vars(cls)[name] for cls in type(owner).__mro__ if name in vars(cls)), None)
         if isinstance(attribute, types.FunctionType):
             yield name, types.MethodType(attribute, owner)
+        elif isinstance(attribute, (staticmethod, classmethod)):
+            yield name, attribute.__func__
         elif not hasattr(attribute, "__get__"):
             yield name, attribute
 

@@ -17,6 +17,8 @@ from ..population import Population
 from ..snapshot import Snapshot, is_immutable
 from . import thread_modes
 
+_LOCK = type(threading.Lock())
+
 
 class Differentiated(BaseException):
     """A fitness function wants gradients of outputs that come from a batched forward."""
@@ -30,7 +32,8 @@ class Origin:
         model = population.model
         self.modules = {id(module): module for module in model.modules()}
         self.parameters = {id(parameter): parameter for parameter in model.parameters()}
-        self.names = {id(model.get_parameter(name)): name for name in population.perturbations.draws}
+        named = dict(model.named_parameters(remove_duplicate=False))
+        self.names = {id(named[name]): name for name in population.perturbations.draws}
         # For each parameter the modules of which the result may depend on it, besides those above them.
         self.owners: dict[int, set[nn.Module]] = {key: set() for key in self.parameters}
         for module in self.modules.values():
@@ -48,7 +51,7 @@ class MemberParameter(nn.Parameter):
     _exposed: Callable[[], None]
 
     @property
-    def data(self) -> Tensor:  # type: ignore[override]
+    def data(self) -> Tensor:
         """The data, as of any tensor."""
         self._exposed()
         return torch.Tensor.data.__get__(self)  # type: ignore[attr-defined]
@@ -142,7 +145,9 @@ class MemberState:
         own: Tensor | None = self._memo.get(id(tensor))
         if own is None:
             with thread_modes.neutral():
-                own = tensor.detach().clone().requires_grad_(tensor.requires_grad)
+                own = tensor.detach().clone()
+                if tensor.requires_grad:
+                    own.requires_grad_()
             self._memo[id(tensor)] = own
         return own
 
@@ -150,11 +155,14 @@ class MemberState:
         """Return the member's own copy of a module's attribute, referring to the member's own views and parameters."""
         if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
             return self.tensor(value)
+        if isinstance(value, _LOCK):
+            # One for all would never be free for a second member.
+            return threading.Lock()
         try:
             with thread_modes.neutral():
                 return copy.deepcopy(value, self._memo)
         except Exception:
-            # Such as a lock or an open file: there is but one.
+            # Such as an open file: there is but one.
             return value
 
     def watch(self, base: nn.Module, value: Any) -> None:
@@ -184,7 +192,9 @@ class MemberState:
         """Note the training mode of one module."""
         self.set_modes({base}, {} if mode == base.training else {base: mode})
 
-    def set_modes(self, modules: Collection[nn.Module], changes: dict[nn.Module, bool], mode: bool | None = None) -> None:
+    def set_modes(
+        self, modules: Collection[nn.Module], changes: dict[nn.Module, bool], mode: bool | None = None
+    ) -> None:
         """Note the training modes of some modules.
 
         Args:

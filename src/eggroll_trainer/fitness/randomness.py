@@ -72,6 +72,10 @@ class _Python:
         return state
 
 
+# A seed that nobody else uses, to see that somebody has seeded.
+_MARK = 0x6567_6772_6F6C_6C00
+
+
 class RandomStates:
     """Hands the states of the global generators over between the members that take turns.
 
@@ -86,7 +90,11 @@ class RandomStates:
     def __init__(self, seeds: bool) -> None:
         self.seeded = False
         self._torch = _Torch()
-        self._seed = torch.initial_seed()
+        self._seed = _MARK
+        # A state begins with the seed that it came from; another one there changes no number that is drawn.
+        state = torch.get_rng_state()
+        state[:8].view(torch.int64).fill_(self._seed)
+        torch.set_rng_state(state)
         self._suspects: list[Source] = [_NumPy(), _Python()] if seeds else []
         # What the members use and each has a state of its own of.
         self._divided: list[Source] = []
@@ -124,7 +132,7 @@ class RandomStates:
             # The shared stream is lost; it goes on with another seed.
             own[self._torch] = self._torch.get()
             self.seeded = True
-            self._seed = self._seed + 1 & 2**63 - 1
+            self._seed += 1
             for generator in self._torch.generators:
                 generator.manual_seed(self._seed)
             self._shared[self._torch] = self._torch.get()

@@ -16,7 +16,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.nn.utils import parametrize
+from torch.utils._python_dispatch import _disable_current_modes
 
 # (inference mode, gradients on, autocast of the CPU, its dtype, autocast of the accelerator, its dtype)
 Modes = tuple[Any, ...]
@@ -71,7 +73,14 @@ def kept() -> Iterator[Modes]:
 @contextlib.contextmanager
 def neutral() -> Iterator[None]:
     """Run the block on ordinary tensors, without gradients and in full precision, whatever the modes around it."""
-    with kept() as modes, torch.inference_mode(False), torch.no_grad():
+    with contextlib.ExitStack() as stack:
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            stack.enter_context(temporarily_clear_interpreter_stack())
+        if torch._C._len_torch_dispatch_stack():
+            stack.enter_context(_disable_current_modes())
+        modes = stack.enter_context(kept())
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.no_grad())
         _set_autocast((*modes[:2], False, modes[3], False, modes[5]))
         yield
 

@@ -55,7 +55,7 @@ class Blueprint:
         attributes = {k: v for k, v in base.__dict__.items() if k not in _REGISTRIES and k not in _dropped(base)}
         # Empty registries of hooks are shared until the view gets one; of others a function may remove some.
         self.deferred = frozenset(
-            key for key, value in attributes.items() if not is_immutable(value) and (value or key not in _INTERNALS)
+            key for key, value in attributes.items() if not is_immutable(value) and (key not in _INTERNALS or value)
         )
         self.early = [key for key in self.deferred if key in _INTERNALS or hasattr(self.cls, key)]
         self.shared = {key: value for key, value in attributes.items() if key not in self.deferred}
@@ -249,7 +249,7 @@ class _ViewMixin(nn.Module):
         if cls.__reduce_ex__ is not object.__reduce_ex__ or cls.__reduce__ is not object.__reduce__:
             custom = cls.__reduce_ex__ is not object.__reduce_ex__
             return super().__reduce_ex__(protocol) if custom else super().__reduce__()
-        own = getattr(cls, "__getstate__", None)
+        own: Any = getattr(cls, "__getstate__", None)
         custom = own is not None and own is not getattr(object, "__getstate__", None)
         state: Any = own(self) if custom else self.__dict__
         if isinstance(state, dict):
