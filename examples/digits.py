@@ -22,6 +22,7 @@ import tyro
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR
 
 from eggroll_trainer import EGGROLLTrainer
 
@@ -40,6 +41,8 @@ class Args:
     """Images in a generation's batch, the same for all members."""
     sigma: float = 0.02
     """Standard deviation of the perturbations."""
+    final_sigma: float | None = None
+    """What sigma falls to, linearly; it stays as it is if None."""
     learning_rate: float = 0.03
     """Of Adam; falls to zero along a cosine."""
     rank: int = 1
@@ -50,7 +53,7 @@ class Args:
 
 SETTINGS = {
     "cross_entropy": Args(),
-    "accuracy": Args(fitness="accuracy", population_size=4096, batch_size=256, sigma=0.1),
+    "accuracy": Args(fitness="accuracy", population_size=4096, batch_size=256, sigma=0.2, final_sigma=0.05),
 }
 
 
@@ -112,7 +115,13 @@ def train_by_evolution(digits: Digits, args: Args) -> tuple[nn.Module, dict[str,
         noise_reuse=2,
         seed=args.seed,
         optimizer=torch.optim.Adam,
-        lr_scheduler=functools.partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=args.generations),
+        lr_scheduler=functools.partial(CosineAnnealingLR, T_max=args.generations),
+        sigma_scheduler=functools.partial(
+            LinearLR,
+            start_factor=1.0,
+            end_factor=(args.final_sigma or args.sigma) / args.sigma,
+            total_iters=args.generations,
+        ),
     )
     curves: dict[str, list[float]] = {"train": [], "test": []}
 
@@ -127,7 +136,7 @@ def train_by_evolution(digits: Digits, args: Args) -> tuple[nn.Module, dict[str,
 def train_by_backpropagation(digits: Digits, args: Args) -> nn.Module:
     model = make_network(args.seed)
     optimizer = torch.optim.Adam(model.parameters(), lr=args.learning_rate)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=args.generations)
+    schedule = CosineAnnealingLR(optimizer, T_max=args.generations)
     for batch in batches(len(digits.train_images), args):
         optimizer.zero_grad()
         F.cross_entropy(model(digits.train_images[batch]), digits.train_labels[batch]).backward()

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..module_state import NotBatchable
 from ..population import PLAIN_TYPES, Population, warn_once
-from . import thread_modes
+from . import thread_modes, turns
 from .member_state import Differentiated, MemberState, Origin
 from .randomness import RandomStates
 from .view import Blueprint, natural_call, release, view_of
@@ -182,6 +182,8 @@ class Coalescer:
         self._interned: dict[Any, Any] = {}
         self._held: dict[Any, tuple[Tensor, Tensor, int | None]] = {}
         self._reports: list[tuple[str, str]] = []
+        # Numbers in the largest tensor that a member was last given; None before the first.
+        self._largest: int | None = None
 
     def scores(self, on_error: Callable[[BaseException, int], None]) -> list[Any]:
         """Return what the function returned for each member.
@@ -193,12 +195,14 @@ class Coalescer:
             Differentiated: The function wants gradients of what came from a batched forward.
         """
         members = [_Member(self, i) for i in range(len(self.population))]
-        with thread_modes.kept():
+        with thread_modes.kept(), turns.young_garbage_only() as collect:
             self.stage, self.foreign = thread_modes.Stage(), thread_modes.foreign_context()
             try:
                 active = members
                 while active:
-                    waiting = [member for i, member in enumerate(active) if self._go_on(member, i == 0, on_error)]
+                    with turns.threads_for(self._largest):
+                        waiting = [member for i, member in enumerate(active) if self._go_on(member, i == 0, on_error)]
+                    collect()
                     self._serve()
                     active = waiting
             except BaseException:
@@ -296,6 +300,7 @@ class Coalescer:
     def _serve(self) -> None:
         groups, self._groups = self._groups, {}
         self._held.clear()
+        self._largest = 0
         for key, group in groups.items():
             try:
                 # Ordinary tensors, whatever the caller's modes are: they count their versions.
@@ -329,6 +334,8 @@ class Coalescer:
         if state is not None and state != self._random.state():
             raise NotBatchable("the model's forward draws random numbers from a generator that the function has seeded")
         results, spec = ([result], None) if isinstance(result, Tensor) else tree_flatten(result)
+        sizes = [leaf.numel() // len(group.members) for leaf in results if isinstance(leaf, Tensor) and leaf.is_cpu]
+        self._largest = max(self._largest or 0, *sizes, 0)
         # Like fresh outputs, slices taken by `data` don't share a version counter.
         columns = [
             [own.data for own in leaf.unbind(0)] if isinstance(leaf, Tensor) else [leaf] * len(group.members)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .tensor import PerturbedTensor, rule
+from .tensor import PerturbedTensor, autocast_like_linear, rule
 
 
 class _PerturbedLinear(torch.autograd.Function):
@@ -32,10 +32,8 @@ class _PerturbedLinear(torch.autograd.Function):
         if in_dims[1] is not None or in_dims[2] is None or in_dims[3] is None:
             # A user's own vmap inside the model maps over something else than members.
             return torch.vmap(_PerturbedLinear.forward, in_dims)(x, W, A, B, b), 0
-        if torch.is_autocast_enabled(x.device.type):
-            # The in-place product below is not on autocast's list.
-            dtype = torch.get_autocast_dtype(x.device.type)
-            x, A, B = x.to(dtype), A.to(dtype), B.to(dtype)
+        # The in-place product below is not on autocast's list.
+        x, A, B = autocast_like_linear(x), autocast_like_linear(A), autocast_like_linear(B)
         N, O = info.batch_size, W.shape[0]
         A, B = A.movedim(in_dims[2], 0), B.movedim(in_dims[3], 0)
         shared = in_dims[0] is None

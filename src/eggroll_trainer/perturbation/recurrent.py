@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from .tensor import PerturbedTensor, densify, rule
+from .tensor import PerturbedTensor, autocast_like_linear, densify, rule
 
 State = tuple[Tensor, ...]  # (h,), or (h, c) of an LSTM
 Weight = Tensor | tuple[Tensor, Tensor, Tensor]  # dense, or the factored form (W, A, B)
@@ -89,12 +89,9 @@ def _run(
     kind: str, batch_sizes: tuple[int, ...], x: Tensor, state: State, masks: State, cells: list[list[Cell]]
 ) -> State:
     """Run the network for ``N`` members; every tensor is ``[N, …]``, or ``[1, …]`` if they share it."""
-    device = x.device.type
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        x, state, masks, cells = tree_map(
-            lambda t: t.to(dtype) if isinstance(t, Tensor) else t, (x, state, masks, cells)
-        )
+    x, state, masks, cells = tree_map(
+        lambda t: autocast_like_linear(t) if isinstance(t, Tensor) else t, (x, state, masks, cells)
+    )
     N = max(t.shape[0] for t in tree_leaves((x, state, masks, cells)) if t is not None)
     state = tuple(s.expand(N, *s.shape[1:]) for s in state)
     last: list[State] = []

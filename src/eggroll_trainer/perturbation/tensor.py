@@ -102,6 +102,14 @@ def dense_sum(centre: Tensor, A: Tensor, B: Tensor) -> Tensor:
         return (centre.to(wide) + (A.to(wide) @ B.to(wide).mT).reshape(centre.shape)).to(centre.dtype)
 
 
+def autocast_like_linear(tensor: Tensor) -> Tensor:
+    """Return ``tensor`` in the dtype that autocast, if it is on, gives the inputs of a linear layer."""
+    device = tensor.device.type
+    if not torch.is_autocast_enabled(device) or not tensor.is_floating_point() or tensor.dtype == torch.float64:
+        return tensor
+    return tensor.to(torch.get_autocast_dtype(device))
+
+
 class BatchingRules(TorchFunctionMode):
     """Inside the block, operations that torch.vmap cannot batch well are computed by rules of ours."""
 

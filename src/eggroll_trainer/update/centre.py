@@ -66,12 +66,9 @@ class Centre:
 
     def check_model(self, model: nn.Module) -> None:
         """Raise ``RuntimeError`` unless the model still has these parameters, as they were."""
+        current = dict(model.named_parameters(remove_duplicate=False))
         for name, p in self.parameters.items():
-            try:
-                current = model.get_parameter(name)
-            except AttributeError:
-                current = None
-            if current is not p or (p.dtype, p.device) != self._placements[name]:
+            if current.get(name) is not p or (p.dtype, p.device) != self._placements[name]:
                 raise RuntimeError(
                     f"parameter {name!r} of the model was replaced, converted or moved after this trainer was made,"
                     " which would go on with the old one; make a new trainer"
