@@ -37,12 +37,14 @@ class Args:
     generations: int = 300
     population_size: int = 1024
     """Members in a generation."""
-    batch_size: int = 128
+    batch_size: int = 256
     """Images in a generation's batch, the same for all members."""
-    sigma: float = 0.02
+    sigma: float = 0.05
     """Standard deviation of the perturbations."""
     final_sigma: float | None = None
     """What sigma falls to, linearly; it stays as it is if None."""
+    chunk_size: int = 256
+    """Members evaluated at a time: the activations of so many stay in the processor's cache."""
     learning_rate: float = 0.03
     """Of Adam; falls to zero along a cosine."""
     rank: int = 1
@@ -53,7 +55,7 @@ class Args:
 
 SETTINGS = {
     "cross_entropy": Args(),
-    "accuracy": Args(fitness="accuracy", population_size=4096, batch_size=256, sigma=0.2, final_sigma=0.05),
+    "accuracy": Args(fitness="accuracy", population_size=4096, sigma=0.2, final_sigma=0.05),
 }
 
 
@@ -113,6 +115,7 @@ def train_by_evolution(digits: Digits, args: Args) -> tuple[nn.Module, dict[str,
         sigma=args.sigma,
         rank=args.rank,
         noise_reuse=2,
+        chunk_size=args.chunk_size,
         seed=args.seed,
         optimizer=torch.optim.Adam,
         lr_scheduler=functools.partial(CosineAnnealingLR, T_max=args.generations),

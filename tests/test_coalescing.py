@@ -229,7 +229,12 @@ def one_child_trains(model: Any) -> float:
 def nested_modes(model: Any) -> float:
     state = (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.is_autocast_enabled("cpu"))
     kind = int(100 * model(X).mean().item()) % 4
-    blocks = [torch.no_grad, torch.enable_grad, torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16)]
+    blocks: list[Callable[[], Any]] = [
+        torch.no_grad,
+        torch.enable_grad,
+        torch.inference_mode,
+        lambda: torch.autocast("cpu", torch.bfloat16),
+    ]
     total = 0.0
     for depth in range(3):
         with contextlib.ExitStack() as stack:

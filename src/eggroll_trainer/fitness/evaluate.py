@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
@@ -96,21 +96,23 @@ def evaluate(
                 # Not to be tried again.
                 warned.add(reason)
         warn_once(warned, f"the fitness function is run for one member at a time: {reason}")
-    return torch.tensor(list(_one_by_one(population, score, annotate)), dtype=torch.float64)
+    return torch.tensor(_one_by_one(population, score, annotate), dtype=torch.float64)
 
 
 def _one_by_one(
     population: Population,
     score: Callable[[nn.Module], float],
     annotate: Callable[[BaseException, int], None],
-) -> Iterator[float]:
+) -> list[float]:
+    scores = []
     for i in range(len(population)):
         with thread_modes.kept():
             try:
-                yield score(population.member(i))
+                scores.append(score(population.member(i)))
             except BaseException as error:
                 annotate(error, i)
                 raise
+    return scores
 
 
 def _add_note(error: BaseException, text: str) -> None:
