@@ -43,7 +43,7 @@ class Args:
     """Standard deviation of the perturbations."""
     final_sigma: float | None = None
     """What sigma falls to, linearly; it stays as it is if None."""
-    chunk_size: int = 256
+    chunk_size: int = 128
     """Members evaluated at a time: the activations of so many stay in the processor's cache."""
     learning_rate: float = 0.03
     """Of Adam; falls to zero along a cosine."""
