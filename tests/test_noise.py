@@ -10,14 +10,21 @@ import pytest
 import torch
 from scipy import stats
 
-from eggroll_trainer.noise import Noise, NoiseKind, derive_seed, forked_rng, keyed_generator
+from eggroll_trainer.noise import Noise, NoiseKind, Stream, derive_seed, forked_rng, keyed_generator
 
 KEY = {"generation": 3, "name": "layer.weight", "first": 5, "count": 40, "numel": 50}
 KINDS: list[NoiseKind] = ["gaussian", "rademacher"]
 
 
+def of_one(
+    noise: Noise, generation: int, name: str, first: int, count: int, numel: int, kind: NoiseKind = "gaussian"
+) -> torch.Tensor:
+    """Draws of a single parameter."""
+    return noise.draw(generation, first, count, [Stream(name, numel, kind)])[0]
+
+
 def draw(seed: int = 1, kind: NoiseKind = "gaussian", **changes: object) -> torch.Tensor:
-    return Noise(seed).draw(**{**KEY, **changes}, kind=kind)  # type: ignore[arg-type]
+    return of_one(Noise(seed), **{**KEY, **changes}, kind=kind)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -46,24 +53,41 @@ def test_members_differ() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("cut", [1, 7, 63, 64, 65, 200])
-def test_does_not_depend_on_how_members_are_cut(cut: int, kind: NoiseKind) -> None:
+@pytest.mark.parametrize("numel", [11, 2000])  # in blocks of 512 and of 64
+def test_does_not_depend_on_how_members_are_cut(cut: int, numel: int, kind: NoiseKind) -> None:
     noise = Noise(7)
-    whole = noise.draw(0, "w", 0, 200, 11, kind)
-    parts = [noise.draw(0, "w", first, min(cut, 200 - first), 11, kind) for first in range(0, 200, cut)]
+    whole = of_one(noise, 0, "w", 0, 600, numel, kind)
+    parts = [of_one(noise, 0, "w", first, min(cut, 600 - first), numel, kind) for first in range(0, 600, cut)]
     assert torch.equal(torch.cat(parts), whole)
-    assert torch.equal(noise.draw(0, "w", 123, 5, 11, kind), whole[123:128])
+    assert torch.equal(of_one(noise, 0, "w", 123, 5, numel, kind), whole[123:128])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_does_not_depend_on_threads_nor_on_what_is_drawn_beside_it(kind: NoiseKind) -> None:
+    streams = [Stream(f"w{i}", numel, kind) for i, numel in enumerate((1, 7, 300, 5000))]
+    alone = [of_one(Noise(7), 0, stream.name, 3, 600, stream.numel, kind) for stream in streams]
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            together = Noise(7).draw(0, 3, 600, streams)
+            assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
+            with torch.inference_mode():
+                assert torch.equal(Noise(7).draw(0, 3, 600, streams)[3], alone[3])
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_does_not_depend_on_what_was_drawn_before() -> None:
     noise = Noise(7)
     for name, generation in (("a", 0), ("b", 0), ("a", 1)):
-        noise.draw(generation, name, 3, 2, 5)
-    assert torch.equal(noise.draw(0, "a", 3, 2, 5), Noise(7).draw(0, "a", 3, 2, 5))
+        of_one(noise, generation, name, 3, 2, 5)
+    assert torch.equal(of_one(noise, 0, "a", 3, 2, 5), of_one(Noise(7), 0, "a", 3, 2, 5))
 
 
 def test_large_parameters_come_in_smaller_blocks() -> None:
-    whole = Noise(7).draw(0, "w", 0, 5, 2**19 + 1)
-    assert torch.equal(Noise(7).draw(0, "w", 3, 1, 2**19 + 1), whole[3:4])
+    whole = of_one(Noise(7), 0, "w", 0, 5, 2**19 + 1)
+    assert torch.equal(of_one(Noise(7), 0, "w", 3, 1, 2**19 + 1), whole[3:4])
 
 
 def test_global_generators_are_untouched() -> None:
@@ -112,14 +136,14 @@ def test_keys_are_serialised_injectively() -> None:
 
 
 def test_gaussian_is_gaussian() -> None:
-    noise = Noise(11).draw(0, "w", 0, 1000, 100)
+    noise = of_one(Noise(11), 0, "w", 0, 1000, 100)
     # Kolmogorov-Smirnov over 1e5 values; fails for a right generator with probability 1e-6.
     assert stats.kstest(noise.flatten().numpy(), "norm").pvalue > 1e-6
     assert len(noise.unique()) > 0.98 * noise.numel()
 
 
 def test_rademacher_is_plus_minus_one() -> None:
-    noise = Noise(11).draw(0, "w", 0, 1000, 101, "rademacher")
+    noise = of_one(Noise(11), 0, "w", 0, 1000, 101, "rademacher")
     assert set(noise.unique().tolist()) == {-1.0, 1.0}
     # The mean of n signs has deviation 1/√n; 6 of them: failure probability 2e-9.
     assert abs(noise.mean()) < 6 / math.sqrt(noise.numel())
@@ -128,7 +152,7 @@ def test_rademacher_is_plus_minus_one() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_draws_are_uncorrelated(kind: NoiseKind) -> None:
     numel = 2000
-    noise = torch.cat([Noise(3).draw(g, name, 0, 70, numel, kind) for g in (0, 1) for name in ("a", "b")]).double()
+    noise = torch.cat([of_one(Noise(3), g, name, 0, 70, numel, kind) for g in (0, 1) for name in ("a", "b")]).double()
     correlation = noise @ noise.T / numel
     pairs = correlation[~torch.eye(len(noise), dtype=torch.bool)]
     # Each entry has deviation 1/√numel; 39,060 distinct pairs at 6.5 deviations: failure probability 4e-6.

@@ -19,16 +19,18 @@ from .checkpoint import FORMAT, check_format, check_same_run, plain_copy, read_c
 from .fitness import thread_modes
 from .fitness.evaluate import evaluate, is_batched
 from .fitness.scores import CheckedScores, check_scores, to_score, to_scores
+from .forward import Forwards
 from .interrupts import delayed_interrupt
+from .memory import Budget, is_out_of_memory
 from .noise import forked_rng
 from .perturbation.sample import Draws, FullRankDraws, ParameterSpec, Perturbations, wide_dtype
 from .population import Population, warn_once
 from .update.centre import Centre, OptimizerFactory
 from .update.schedule import LRSchedulerFactory, Schedules
 
-# Elements of perturbations held at a time where the user sets no chunk size: 256 MB in float32.
-_CHUNK_ELEMENTS = 2**26
-_CHUNK_MEMBERS = 1024
+# Members evaluated at a time, at most, where the user sets no chunk size: more gain nothing.
+_CHUNK_MEMBERS = {"cpu": 1024}
+_CHUNK_MEMBERS_ELSEWHERE = 8192
 
 METRICS = (
     "generation",
@@ -69,8 +71,15 @@ class ESTrainer(torch.optim.Optimizer, ABC):
             that you make and step yourself works as well. ``ReduceLROnPlateau`` gets the mean fitness: make it with
             ``mode="max"``, and ``threshold_mode="abs"`` where fitness is negative.
         sigma_scheduler: Factory of a ``torch.optim.lr_scheduler`` that drives ``sigma`` instead.
-        chunk_size: How many members are evaluated at a time; bounds memory. Chosen from the model's size if None.
+        chunk_size: How many members are evaluated at a time; bounds memory. If None, as many as fit in
+            ``memory_budget``, up to 1024 on a CPU; where an accelerator runs out of memory, half as many from then on.
         coalesce: Whether a plain ``fitness_fn`` may be run for the members of a chunk together.
+        compile: Whether to run the model's batched forwards with ``torch.compile``. What cannot be compiled runs as it
+            would without, and one warning says why.
+        memory_budget: Bytes that an evaluation may take besides the model; a share of the device's memory if None. A
+            forward for many members is cut up so that its own tensors fit, whatever ``chunk_size`` is.
+        evaluation_dtype: ``torch.bfloat16`` or ``torch.float16`` to run the fitness function under ``torch.autocast``
+            to that type. Weights, noise and update stay as they are.
 
     Raises:
         TypeError: An argument is of the wrong type.
@@ -107,6 +116,9 @@ class ESTrainer(torch.optim.Optimizer, ABC):
         sigma_scheduler: LRSchedulerFactory | None = None,
         chunk_size: int | None = None,
         coalesce: bool = True,
+        compile: bool = False,
+        memory_budget: int | None = None,
+        evaluation_dtype: torch.dtype | None = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -124,7 +136,10 @@ class ESTrainer(torch.optim.Optimizer, ABC):
         self.fitness_fn = fitness_fn
         self.population_size, self.chunk_size = population_size, chunk_size
         self._check_sizes()
-        self.coalesce = bool(coalesce)
+        self.coalesce, self.compile = bool(coalesce), bool(compile)
+        self.evaluation_dtype = validation.check_evaluation_dtype(evaluation_dtype)
+        if memory_budget is not None:
+            memory_budget = validation.check_int("memory_budget", memory_budget, 1)
         self._seed = secrets.randbits(63) if seed is None else validation.check_int("seed", seed, -(2**63))
         defaults = {
             "lr": validation.check_real("learning_rate", learning_rate, positive=False),
@@ -150,6 +165,10 @@ class ESTrainer(torch.optim.Optimizer, ABC):
         self._schedules = Schedules(self, *self._schedulers)
         self._initial = self._centre.flat()
         self._warned: set[str] = set()
+        self._budget = Budget(memory_budget)
+        self._forwards = Forwards(compile=self.compile, budget=self._budget)
+        # What has turned out to fit, where something did not.
+        self._most_members: int | None = None
         self._sampled: Tensor | None = None
         self.generation = 0
         self.best_fitness = float("-inf")
@@ -278,7 +297,7 @@ class ESTrainer(torch.optim.Optimizer, ABC):
             self._begin_generation()
         # The fitness function runs under the caller's modes.
         with thread_modes.kept():
-            scores = torch.cat([self._evaluate(first, count) for first, count in self._chunks()])
+            scores = self._evaluate_all()
         checked = check_scores(scores, self.generation + 1)
         if checked.num_nonfinite:
             warn_once(
@@ -351,12 +370,7 @@ class ESTrainer(torch.optim.Optimizer, ABC):
         """
         if not is_batched(self.fitness_fn):
             return to_score(self.fitness_fn(model))
-        # A population of one that differs from the model by nothing.
-        name, parameter = min(model.named_parameters(), key=lambda item: item[1].numel())
-        values = torch.zeros(1, *parameter.shape, device=parameter.device)
-        signs = torch.ones(1, device=parameter.device)
-        draws = FullRankDraws(values, ParameterSpec(name, parameter.detach(), 1.0), signs)
-        return float(to_scores(self.fitness_fn(Population(model, Perturbations({name: draws}, signs, 1))), 1)[0])
+        return float(to_scores(self.fitness_fn(Population.of(model)), 1)[0])
 
     def get_best_model(self) -> nn.Module:
         """Return a new module with the weights of the best member seen so far, the ones that earned its score.
@@ -447,6 +461,8 @@ class ESTrainer(torch.optim.Optimizer, ABC):
             "population_size": self.population_size,
             "chunk_size": min(self.population_size, self._chunk_members()),
             "coalesce": self.coalesce,
+            "compile": self.compile,
+            "evaluation_dtype": str(self.evaluation_dtype),
             "device": self.device.type,
             "dtypes": sorted({str(p.dtype) for p in self._centre.parameters.values()}),
         }
@@ -537,28 +553,52 @@ class ESTrainer(torch.optim.Optimizer, ABC):
         if self.chunk_size is not None:
             return self.chunk_size
         unit = self._chunk_unit()
-        members = min(_CHUNK_MEMBERS, _CHUNK_ELEMENTS // self._elements_per_member())
-        return max(unit, members // unit * unit)
+        most = _CHUNK_MEMBERS.get(self.device.type, _CHUNK_MEMBERS_ELSEWHERE)
+        fitting = min(most, self._budget.chunk_bytes(self.device) // self._bytes_per_member())
+        if self._most_members is not None:
+            fitting = min(fitting, self._most_members)
+        return max(unit, fitting // unit * unit)
 
     def _chunk_unit(self) -> int:
         """Return the number that divides every chunk."""
         return 1
 
-    def _elements_per_member(self) -> int:
-        return len(self._centre)
+    def _bytes_per_member(self) -> int:
+        """Return what a member's perturbations take."""
+        return sum(p.numel() * wide_dtype(p).itemsize for p in self._centre.parameters.values())
 
     def _chunks(self) -> Iterator[tuple[int, int]]:
         size = self._chunk_members()
         for first in range(0, self.population_size, size):
             yield first, min(size, self.population_size - first)
 
+    def _evaluate_all(self) -> Tensor:
+        """Return the fitness of all members, ``[N]``; in smaller chunks if memory runs out."""
+        while True:
+            size = min(self._chunk_members(), self.population_size)
+            try:
+                return torch.cat([self._evaluate(first, count) for first, count in self._chunks()])
+            except Exception as error:
+                if not is_out_of_memory(error) or self.chunk_size is not None or size == self._chunk_unit():
+                    raise
+            self._most_members = size // 2
+            warn_once(self._warned, f"memory ran out with {size} members at a time: half as many from now on", "memory")
+            with delayed_interrupt(), thread_modes.neutral():
+                self._begin_generation()
+
     def _evaluate(self, first: int, count: int) -> Tensor:
         """Return the fitness of members ``first, …, first + count - 1``, ``[count]``."""
         with torch.no_grad():
-            population = Population(self.model, self._perturbations(first, count), first=first, warned=self._warned)
+            perturbations = self._perturbations(first, count)
+            population = Population(
+                self.model, perturbations, first=first, warned=self._warned, forwards=self._forwards
+            )
         overridden = type(self).evaluate_fitness is not ESTrainer.evaluate_fitness
         fitness_fn = self.evaluate_fitness if overridden else self.fitness_fn
-        with forked_rng(self.seed, self.generation, "evaluation", first, device=self.device):
+        with (
+            forked_rng(self.seed, self.generation, "evaluation", first, device=self.device),
+            thread_modes.autocast_to(self.evaluation_dtype, self.device),
+        ):
             return evaluate(
                 population,
                 fitness_fn,

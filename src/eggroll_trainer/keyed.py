@@ -113,24 +113,25 @@ class KeyedESTrainer(ESTrainer):
     def _restart_noise(self) -> None:
         super()._restart_noise()
         self._noise = Noise(self.seed)
-        self._kept: tuple[tuple[int, int, int], Perturbations] | None = None
+        self._kept: dict[tuple[int, int], Perturbations] = {}
 
     def _begin_generation(self) -> None:
         # What is kept of a generation that failed may be of another sigma.
-        self._kept = None
+        self._kept = {}
         if self._is_dense():
             super()._begin_generation()
 
     def _perturbations(self, first: int, count: int) -> Perturbations:
         if self._is_dense():
             return super()._perturbations(first, count)
-        key = (self.generation, first, count)
-        if self._kept is not None and self._kept[0] == key:
-            return self._kept[1]
+        kept = self._kept.get((first, count))
+        if kept is not None:
+            return kept
         perturbations = self._sample(first, count)
-        if count == self.population_size:
-            # One chunk is all: the update need not draw it again.
-            self._kept = (key, perturbations)
+        # What is at hand for the update need not be drawn again.
+        held = sum(other.nbytes for other in self._kept.values())
+        if held + perturbations.nbytes <= self._budget.kept_bytes(self.device):
+            self._kept[first, count] = perturbations
         return perturbations
 
     def _direction(self, scores: Tensor) -> dict[str, Tensor]:
@@ -141,17 +142,19 @@ class KeyedESTrainer(ESTrainer):
         for first, count in self._chunks():
             part = self._perturbations(first, count).weighted_sum(weights[first : first + count])
             total = {name: total[name] + value for name, value in part.items()} if total else part
-        self._kept = None
+        self._kept = {}
         return total
 
     def _chunk_unit(self) -> int:
         return max(1, self.noise_reuse)
 
-    def _elements_per_member(self) -> int:
-        return sum(
-            spec.centre.numel() if spec.rank is None else spec.rank * LowRankDraws.sides(spec.centre.shape)
-            for spec in self._specs()
-        )
+    def _bytes_per_member(self) -> int:
+        drawn = used = 0
+        for spec in self._specs():
+            numbers = spec.centre.numel() if spec.rank is None else spec.rank * LowRankDraws.sides(spec.centre.shape)
+            drawn += 4 * numbers
+            used += (4 if spec.rank is None else spec.centre.element_size()) * numbers
+        return -(-drawn // self._chunk_unit()) + used
 
     def _settings(self) -> dict[str, Any]:
         return {

@@ -9,8 +9,10 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
-from collections.abc import Iterator
-from typing import Any, Literal, get_args
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -18,10 +20,16 @@ from torch import Tensor
 
 NoiseKind = Literal["gaussian", "rademacher"]
 
-# Draws of one parameter come in blocks of this many, one random stream each, whatever part of them is asked for:
-# so a draw does not depend on how a population is cut into chunks. Large parameters get smaller blocks.
+# Draws of one parameter come in blocks, one random stream each, whatever part of them is asked for: so a draw does not
+# depend on how a population is cut into chunks. Opening a stream takes as long as 4,000 numbers, so that a block has
+# many more of them, but small chunks should not draw much that others need.
+_BLOCK_NUMBERS = 2**16
+_BLOCK_NUMBERS_AT_MOST = 2**20
 _BLOCK_DRAWS = 64
-_BLOCK_ELEMENTS = 2**20
+_BLOCK_DRAWS_AT_MOST = 512
+
+# So many numbers are worth a second thread.
+_SHARED = 2**17
 
 # torch's CPU generator is a Mersenne Twister, whose `manual_seed` keeps only 32 bits of a seed: too few, as a large
 # run opens billions of streams. The whole state is set instead; its serialised form is a header, 624 words in 64-bit
@@ -91,6 +99,28 @@ def forked_rng(*key: int | str, device: torch.device | str = "cpu") -> Iterator[
         yield
 
 
+class Stream(NamedTuple):
+    """The random numbers of one parameter.
+
+    Attributes:
+        name: Name of the parameter in its model.
+        numel: Random numbers in one draw.
+        kind: ``"gaussian"``, or ``"rademacher"`` for ±1 with equal probability.
+        device: Where the noise is generated and returned.
+    """
+
+    name: str
+    numel: int
+    kind: NoiseKind = "gaussian"
+    device: torch.device | str = "cpu"
+
+    @property
+    def block(self) -> int:
+        """Return how many draws a block has."""
+        size = min(max(_BLOCK_NUMBERS // max(1, self.numel), _BLOCK_DRAWS), _BLOCK_DRAWS_AT_MOST)
+        return max(1, min(size, _BLOCK_NUMBERS_AT_MOST // max(1, self.numel)))
+
+
 class Noise:
     """Independent draws of zero mean and unit variance for the parameters of a model.
 
@@ -99,8 +129,9 @@ class Noise:
 
     Example:
         >>> noise = Noise(seed=0)
-        >>> block = noise.draw(generation=3, name="fc.weight", first=10, count=4, numel=7)
-        >>> again = noise.draw(generation=3, name="fc.weight", first=12, count=1, numel=7)
+        >>> stream = Stream("fc.weight", numel=7)
+        >>> (block,) = noise.draw(generation=3, first=10, count=4, streams=[stream])
+        >>> (again,) = noise.draw(generation=3, first=12, count=1, streams=[stream])
         >>> torch.equal(block[2:3], again)
         True
     """
@@ -110,54 +141,93 @@ class Noise:
         # The last block of each parameter that was used in part: chunks smaller than a block come back for the rest.
         self._partial: dict[str, tuple[tuple[int | str, ...], Tensor]] = {}
 
-    def draw(
-        self,
-        generation: int,
-        name: str,
-        first: int,
-        count: int,
-        numel: int,
-        kind: NoiseKind = "gaussian",
-        device: torch.device | str = "cpu",
-    ) -> Tensor:
-        """Return draws ``first, …, first + count - 1`` of a parameter, ``[count, numel]`` in float32.
+    def draw(self, generation: int, first: int, count: int, streams: Sequence[Stream]) -> list[Tensor]:
+        """Return draws ``first, …, first + count - 1`` of each stream, ``[count, numel]`` in float32.
 
         Args:
             generation: Index of the generation.
-            name: Name of the parameter in its model.
             first: Index of the first draw. A draw serves one member, or several if noise is reused.
             count: How many consecutive draws.
-            numel: Random numbers in one draw.
-            kind: ``"gaussian"``, or ``"rademacher"`` for ±1 with equal probability.
-            device: Where the noise is generated and returned.
+            streams: Whose numbers are drawn.
         """
-        out = torch.empty(count, numel, dtype=torch.float32, device=device)
-        if count == 0 or numel == 0:
-            return out
-        size = max(1, min(_BLOCK_DRAWS, _BLOCK_ELEMENTS // numel))
-        for block in range(first // size, (first + count - 1) // size + 1):
-            start = block * size
-            low, high = max(first, start), min(first + count, start + size)
-            rows = out[low - first : high - first]
-            key = (self.seed, generation, name, block, numel, kind)
-            if high - low == size:
-                _fill(rows, key, kind)
+        outputs: list[Tensor] = []
+        fills: list[_Fill] = []
+        parts: list[tuple[Tensor, Tensor]] = []
+        partial = {}
+        for stream in streams:
+            out = torch.empty(count, stream.numel, dtype=torch.float32, device=stream.device)
+            outputs.append(out)
+            if out.numel() == 0:
                 continue
-            held = self._partial.get(name)
-            if held is None or held[0] != key or held[1].device != out.device:
-                held = (key, _fill(out.new_empty(size, numel), key, kind))
-                self._partial[name] = held
-            rows.copy_(held[1][low - start : high - start])
-        return out
+            size = stream.block
+            for block in range(first // size, (first + count - 1) // size + 1):
+                start = block * size
+                low, high = max(first, start), min(first + count, start + size)
+                rows = out[low - first : high - first]
+                key = (self.seed, generation, stream.name, block, stream.numel, stream.kind)
+                if high - low == size:
+                    fills.append(_Fill(rows, key, stream.kind))
+                    continue
+                held = self._partial.get(stream.name)
+                if held is None or held[0] != key or held[1].device != out.device:
+                    held = (key, out.new_empty(size, stream.numel))
+                    fills.append(_Fill(held[1], key, stream.kind))
+                    partial[stream.name] = held
+                parts.append((rows, held[1][low - start : high - start]))
+        _fill_all(fills)
+        self._partial.update(partial)
+        for rows, values in parts:
+            rows.copy_(values)
+        return outputs
 
 
-def _fill(out: Tensor, key: tuple[int | str, ...], kind: NoiseKind) -> Tensor:
-    """Fill a contiguous ``[size, numel]`` with the noise of its block."""
-    generator = keyed_generator("noise", *key, device=out.device)
-    if kind == "gaussian":
-        return out.normal_(generator=generator)
-    # One random bit an element: 64-bit words are unpacked to bytes, bytes to bits.
+class _Fill(NamedTuple):
+    """A contiguous tensor ``[size, numel]`` to be filled with the noise of its block."""
+
+    out: Tensor
+    key: tuple[int | str, ...]
+    kind: NoiseKind
+
+
+def _fill_all(fills: Sequence[_Fill]) -> None:
+    numbers = sum(fill.out.numel() for fill in fills if fill.out.is_cpu)
+    threads = min(torch.get_num_threads(), len(fills), numbers // _SHARED + 1)
+    if threads <= 1:
+        for fill in fills:
+            _fill(fill)
+        return
+    # Large ones first, so that all threads end together.
+    waiting = deque(sorted(fills, key=lambda fill: -fill.out.numel()))
+
+    def work() -> None:
+        # In a new thread no mode of torch's is on.
+        with torch.inference_mode(fills[0].out.is_inference()), contextlib.suppress(IndexError):
+            while True:
+                _fill(waiting.popleft())
+
+    with ThreadPoolExecutor(threads - 1) as pool:
+        others = [pool.submit(work) for _ in range(threads - 1)]
+        work()
+        for other in others:
+            other.result()
+
+
+def _fill(fill: _Fill) -> None:
+    out = fill.out
+    generator = keyed_generator("noise", *fill.key, device=out.device)
+    if fill.kind == "gaussian":
+        out.normal_(generator=generator)
+        return
+    # One random bit an element: 64-bit words are taken as bytes, and each byte stands for eight signs.
     words = torch.empty((out.numel() + 63) // 64, dtype=torch.int64, device=out.device)
     words.random_(-(2**63), None, generator=generator)
-    bits = words.view(torch.uint8)[:, None] >> torch.arange(8, dtype=torch.uint8, device=out.device) & 1
-    return out.copy_(bits.view(-1)[: out.numel()].view(out.shape)).mul_(2).sub_(1)
+    signs = _signs_of_bytes(out.device).index_select(0, words.view(torch.uint8).int())
+    out.copy_(signs.view(-1)[: out.numel()].view(out.shape))
+
+
+@functools.cache
+def _signs_of_bytes(device: torch.device) -> Tensor:
+    """Return, for every byte, its bits as ±1, the lowest first: ``[256, 8]``."""
+    with torch.inference_mode(False):
+        bits = torch.arange(256)[:, None] >> torch.arange(8) & 1
+        return (2.0 * bits - 1.0).to(device, torch.float32)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import functools
 import warnings
@@ -13,13 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
+from .forward import PLAIN_TYPES, Call, Forwards
 from .interrupts import delayed_interrupt
-from .module_state import NotBatchable, Slot, parameter_slots, swapped, training_modes, unchanged_state
-from .perturbation import BatchingRules, densify
-from .perturbation.sample import Perturbations, perturb
-
-# What a model may return or be called with besides tensors, and be batched all the same.
-PLAIN_TYPES = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, slice, type(...))
+from .memory import is_out_of_memory
+from .module_state import NotBatchable, Slot, parameter_slots, training_modes, unchanged_state
+from .perturbation import densify
+from .perturbation.sample import FullRankDraws, ParameterSpec, Perturbations, perturb
 
 
 class Population:
@@ -33,6 +31,7 @@ class Population:
         perturbations: How each of the ``N`` members differs from it.
         first: Index in the whole population of this chunk's first member.
         warned: The warnings already given; each is given once.
+        forwards: What carries out the calls, and knows what earlier ones have shown.
 
     Example:
         >>> import torch, eggroll_trainer
@@ -53,6 +52,7 @@ class Population:
         *,
         first: int = 0,
         warned: set[str] | None = None,
+        forwards: Forwards | None = None,
     ) -> None:
         _keep_freed_memory()
         self.model = model
@@ -65,7 +65,17 @@ class Population:
         self._slots: dict[nn.Module, list[Slot]] = {}
         self._training: dict[nn.Module, bool] = {}
         self._scratch: nn.Module | None = None
-        self._warned = set() if warned is None else warned
+        self._warned: set[str] = set() if warned is None else warned
+        self.forwards = Forwards() if forwards is None else forwards
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Population:
+        """Return a population of one, which differs from the model by nothing."""
+        name, parameter = min(model.named_parameters(), key=lambda item: item[1].numel())
+        values = torch.zeros(1, *parameter.shape, device=parameter.device)
+        signs = torch.ones(1, device=parameter.device)
+        draws = FullRankDraws(values, ParameterSpec(name, parameter.detach(), 1.0), signs)
+        return cls(model, Perturbations({name: draws}, signs, 1))
 
     def __len__(self) -> int:
         """Return the number of members, ``N``."""
@@ -183,7 +193,6 @@ class Population:
             ValueError: A BatchNorm layer is in training mode.
         """
         leaves, spec = tree_flatten((args, kwargs))
-        mapped = [i for i, dim in enumerate(dims) if dim is not None]
         slots = self._slots_in(module)
         factors: Any = {name: self._members[name] for _, _, name in slots}
         if members is None:
@@ -191,27 +200,8 @@ class Population:
         elif list(members) != list(range(len(self))):
             index = torch.as_tensor(members)
             factors = {name: tree_map(lambda t: t[index.to(t.device)], value) for name, value in factors.items()}
-        out_spec: Any = None
-        constants: dict[int, Any] = {}
-
-        # The unused counter gives vmap its size where a module has neither parameters nor inputs of each member.
-        def forward(_: Tensor, factors: dict[str, Any], own: list[Tensor]) -> list[Tensor]:
-            nonlocal out_spec
-            filled = list(leaves)
-            for i, value in zip(mapped, own, strict=True):
-                filled[i] = value
-            call_args, call_kwargs = tree_unflatten(filled, spec)
-            parameters = {name: perturb(self._centres[name], value) for name, value in factors.items()}
-            with swapped(slots, parameters):
-                result = module(*call_args, **call_kwargs)
-            results, out_spec = tree_flatten(tree_map(densify, result))
-            for i, leaf in enumerate(results):
-                if not isinstance(leaf, Tensor):
-                    if not isinstance(leaf, PLAIN_TYPES):
-                        raise NotBatchable(f"the model returns a {type(leaf).__name__}")
-                    constants[i] = leaf
-            return [_unshared(leaf) for leaf in results if isinstance(leaf, Tensor)]
-
+        centres = {name: self._centres[name] for name in factors}
+        call = Call(module, slots, centres, factors, leaves, spec, dims, len(members))
         with (
             # An interrupted vmap would leave its transforms, and its weights in the model.
             delayed_interrupt(),
@@ -219,21 +209,19 @@ class Population:
             unchanged_state(module),
         ):
             try:
-                with torch.no_grad(), _uncompiled(module), BatchingRules(), warnings.catch_warnings():
+                with torch.no_grad(), warnings.catch_warnings():
                     # An operation that vmap runs member by member is slow, but right.
                     warnings.filterwarnings("ignore", "There is a performance drop")
-                    in_dims = (0, 0, [dims[i] for i in mapped])
-                    tensors = torch.vmap(forward, in_dims, randomness="different")(
-                        torch.arange(len(members)), factors, [leaves[i] for i in mapped]
-                    )
+                    result = self.forwards.run(call)
             except NotBatchable:
                 raise
             except Exception as error:
+                if is_out_of_memory(error):
+                    raise
                 raise NotBatchable(f"{type(error).__name__}: {error}") from error
-        # What is the same for all members comes expanded; each gets its own, to change in place.
-        outputs = iter(t.contiguous() if t.stride(0) == 0 else t for t in tensors)
-        size = len(constants) + len(tensors)
-        return tree_unflatten([constants[i] if i in constants else next(outputs) for i in range(size)], out_spec)
+        while self.forwards.reports:
+            warn_once(self._warned, self.forwards.reports.pop())
+        return result
 
     def _slots_in(self, module: nn.Module) -> list[Slot]:
         """Return where ``module`` and those below it keep perturbed parameters."""
@@ -246,21 +234,22 @@ class Population:
             module.training = self._training.get(original, original.training)
 
     def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any], dims: Sequence[int | None]) -> Any:
-        if self._scratch is None:
-            try:
-                return self.run(self.model, args, kwargs, dims)
-            except NotBatchable as error:
-                if error.stateful:
-                    raise _lost(error) from None
-                self._scratch = copy.deepcopy(self.model)
-                result = self._call_one_by_one(self._scratch, args, kwargs, dims)
-                warn_once(self._warned, f"the model is run once for each member, not batched: {error}")
-                return result
-        return self._call_one_by_one(self._scratch, args, kwargs, dims)
+        if self.forwards.one_by_one:
+            return self._call_one_by_one(args, kwargs, dims)
+        try:
+            return self.run(self.model, args, kwargs, dims)
+        except NotBatchable as error:
+            if error.stateful:
+                raise _lost(error) from None
+            result = self._call_one_by_one(args, kwargs, dims)
+            self.forwards.one_by_one = True
+            warn_once(self._warned, f"the model is run once for each member, not batched: {error}")
+            return result
 
-    def _call_one_by_one(
-        self, scratch: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dims: Sequence[int | None]
-    ) -> Any:
+    def _call_one_by_one(self, args: tuple[Any, ...], kwargs: dict[str, Any], dims: Sequence[int | None]) -> Any:
+        if self._scratch is None:
+            self._scratch = copy.deepcopy(self.model)
+        scratch = self._scratch
         leaves, spec = tree_flatten((args, kwargs))
         rows = []
         self._copy_modes(scratch)
@@ -277,14 +266,6 @@ class Population:
         return tree_unflatten([_stack(column) for column in columns], rows[0][1])
 
 
-def _uncompiled(module: nn.Module) -> contextlib.AbstractContextManager[Any]:
-    """Run what torch.compile has made of parts of a module as it was written: it knows nothing of members."""
-    if any("dynamo_ctx" in m.__dict__ or m._compiled_call_impl is not None for m in module.modules()):
-        stance: contextlib.AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
-        return stance
-    return contextlib.nullcontext()
-
-
 def _lost(error: NotBatchable) -> ValueError:
     return ValueError(
         f"{error}: it would be lost between calls. Pass it in and return it, or write the fitness function for one"
@@ -298,11 +279,6 @@ def warn_once(warned: set[str], message: str, kind: str | None = None) -> None:
     if kind not in warned:
         warned.add(kind)
         warnings.warn(message, RuntimeWarning, stacklevel=2)
-
-
-def _unshared(output: Tensor) -> Tensor:
-    """Return an output that does not depend on the member as a copy: it may be a buffer or an input."""
-    return output if torch._C._functorch.is_batchedtensor(output) else output.clone()
 
 
 @functools.cache

@@ -50,6 +50,20 @@ def check_real(name: str, value: Any, *, positive: bool) -> float:
     return number
 
 
+def check_evaluation_dtype(value: Any) -> torch.dtype | None:
+    """Return ``value`` if autocast knows it, or None.
+
+    Raises:
+        TypeError: It is not a dtype.
+        ValueError: It is another dtype.
+    """
+    if value is not None and not isinstance(value, torch.dtype):
+        raise TypeError(f"evaluation_dtype must be a torch.dtype or None, got {type(value).__name__} {value!r}")
+    if value not in (None, torch.bfloat16, torch.float16):
+        raise ValueError(f"evaluation_dtype must be torch.bfloat16 or torch.float16, got {value}")
+    return value
+
+
 def check_divides(divisor_name: str, divisor: int, name: str, value: int) -> None:
     """Raise ``ValueError`` unless ``divisor`` divides ``value``; 0 and 1 divide everything."""
     if divisor > 1 and value % divisor:

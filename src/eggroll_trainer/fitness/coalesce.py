@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from ..forward import PLAIN_TYPES
 from ..module_state import NotBatchable
-from ..population import PLAIN_TYPES, Population, warn_once
+from ..population import Population, warn_once
 from . import thread_modes, turns
 from .member_state import Differentiated, MemberState, Origin
 from .randomness import RandomStates
@@ -176,7 +177,7 @@ class Coalescer:
         self.hub = greenlet.getcurrent()
         self._random = RandomStates(seeds)
         # Calls that could not be batched, with the reason.
-        self._refused: dict[Any, str] = {}
+        self._refused = population.forwards.refused
         self._groups: dict[Any, Group] = {}
         self._blueprints: dict[nn.Module, Blueprint] = {}
         self._interned: dict[Any, Any] = {}

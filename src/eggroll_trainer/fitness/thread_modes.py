@@ -60,6 +60,11 @@ def autocast(modes: Modes) -> Iterator[None]:
         yield
 
 
+def autocast_to(dtype: torch.dtype | None, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Run the block under autocast to ``dtype``, or as it is if that is None."""
+    return contextlib.nullcontext() if dtype is None else torch.autocast(device.type, dtype)
+
+
 @contextlib.contextmanager
 def kept() -> Iterator[Modes]:
     """Leave the thread's modes after the block as they were before it, also where code inside set and left them."""

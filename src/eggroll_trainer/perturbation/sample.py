@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from ..noise import Noise, NoiseKind
+from ..noise import Noise, NoiseKind, Stream
 from .tensor import PerturbedTensor
 
 
@@ -64,6 +64,11 @@ class LowRankDraws:
         self.factors, self.spec, self.signs = factors, spec, signs
         self.scale = spec.sigma / math.sqrt(factors.shape[1])
 
+    @property
+    def noise(self) -> Tensor:
+        """The random numbers."""
+        return self.factors
+
     @staticmethod
     def sides(shape: Sequence[int]) -> int:
         """Return ``O + I``, the random numbers that one draw of rank 1 takes."""
@@ -106,6 +111,11 @@ class FullRankDraws:
     def __init__(self, values: Tensor, spec: ParameterSpec, signs: Tensor) -> None:
         self.values, self.spec, self.signs = values, spec, signs
 
+    @property
+    def noise(self) -> Tensor:
+        """The random numbers."""
+        return self.values
+
     def members(self) -> Tensor:
         """Return every member's perturbation ``[n, *shape]``."""
         values = self.values.to(wide_dtype(self.spec.centre))
@@ -139,6 +149,11 @@ class Perturbations:
 
     def __len__(self) -> int:
         return self.count
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the draws."""
+        return sum(draws.noise.nbytes for draws in self.draws.values())
 
     def members(self) -> dict[str, tuple[Tensor, Tensor] | Tensor]:
         """Return, for each parameter, ``(A [n, O, R], B [n, I, R])`` or the full-rank ``[n, *shape]``."""
@@ -176,18 +191,22 @@ def sample(
     """
     assert first % reuse == 0 and count % reuse == 0, "a noise draw never straddles two chunks"
     signs = torch.tensor([1.0, -1.0]).repeat(reuse)[:reuse]
+    numels = [
+        spec.centre.numel() if spec.rank is None else spec.rank * LowRankDraws.sides(spec.centre.shape)
+        for spec in specs
+    ]
+    streams = [
+        Stream(spec.name, numel, "gaussian" if spec.rank is None else spec.kind, spec.centre.device)
+        for spec, numel in zip(specs, numels, strict=True)
+    ]
     draws: dict[str, Draws] = {}
-    for spec in specs:
-        shape, device = spec.centre.shape, spec.centre.device
-        key = (generation, spec.name, first // reuse, count // reuse)
-        own_signs = signs.to(device)
+    values = noise.draw(generation, first // reuse, count // reuse, streams)
+    for spec, value in zip(specs, values, strict=True):
+        shape, own_signs = spec.centre.shape, signs.to(spec.centre.device)
         if spec.rank is None:
-            values = noise.draw(*key, spec.centre.numel(), device=device)
-            draws[spec.name] = FullRankDraws(values.view(-1, *shape), spec, own_signs)
+            draws[spec.name] = FullRankDraws(value.view(-1, *shape), spec, own_signs)
         else:
-            sides = LowRankDraws.sides(shape)
-            factors = noise.draw(*key, spec.rank * sides, spec.kind, device)
-            draws[spec.name] = LowRankDraws(factors.view(-1, spec.rank, sides), spec, own_signs)
+            draws[spec.name] = LowRankDraws(value.view(-1, spec.rank, LowRankDraws.sides(shape)), spec, own_signs)
     return Perturbations(draws, signs, count)
 
 

@@ -1,0 +1,264 @@
+"""How one call of a module is carried out for many members: batched, in tiles that bound memory, compiled if asked.
+
+A call is batched by ``torch.vmap`` over the members' perturbations. Its members are split into tiles, so that the
+tensors which the operations of one tile make fit in a budget; how much one member needs is found out by counting.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import types
+import warnings
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
+
+from .memory import Budget, is_out_of_memory, live_bytes
+from .module_state import NotBatchable, Slot, swapped
+from .perturbation import BatchingRules, densify
+from .perturbation.sample import perturb
+
+# What a model may return or be called with besides tensors, and be batched all the same.
+PLAIN_TYPES = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, slice, type(...))
+
+# Kinds of calls that are compiled; a model with inputs of ever new shapes has no end of them.
+_MAX_COMPILED = 16
+
+
+@dataclasses.dataclass
+class Call:
+    """A call of a module for ``n`` members.
+
+    Attributes:
+        module: The module.
+        slots: Where it keeps perturbed parameters.
+        centres: The unperturbed parameters by name.
+        factors: For each of them the members' perturbations, with a leading dimension ``n``.
+        leaves: The leaves of its ``(args, kwargs)``.
+        spec: Their structure.
+        dims: For each leaf its dimension of members, or None if they share it.
+        size: ``n``.
+    """
+
+    module: nn.Module
+    slots: Sequence[Slot]
+    centres: Mapping[str, Tensor]
+    factors: Mapping[str, Any]
+    leaves: Sequence[Any]
+    spec: TreeSpec
+    dims: Sequence[int | None]
+    size: int
+
+    def kind(self) -> Hashable:
+        """Return what calls have in common that differ in the tensors' values and the number of members alone."""
+        signature: list[Hashable] = []
+        for leaf, dim in zip(self.leaves, self.dims, strict=True):
+            if isinstance(leaf, Tensor):
+                shape = [size for i, size in enumerate(leaf.shape) if dim is None or i != dim % leaf.ndim]
+                signature.append((tuple(shape), dim, leaf.dtype, leaf.device))
+            else:
+                signature.append((type(leaf), repr(leaf)))
+        ranks = tuple(value[0].shape[-1] if isinstance(value, tuple) else None for value in self.factors.values())
+        return self.module, str(self.spec), tuple(signature), ranks
+
+    def part(self, start: int, stop: int) -> Call:
+        """Return the call for members ``start, …, stop - 1``."""
+        if (start, stop) == (0, self.size):
+            return self
+        leaves = [
+            leaf if dim is None else leaf.narrow(dim, start, stop - start)
+            for leaf, dim in zip(self.leaves, self.dims, strict=True)
+        ]
+        factors = {name: tree_map(lambda t: t[start:stop], value) for name, value in self.factors.items()}
+        return dataclasses.replace(self, leaves=leaves, factors=factors, size=stop - start)
+
+    def tensors(self) -> tuple[Any, ...]:
+        """Return the arguments of the function that :func:`batched` returns."""
+        pairs = list(zip(self.leaves, self.dims, strict=True))
+        own = [leaf for leaf, dim in pairs if dim is not None]
+        shared = [leaf for leaf, dim in pairs if dim is None and isinstance(leaf, Tensor)]
+        # The unused counter gives vmap its size where a module has neither parameters nor inputs of each member.
+        return torch.arange(self.size), self.centres, self.factors, own, shared
+
+    def devices(self) -> list[torch.device]:
+        """Return the accelerators that its tensors are on."""
+        tensors = [*self.centres.values(), *(leaf for leaf in self.leaves if isinstance(leaf, Tensor))]
+        return sorted({tensor.device for tensor in tensors} - {torch.device("cpu")}, key=str)
+
+
+# What a batched call returns: the tensors among the leaves of the result, the others by their index, the structure.
+Result = tuple[list[Tensor], dict[int, Any], TreeSpec]
+
+
+def batched(call: Call) -> Callable[..., Result]:
+    """Return a function of tensors that makes calls of the kind of ``call`` for any number of members."""
+    module, slots, spec, count = call.module, call.slots, call.spec, len(call.leaves)
+    own_at = [i for i, dim in enumerate(call.dims) if dim is not None]
+    in_dims = (0, 0, [call.dims[i] for i in own_at])
+    is_shared = [dim is None and isinstance(leaf, Tensor) for leaf, dim in zip(call.leaves, call.dims, strict=True)]
+    shared_at = [i for i in range(count) if is_shared[i]]
+    constants = {i: call.leaves[i] for i in range(count) if i not in own_at and i not in shared_at}
+
+    def forward(
+        counter: Tensor, centres: dict[str, Tensor], factors: dict[str, Any], own: list[Tensor], shared: list[Tensor]
+    ) -> Result:
+        structure: list[tuple[dict[int, Any], TreeSpec]] = []
+
+        def member(_: Tensor, factors: dict[str, Any], own: list[Tensor]) -> list[Tensor]:
+            leaves = dict(constants)
+            leaves.update(zip(own_at, own, strict=True))
+            leaves.update(zip(shared_at, shared, strict=True))
+            args, kwargs = tree_unflatten([leaves[i] for i in range(count)], spec)
+            parameters = {name: perturb(centres[name], value) for name, value in factors.items()}
+            with swapped(slots, parameters):
+                result = module(*args, **kwargs)
+            results, result_spec = tree_flatten(tree_map(densify, result))
+            others = {i: leaf for i, leaf in enumerate(results) if not isinstance(leaf, Tensor)}
+            for leaf in others.values():
+                if not isinstance(leaf, PLAIN_TYPES):
+                    raise NotBatchable(f"the model returns a {type(leaf).__name__}")
+            structure.append((others, result_spec))
+            return [leaf for leaf in results if isinstance(leaf, Tensor)]
+
+        with BatchingRules():
+            tensors = torch.vmap(member, in_dims, randomness="different")(counter, factors, own)
+        return tensors, *structure[0]
+
+    return forward
+
+
+class Forwards:
+    """Carries out the calls of one model, and remembers between generations what it found out about them.
+
+    Args:
+        compile: Whether to compile them with ``torch.compile``.
+        budget: What the tensors of a call may take.
+
+    Attributes:
+        reports: What the user should be warned of.
+        one_by_one: Whether the model as a whole was found not to be batchable.
+        refused: Calls of coalesced fitness functions that were found not to be, with the reason.
+    """
+
+    def __init__(self, *, compile: bool = False, budget: Budget | None = None) -> None:
+        self.compile = compile
+        self.budget = Budget() if budget is None else budget
+        self.reports: list[str] = []
+        self.one_by_one = False
+        self.refused: dict[Hashable, str] = {}
+        self._tiles: dict[Hashable, int] = {}
+        # None for kinds that are not compiled.
+        self._compiled: dict[Hashable, tuple[int, Callable[..., Result]] | None] = {}
+
+    def run(self, call: Call) -> Any:
+        """Return what the module returns, each tensor with a leading dimension ``n``.
+
+        Raises:
+            Exception: Whatever the module raises, or torch.vmap where it cannot be batched.
+        """
+        kind = call.kind()
+        while True:
+            try:
+                return self._run_compiled(call, kind) if self.compile else self._run_eagerly(call, kind)
+            except Exception as error:
+                if not is_out_of_memory(error) or self._tiles.get(kind, 1) == 1:
+                    raise
+            # Not while the exception is handled, which holds on to tensors.
+            self._tiles[kind] = min(self._tiles[kind], call.size) // 2
+            self._compiled.pop(kind, None)
+
+    def _run_compiled(self, call: Call, kind: Hashable) -> Any:
+        if kind not in self._compiled:
+            self._compiled[kind] = self._compile(call, kind)
+        compiled = self._compiled[kind]
+        if compiled is None or call.size < compiled[0]:
+            return self._run_eagerly(call, kind)
+        size, function = compiled
+        # Parts of one size, for which it is compiled once: the last one begins among the members of the one before.
+        starts = [*range(0, call.size - size, size), call.size - size]
+        try:
+            with warnings.catch_warnings():
+                # What torch warns of while it compiles is for its own authors.
+                warnings.simplefilter("ignore")
+                return _joined([function(*call.part(i, i + size).tensors()) for i in starts], call.size)
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            self._compiled[kind] = None
+            result = self._run_eagerly(call, kind)
+            # It was not the model's own error, which would have come up again.
+            self.reports.append(f"{type(call.module).__name__} is not compiled and runs eagerly: {_reason(error)}")
+            return result
+
+    def _compile(self, call: Call, kind: Hashable) -> tuple[int, Callable[..., Result]] | None:
+        if sum(compiled is not None for compiled in self._compiled.values()) >= _MAX_COMPILED:
+            self.reports.append(
+                f"the model is called in more than {_MAX_COMPILED} ways (other shapes of inputs, other values of"
+                " numbers that it is called with); the further ones are not compiled"
+            )
+            return None
+        function = _with_own_cache(batched(call))
+        return self._tile(call, kind), torch.compile(function, fullgraph=True, dynamic=False)
+
+    def _run_eagerly(self, call: Call, kind: Hashable) -> Any:
+        function, size = batched(call), self._tile(call, kind)
+        with _uncompiled(call.module):
+            parts = [call.part(i, min(i + size, call.size)) for i in range(0, call.size, size)]
+            return _joined([function(*part.tensors()) for part in parts], call.size)
+
+    def _tile(self, call: Call, kind: Hashable) -> int:
+        """Return how many members to call at a time: a power of two, or all."""
+        if call.size == 1:
+            return 1
+        if kind not in self._tiles:
+            device = next(iter(call.devices()), torch.device("cpu"))
+            function = batched(call)
+            # Dropout draws in it; who draws after it must not notice.
+            with _uncompiled(call.module), torch.random.fork_rng(call.devices()):
+                one, two = (live_bytes(lambda n=n: function(*call.part(0, n).tensors())) for n in (1, 2))  # type: ignore[misc]
+            fitting = (self.budget.call_bytes(device, self.compile) - one) // max(1, two - one)
+            self._tiles[kind] = 1 << (max(1, fitting).bit_length() - 1)
+        return min(self._tiles[kind], call.size)
+
+
+def _joined(parts: Sequence[Result], size: int) -> Any:
+    """Return the result for all members, of which the last part may repeat some of the one before."""
+    tensors, others, spec = parts[0]
+    if len(parts) > 1:
+        *_, last = parts
+        count = len(parts[0][0][0]) if tensors else 0
+        done = count * (len(parts) - 1)
+        rest = [t[t.shape[0] - (size - done) :] for t in last[0]]
+        tensors = [torch.cat(column) for column in zip(*(part[0] for part in parts[:-1]), rest, strict=True)]
+    else:
+        # What is the same for all members comes expanded; each gets its own, to change in place.
+        tensors = [t.clone(memory_format=torch.contiguous_format) if _is_shared(t) else t for t in tensors]
+    values = iter(tensors)
+    return tree_unflatten([others[i] if i in others else next(values) for i in range(len(others) + len(tensors))], spec)
+
+
+def _is_shared(output: Tensor) -> bool:
+    return output.stride(0) == 0 or output.shape[0] == 1
+
+
+def _with_own_cache(function: Callable[..., Result]) -> Callable[..., Result]:
+    """Return the function with a code object of its own: torch.compile counts recompilations by code object."""
+    code = function.__code__.replace(co_name=f"{function.__name__}_")
+    return types.FunctionType(code, function.__globals__, function.__name__, None, function.__closure__)
+
+
+def _uncompiled(module: nn.Module) -> contextlib.AbstractContextManager[Any]:
+    """Run what torch.compile has made of parts of a module as it was written: it knows nothing of members."""
+    if any("dynamo_ctx" in m.__dict__ or m._compiled_call_impl is not None for m in module.modules()):
+        stance: contextlib.AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
+        return stance
+    return contextlib.nullcontext()
+
+
+def _reason(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"
