@@ -10,6 +10,7 @@ import pytest
 import torch
 from scipy import stats
 
+from eggroll_trainer import noise as noise_module
 from eggroll_trainer.noise import Noise, NoiseKind, Stream, derive_seed, forked_rng, keyed_generator
 
 KEY = {"generation": 3, "name": "layer.weight", "first": 5, "count": 40, "numel": 50}
@@ -63,7 +64,10 @@ def test_does_not_depend_on_how_members_are_cut(cut: int, numel: int, kind: Nois
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_does_not_depend_on_threads_nor_on_what_is_drawn_beside_it(kind: NoiseKind) -> None:
+def test_does_not_depend_on_threads_nor_on_what_is_drawn_beside_it(
+    kind: NoiseKind, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(noise_module, "_SHARED", 1000)
     streams = [Stream(f"w{i}", numel, kind) for i, numel in enumerate((1, 7, 300, 5000))]
     alone = [of_one(Noise(7), 0, stream.name, 3, 600, stream.numel, kind) for stream in streams]
     threads = torch.get_num_threads()

@@ -163,7 +163,8 @@ class Forwards:
         kind = call.kind()
         while True:
             try:
-                return self._run_compiled(call, kind) if self.compile else self._run_eagerly(call, kind)
+                together = self.compile and call.size > 1
+                return self._run_compiled(call, kind) if together else self._run_eagerly(call, kind)
             except Exception as error:
                 if not is_out_of_memory(error) or self._tiles.get(kind, 1) == 1:
                     raise
@@ -220,7 +221,7 @@ class Forwards:
             # Dropout draws in it; who draws after it must not notice.
             with _uncompiled(call.module), torch.random.fork_rng(call.devices()):
                 one, two = (live_bytes(lambda n=n: function(*call.part(0, n).tensors())) for n in (1, 2))  # type: ignore[misc]
-            fitting = (self.budget.call_bytes(device, self.compile) - one) // max(1, two - one)
+            fitting = (self.budget.call_bytes(device) - one) // max(1, two - one)
             self._tiles[kind] = 1 << (max(1, fitting).bit_length() - 1)
         return min(self._tiles[kind], call.size)
 

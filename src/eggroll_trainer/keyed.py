@@ -124,12 +124,12 @@ class KeyedESTrainer(ESTrainer):
     def _perturbations(self, first: int, count: int) -> Perturbations:
         if self._is_dense():
             return super()._perturbations(first, count)
-        kept = self._kept.get((first, count))
-        if kept is not None:
-            return kept
+        for (start, size), kept in self._kept.items():
+            if start <= first and first + count <= start + size:
+                return kept if size == count else kept.part(first - start, count)
         perturbations = self._sample(first, count)
         # What is at hand for the update need not be drawn again.
-        held = sum(other.nbytes for other in self._kept.values())
+        held = sum(kept.nbytes for kept in self._kept.values())
         if held + perturbations.nbytes <= self._budget.kept_bytes(self.device):
             self._kept[first, count] = perturbations
         return perturbations

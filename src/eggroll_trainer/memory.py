@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import functools
 import os
+import platform
 from collections.abc import Callable
 from typing import Any
 
@@ -20,8 +23,9 @@ _CPU_CHUNK = 256 * _MB
 _CPU_KEPT = 64 * _MB
 # From 32 MB on the C library maps every tensor anew; a call has two to four of the largest alive at a time.
 _CPU_CALL = 64 * _MB
-# Compiled, a call costs little besides its arithmetic, and is fastest where its tensors stay in a core's cache.
-_CPU_COMPILED_CALL = 8 * _MB
+
+# See mallopt(3).
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 
 class Budget:
@@ -48,10 +52,10 @@ class Budget:
         share = self._share(device) // 2
         return share if self.total is not None or device.type != "cpu" else min(share, _CPU_KEPT)
 
-    def call_bytes(self, device: torch.device, compiled: bool) -> int:
+    def call_bytes(self, device: torch.device) -> int:
         """Return what the tensors that a forward makes may take."""
         share = self._share(device)
-        return share if device.type != "cpu" else min(share, _CPU_COMPILED_CALL if compiled else _CPU_CALL)
+        return share if device.type != "cpu" else min(share, _CPU_CALL)
 
     def _share(self, device: torch.device) -> int:
         if self.total is not None:
@@ -85,6 +89,22 @@ def device_memory(device: torch.device) -> tuple[int, int]:
         with open("/sys/fs/cgroup/memory.current") as file:
             total, free = min(total, limit), min(free, limit - int(file.read()))
     return total, free
+
+
+@functools.cache
+def keep_freed_memory() -> None:
+    """Let the process keep what it frees, up to 256 MB, instead of handing it back to the system at once.
+
+    What is handed back comes anew page by page, zeroed: every operation on large activations then takes as long again
+    as its arithmetic. By default the C library keeps 64 MB at most.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return
+    with contextlib.suppress(OSError, AttributeError):
+        library = ctypes.CDLL(None)
+        # Setting either keeps the library from adapting them.
+        library.mallopt(_M_MMAP_THRESHOLD, 32 * _MB)
+        library.mallopt(_M_TRIM_THRESHOLD, 256 * _MB)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

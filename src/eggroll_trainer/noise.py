@@ -28,8 +28,9 @@ _BLOCK_NUMBERS_AT_MOST = 2**20
 _BLOCK_DRAWS = 64
 _BLOCK_DRAWS_AT_MOST = 512
 
-# So many numbers are worth a second thread.
-_SHARED = 2**17
+# So many numbers are worth a second thread: for less it would find its core taken by torch's own, which look out for
+# new work for some milliseconds after they have finished.
+_SHARED = 2**22
 
 # torch's CPU generator is a Mersenne Twister, whose `manual_seed` keeps only 32 bits of a seed: too few, as a large
 # run opens billions of streams. The whole state is set instead; its serialised form is a header, 624 words in 64-bit
@@ -190,18 +191,20 @@ class _Fill(NamedTuple):
 
 
 def _fill_all(fills: Sequence[_Fill]) -> None:
-    numbers = sum(fill.out.numel() for fill in fills if fill.out.is_cpu)
-    threads = min(torch.get_num_threads(), len(fills), numbers // _SHARED + 1)
-    if threads <= 1:
-        for fill in fills:
+    # A CPU draws normal numbers in one thread; meanwhile other threads can draw other blocks.
+    serial = [fill for fill in fills if fill.kind == "gaussian" and fill.out.is_cpu]
+    threads = min(torch.get_num_threads(), sum(fill.out.numel() for fill in serial) // _SHARED + 1)
+    for fill in fills:
+        if threads == 1 or fill.kind != "gaussian" or not fill.out.is_cpu:
             _fill(fill)
+    if threads == 1:
         return
     # Large ones first, so that all threads end together.
-    waiting = deque(sorted(fills, key=lambda fill: -fill.out.numel()))
+    waiting = deque(sorted(serial, key=lambda fill: -fill.out.numel()))
 
     def work() -> None:
         # In a new thread no mode of torch's is on.
-        with torch.inference_mode(fills[0].out.is_inference()), contextlib.suppress(IndexError):
+        with torch.inference_mode(serial[0].out.is_inference()), contextlib.suppress(IndexError):
             while True:
                 _fill(waiting.popleft())
 

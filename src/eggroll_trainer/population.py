@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -14,7 +13,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from .forward import PLAIN_TYPES, Call, Forwards
 from .interrupts import delayed_interrupt
-from .memory import is_out_of_memory
+from .memory import is_out_of_memory, keep_freed_memory
 from .module_state import NotBatchable, Slot, parameter_slots, training_modes, unchanged_state
 from .perturbation import densify
 from .perturbation.sample import FullRankDraws, ParameterSpec, Perturbations, perturb
@@ -54,7 +53,7 @@ class Population:
         warned: set[str] | None = None,
         forwards: Forwards | None = None,
     ) -> None:
-        _keep_freed_memory()
+        keep_freed_memory()
         self.model = model
         self.perturbations = perturbations
         self.first = first
@@ -279,17 +278,6 @@ def warn_once(warned: set[str], message: str, kind: str | None = None) -> None:
     if kind not in warned:
         warned.add(kind)
         warnings.warn(message, RuntimeWarning, stacklevel=2)
-
-
-@functools.cache
-def _keep_freed_memory() -> None:
-    """Let the process keep the memory of large activations between operations.
-
-    By default the C library hands it back to the system at once and gets it anew, zeroed, page by page. It is
-    more patient after having freed a block nearly as large as it ever asks for; a batched generation of a small network
-    then takes two thirds of the time.
-    """
-    torch.empty(31 * 2**20, dtype=torch.uint8)
 
 
 def _take(value: tuple[Tensor, Tensor] | Tensor, index: int) -> tuple[Tensor, Tensor] | Tensor:

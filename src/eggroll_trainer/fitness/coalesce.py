@@ -8,7 +8,6 @@ of the model that shows that member's weights.
 
 from __future__ import annotations
 
-import contextvars
 import copy
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -22,7 +21,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from ..forward import PLAIN_TYPES
 from ..module_state import NotBatchable
 from ..population import Population, warn_once
-from . import thread_modes, turns
+from . import thread_modes, turns, workers
 from .member_state import Differentiated, MemberState, Origin
 from .randomness import RandomStates
 from .view import Blueprint, natural_call, release, view_of
@@ -58,14 +57,44 @@ class Group:
         self.columns: list[list[Any]] = [[] for _ in range(width)]
 
 
+# Up to so many values, looking whether they are the same costs no more than asking for the version.
+_SMALL = 1024
+
+
+class Held:
+    """An input that members wait with.
+
+    Attributes:
+        source: As it was handed in. It stays alive until it is served, so that its memory means nothing else meanwhile.
+        copied: Its values at that time.
+    """
+
+    __slots__ = ("_looked_at", "_version", "copied", "source")
+
+    def __init__(self, source: Tensor) -> None:
+        self.source, self.copied = source, source.detach().clone()
+        # Memory of NumPy's and inference tensors don't count all changes as versions.
+        self._version = source._version if not source.is_inference() and source.untyped_storage().resizable() else None
+        self._looked_at = self._version is None or (source.numel() <= _SMALL and source.is_cpu)
+
+    def holds(self, tensor: Tensor) -> bool:
+        """Return whether a tensor at the same place has the values still."""
+        source = self.source
+        if self._looked_at or not (source is tensor or (tensor._base is not None and tensor._base is source._base)):
+            return tensor.dtype is self.copied.dtype and torch.equal(self.copied, tensor)
+        return tensor._version == self._version
+
+
 class _Member(MemberState):
     """One member's run of the fitness function."""
 
     def __init__(self, scheduler: Coalescer, index: int) -> None:
         super().__init__(scheduler.origin, index)
         self.scheduler = scheduler
-        # What the function returned.
+        # What the function returned or raised, if it has ended.
         self.value: Any = None
+        self.failure: BaseException | None = None
+        self.ended = False
         # How its last request was served: a result, an error to raise, or the reason why it was not.
         self.result: Any = None
         self.error: BaseException | None = None
@@ -75,14 +104,33 @@ class _Member(MemberState):
         self.suspended: thread_modes.Suspended | None = None
         self.random: dict[Any, Any] = {}
         self._why: str | None = _READS
-        self.greenlet = greenlet.greenlet(self._run)
-        self.greenlet.gr_context = contextvars.copy_context()
+        # Where it runs, once it has begun.
+        self.greenlet: greenlet.greenlet | None = None
+
+    def go_on(self) -> None:
+        """Run the function until it waits or ends."""
+        if self.greenlet is None:
+            workers.start(self._run, self.scheduler.hub)
+        else:
+            self.greenlet.switch()
+
+    def abandon(self) -> None:
+        """End the function where it waits."""
+        if self.greenlet is not None:
+            self.greenlet.throw()
 
     def _run(self) -> None:
-        # No variable refers to the view: whether the function keeps it shows by its being alive afterwards.
-        self.value = self.scheduler.function(self.view(self.origin.population.model))
-        self._why = "the fitness function keeps a reference to its model"
-        release(self)
+        self.greenlet = greenlet.getcurrent()
+        try:
+            # No variable refers to the view: whether the function keeps it shows by its being alive afterwards.
+            self.value = self.scheduler.function(self.view(self.origin.population.model))
+            self._why = "the fitness function keeps a reference to its model"
+            release(self)
+        except greenlet.GreenletExit:
+            pass
+        except BaseException as error:
+            self.failure = error
+        self.greenlet, self.ended = None, True
 
     def view(self, base: nn.Module) -> nn.Module:
         return view_of(self, base)
@@ -154,7 +202,8 @@ class _Member(MemberState):
         refusal = scheduler.join(self, tuple(key), held, modes)
         if refusal is None:
             self.thread_modes = modes
-            self.outputs.differentiable |= modes[1]
+            if modes[1]:
+                self.outputs.differentiable = True
         return None, refusal
 
 
@@ -181,7 +230,7 @@ class Coalescer:
         self._groups: dict[Any, Group] = {}
         self._blueprints: dict[nn.Module, Blueprint] = {}
         self._interned: dict[Any, Any] = {}
-        self._held: dict[Any, tuple[Tensor, Tensor, int | None]] = {}
+        self._held: dict[Any, Held] = {}
         self._reports: list[tuple[str, str]] = []
         # Numbers in the largest tensor that a member was last given; None before the first.
         self._largest: int | None = None
@@ -246,24 +295,17 @@ class Coalescer:
 
         It is a copy because the function, or another member's, may fill the same memory anew before it is served.
         """
+        # Mostly all members call with one and the same tensor.
+        known = self._held.get(id(tensor))
+        if known is not None and known.source is tensor and known.holds(tensor):
+            return known.copied
         key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.is_conj(), tensor.is_neg())
-        # Memory of NumPy's and inference tensors don't count all changes as versions.
-        counted = not tensor.is_inference() and tensor.untyped_storage().resizable()
-        version = tensor._version if counted else None
         known = self._held.get(key)
-        if known is not None:
-            source, copied, known_version = known
-            same_counter = source is tensor or (tensor._base is not None and tensor._base is source._base)
-            if version is not None and same_counter and (tensor.numel() > _SMALL or not tensor.is_cpu):
-                same = version == known_version
-            else:
-                same = torch.equal(copied, tensor)
-            if same:
-                return copied
-        copied = tensor.detach().clone()
-        # The source stays alive until it is served, so that its memory means nothing else meanwhile.
-        self._held[key] = (tensor, copied, version)
-        return copied
+        if known is None or not known.holds(tensor):
+            known = self._held[key] = Held(tensor)
+        if known.source is tensor:
+            self._held[id(tensor)] = known
+        return known.copied
 
     def join(self, member: _Member, key: Any, leaves: list[Any], modes: thread_modes.Modes) -> str | None:
         """Add a member to the group that waits for the same, or return why there can be none."""
@@ -283,7 +325,9 @@ class Coalescer:
         if member.suspended is not None:
             member.suspended.resume()
         try:
-            member.greenlet.switch()
+            member.go_on()
+            if member.failure is not None:
+                raise member.failure
         except Differentiated:
             raise
         except BaseException as error:
@@ -296,7 +340,7 @@ class Coalescer:
             modes, member.thread_modes = member.thread_modes, None
             member.suspended = self.stage.clear(thread_modes.current() if modes is None else modes)
             self._random.leave(member.random)
-        return not member.greenlet.dead
+        return not member.ended
 
     def _serve(self) -> None:
         groups, self._groups = self._groups, {}
@@ -353,19 +397,15 @@ class Coalescer:
         """End the functions that still wait, so that their ``with`` and ``finally`` blocks run."""
         self.aborted = True
         for member in members:
-            if member.greenlet:
+            if member.greenlet is not None:
                 self._random.enter(member.random, False)
                 if member.suspended is not None:
                     member.suspended.resume()
                 try:
-                    member.greenlet.throw()
-                except BaseException as error:
-                    warn_once(self.warned, f"a fitness function raised while it was abandoned: {error!r}")
+                    member.abandon()
                 finally:
                     self.stage.clear(thread_modes.current())
                     self._random.leave(member.random)
+                if member.failure is not None:
+                    warn_once(self.warned, f"a fitness function raised while it was abandoned: {member.failure!r}")
             member.end()
-
-
-# Up to so many values, looking whether they are the same costs no more than asking for the version.
-_SMALL = 1024

@@ -100,7 +100,13 @@ class MemberState:
         self._parameters: dict[int, MemberParameter] = {}
         self._formed: list[tuple[MemberParameter, Any]] = []
         self._watched: list[tuple[nn.Module, Snapshot]] = []
-        self._memo = _Memo(self)
+        self._own_memo: _Memo | None = None
+
+    @property
+    def _memo(self) -> _Memo:
+        if self._own_memo is None:
+            self._own_memo = _Memo(self)
+        return self._own_memo
 
     def view(self, base: nn.Module) -> nn.Module:
         """Return the view of one of the model's modules."""
@@ -211,7 +217,7 @@ class MemberState:
     def forget(self) -> None:
         """Drop all that refers to views."""
         self.views = {}
-        self._watched, self._memo = [], _Memo(self)
+        self._watched, self._own_memo = [], None
 
     def end(self) -> None:
         """Drop everything, and make ordinary parameters of those that somebody has."""

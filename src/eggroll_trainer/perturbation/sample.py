@@ -69,6 +69,10 @@ class LowRankDraws:
         """The random numbers."""
         return self.factors
 
+    def part(self, draws: slice) -> LowRankDraws:
+        """Return some of the draws."""
+        return LowRankDraws(self.factors[draws], self.spec, self.signs)
+
     @staticmethod
     def sides(shape: Sequence[int]) -> int:
         """Return ``O + I``, the random numbers that one draw of rank 1 takes."""
@@ -116,6 +120,10 @@ class FullRankDraws:
         """The random numbers."""
         return self.values
 
+    def part(self, draws: slice) -> FullRankDraws:
+        """Return some of the draws."""
+        return FullRankDraws(self.values[draws], self.spec, self.signs)
+
     def members(self) -> Tensor:
         """Return every member's perturbation ``[n, *shape]``."""
         values = self.values.to(wide_dtype(self.spec.centre))
@@ -154,6 +162,12 @@ class Perturbations:
     def nbytes(self) -> int:
         """Bytes of the draws."""
         return sum(draws.noise.nbytes for draws in self.draws.values())
+
+    def part(self, first: int, count: int) -> Perturbations:
+        """Return those of members ``first, …, first + count - 1``, which share no draw with others."""
+        reuse = len(self.signs)
+        draws = slice(first // reuse, (first + count) // reuse)
+        return Perturbations({name: own.part(draws) for name, own in self.draws.items()}, self.signs, count)
 
     def members(self) -> dict[str, tuple[Tensor, Tensor] | Tensor]:
         """Return, for each parameter, ``(A [n, O, R], B [n, I, R])`` or the full-rank ``[n, *shape]``."""

@@ -81,7 +81,8 @@ class PerturbedTensor(torch.Tensor):
             result = implementation(*args, **kwargs)
             if result is not NotImplemented:
                 return result
-        if _writes_into_perturbed(func, args, kwargs):
+        # What is compiled has run eagerly before; the names of functions are nothing that can be traced.
+        if not torch.compiler.is_compiling() and _writes_into_perturbed(func, args, kwargs):
             raise RuntimeError(
                 f"the model changes a perturbed parameter in place ({getattr(func, '__name__', func)}); the change"
                 " would be lost with this member. Compute a new tensor instead."

@@ -115,10 +115,6 @@ class Centre:
         Raises:
             ValueError: The direction, or the weights after the step, are not finite.
         """
-        if not _together([value.isfinite().all() for value in direction.values()]).all():
-            raise ValueError(
-                "the update is not finite, and the parameters were not changed: scale the fitness down, or shape it"
-            )
         self._follow()
         before = {name: master.clone() for name, master in self.masters.items()}
         state = copy.deepcopy(self.optimizer.state_dict())
@@ -129,9 +125,13 @@ class Centre:
             for name, master in self.masters.items():
                 master.grad = -direction[name].to(master)
             self.optimizer.step()
-            squares = [(self.masters[name] - value).double().square().sum() for name, value in before.items()]
-            length = _together(squares).sum().sqrt().item()
+            length = _length(torch._foreach_sub(list(self.masters.values()), list(before.values())))
             if not math.isfinite(length):
+                if not math.isfinite(_length(list(direction.values()))):
+                    raise ValueError(
+                        "the update is not finite, and the parameters were not changed: scale the fitness down, or"
+                        " shape it"
+                    )
                 raise ValueError(
                     "the step leads to weights that are not finite; they were not changed. Lower learning_rate"
                 )
@@ -187,6 +187,8 @@ def _members(groups: Sequence[Mapping[str, Any]]) -> list[list[int]]:
     return [[id(p) for p in group["params"]] for group in groups]
 
 
-def _together(numbers: Sequence[Tensor]) -> Tensor:
-    """Return 0-d tensors as one, so that an accelerator is waited for once."""
-    return torch.stack([number.to(numbers[0].device) for number in numbers])
+def _length(values: Sequence[Tensor]) -> float:
+    """Return the Euclidean length of tensors taken together."""
+    # In one piece, so that an accelerator is waited for once; the sum of their squares is taken in float64.
+    norms = torch._foreach_norm([value.flatten() for value in values])
+    return torch.stack([norm.double().to(norms[0].device) for norm in norms]).square().sum().sqrt().item()
