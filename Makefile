@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow check lint types format clean
+.PHONY: help demo test test-slow bench check lint types format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s  %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -19,6 +19,10 @@ test: $(STAMP) ## run the tests, doctests included
 
 test-slow: $(STAMP) ## run the tests that take minutes
 	$(BIN)/python -m pytest -m slow
+
+bench: $(STAMP) ## run the benchmarks against every peer; takes a quiet machine and a quarter of an hour
+	$(BIN)/python -m pip install -qq -c constraints.txt -e '.[bench]'
+	$(BIN)/python -m benchmarks
 
 check: lint types ## everything CI runs: lint, types, tests
 	@$(MAKE) --no-print-directory test

@@ -18,11 +18,12 @@ from .callbacks.progress import Progress
 from .checkpoint import FORMAT, check_format, check_same_run, plain_copy, read_checkpoint, untrained, write_checkpoint
 from .fitness import thread_modes
 from .fitness.evaluate import evaluate, is_batched
-from .fitness.scores import CheckedScores, check_scores, to_score, to_scores
+from .fitness.scores import METRICS, check_scores, metrics_of, to_score, to_scores
 from .forward import Forwards
 from .interrupts import delayed_interrupt
 from .memory import Budget, is_out_of_memory
 from .noise import forked_rng
+from .optimizer_face import OptimizerFace
 from .perturbation.sample import Draws, FullRankDraws, ParameterSpec, Perturbations, wide_dtype
 from .population import Population, warn_once
 from .update.centre import Centre, OptimizerFactory
@@ -32,21 +33,8 @@ from .update.schedule import LRSchedulerFactory, Schedules
 _CHUNK_MEMBERS = {"cpu": 1024}
 _CHUNK_MEMBERS_ELSEWHERE = 8192
 
-METRICS = (
-    "generation",
-    "fitness",
-    "mean_fitness",
-    "std_fitness",
-    "best_fitness",
-    "update_norm",
-    "num_nonfinite",
-    "num_tied",
-    "learning_rate",
-    "sigma",
-)
 
-
-class ESTrainer(torch.optim.Optimizer, ABC):
+class ESTrainer(OptimizerFace, ABC):
     """Base class of evolution-strategy trainers.
 
     One generation evaluates ``N = population_size`` perturbed copies of the model and moves its parameters ``θ``, in
@@ -216,26 +204,6 @@ class ESTrainer(torch.optim.Optimizer, ABC):
         self._restart_noise()
 
     @property
-    def learning_rate(self) -> float:
-        """Learning rate of the first parameter group; setting it sets all groups."""
-        return float(self.param_groups[0]["lr"])
-
-    @learning_rate.setter
-    def learning_rate(self, value: float) -> None:
-        for group in self.param_groups:
-            group["lr"] = validation.check_real("learning_rate", value, positive=False)
-
-    @property
-    def sigma(self) -> float:
-        """Standard deviation of the perturbations in the first parameter group; setting it sets all groups."""
-        return float(self.param_groups[0]["sigma"])
-
-    @sigma.setter
-    def sigma(self, value: float) -> None:
-        for group in self.param_groups:
-            group["sigma"] = validation.check_real("sigma", value, positive=True)
-
-    @property
     def lr_scheduler(self) -> LRScheduler | None:
         """What ``lr_scheduler=`` made."""
         return self._schedules.lr_scheduler
@@ -249,19 +217,6 @@ class ESTrainer(torch.optim.Optimizer, ABC):
     def initial_params(self) -> Tensor:
         """A copy of the parameters that training started from, ``[D]``."""
         return self._initial.clone()
-
-    def zero_grad(self, set_to_none: bool = False) -> None:
-        """Do nothing: there are no gradients. Present for compatibility with optimizers."""
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Refuse: parameter groups are given at construction.
-
-        Raises:
-            RuntimeError: Always, once the trainer is constructed.
-        """
-        if getattr(self, "_constructed", False):
-            raise RuntimeError("parameter groups are given at construction; make a new trainer to add one")
-        super().add_param_group(param_group)
 
     def __repr__(self) -> str:
         """Return the class, the model's and the number of weights, and where the run stands."""
@@ -310,7 +265,7 @@ class ESTrainer(torch.optim.Optimizer, ABC):
             improved = self._member_parameters(best) if float(checked.values[best]) > self.best_fitness else None
             direction = self._direction(checked.values)
         learning_rates = [group["lr"] for group in self.param_groups]
-        metrics = self._metrics(checked)
+        metrics = metrics_of(checked, self.generation + 1, self.best_fitness, self.learning_rate, self.sigma)
         with delayed_interrupt(), thread_modes.neutral(), self._schedules.stepped(metrics["mean_fitness"]):
             metrics["update_norm"] = self._centre.step(direction, learning_rates)
             if improved is not None:
@@ -496,6 +451,7 @@ class ESTrainer(torch.optim.Optimizer, ABC):
     def _check_live(self) -> None:
         """Check what may have changed since the last generation."""
         self._check_sizes()
+        self._forwards.compile = self.compile
         for group in self.param_groups:
             validation.check_real("learning_rate", group["lr"], positive=False)
             validation.check_real("sigma", group["sigma"], positive=True)
@@ -615,20 +571,3 @@ class ESTrainer(torch.optim.Optimizer, ABC):
         population = Population(self.model, self._perturbations(first, unit), first=first)
         member = population.member_parameters(index - first)
         return self._centre.flatten({name: value.to(wide_dtype(value)) for name, value in member.items()})
-
-    def _metrics(self, scores: CheckedScores) -> dict[str, Any]:
-        """Return the metrics of the current generation, the step not taken yet."""
-        fitness = scores.values.max().item()
-        values = (
-            self.generation + 1,
-            fitness,
-            scores.values.mean().item(),
-            scores.values.std(correction=0).item(),
-            max(fitness, self.best_fitness),
-            0.0,
-            scores.num_nonfinite,
-            scores.num_tied,
-            self.learning_rate,
-            self.sigma,
-        )
-        return dict(zip(METRICS, values, strict=True))

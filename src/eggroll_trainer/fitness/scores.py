@@ -53,6 +53,20 @@ def to_scores(value: Any, count: int) -> Tensor:
     return scores.detach().double()
 
 
+METRICS = (
+    "generation",
+    "fitness",
+    "mean_fitness",
+    "std_fitness",
+    "best_fitness",
+    "update_norm",
+    "num_nonfinite",
+    "num_tied",
+    "learning_rate",
+    "sigma",
+)
+
+
 @dataclasses.dataclass(frozen=True)
 class CheckedScores:
     """The scores of one generation.
@@ -83,3 +97,24 @@ def check_scores(scores: Tensor, generation: int) -> CheckedScores:
     values = torch.where(finite, scores, scores[finite].min())
     _, counts = torch.unique(values, return_counts=True)
     return CheckedScores(values, int((~finite).sum()), int(counts[counts > 1].sum()))
+
+
+def metrics_of(
+    scores: CheckedScores, generation: int, best_fitness: float, learning_rate: float, sigma: float
+) -> dict[str, Any]:
+    """Return the metrics of a generation, the step not taken yet.
+
+    Args:
+        scores: Of its members.
+        generation: Its index, counted from 1.
+        best_fitness: The best fitness before it.
+        learning_rate: Of the first parameter group.
+        sigma: Of the first parameter group.
+    """
+    fitness = scores.values.max().item()
+    mean, std = scores.values.mean().item(), scores.values.std(correction=0).item()
+    values = (
+        *(generation, fitness, mean, std, max(fitness, best_fitness), 0.0),
+        *(scores.num_nonfinite, scores.num_tied, learning_rate, sigma),
+    )
+    return dict(zip(METRICS, values, strict=True))

@@ -1,0 +1,46 @@
+"""The face of a ``torch.optim.Optimizer``: what a trainer has in common with optimizers that follow gradients."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from . import validation
+
+
+class OptimizerFace(torch.optim.Optimizer):
+    """An optimizer without gradients, with a learning rate and a sigma in each parameter group."""
+
+    @property
+    def learning_rate(self) -> float:
+        """Learning rate of the first parameter group; setting it sets all groups."""
+        return float(self.param_groups[0]["lr"])
+
+    @learning_rate.setter
+    def learning_rate(self, value: float) -> None:
+        for group in self.param_groups:
+            group["lr"] = validation.check_real("learning_rate", value, positive=False)
+
+    @property
+    def sigma(self) -> float:
+        """Standard deviation of the perturbations in the first parameter group; setting it sets all groups."""
+        return float(self.param_groups[0]["sigma"])
+
+    @sigma.setter
+    def sigma(self, value: float) -> None:
+        for group in self.param_groups:
+            group["sigma"] = validation.check_real("sigma", value, positive=True)
+
+    def zero_grad(self, set_to_none: bool = False) -> None:
+        """Do nothing: there are no gradients. Present for compatibility with optimizers."""
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Refuse: parameter groups are given at construction.
+
+        Raises:
+            RuntimeError: Always, once the trainer is constructed.
+        """
+        if getattr(self, "_constructed", False):
+            raise RuntimeError("parameter groups are given at construction; make a new trainer to add one")
+        super().add_param_group(param_group)
