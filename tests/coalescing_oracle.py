@@ -13,6 +13,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from helpers import randn
 from torch import Tensor, nn
 
 from eggroll_trainer import EGGROLLTrainer, Population
@@ -20,7 +21,7 @@ from eggroll_trainer import EGGROLLTrainer, Population
 N = 16
 # Two chunks a generation, the second one smaller.
 CHUNK = 10
-X = torch.randn(12, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+X = randn(12, 4, dtype=torch.float64)
 Y = torch.stack([X[:, 0] * X[:, 1], X[:, 2].sin()], 1)
 
 Fitness = Callable[[Any], Any]

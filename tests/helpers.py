@@ -19,7 +19,14 @@ ADAM = torch.optim.Adam
 NAN, INF = float("nan"), float("inf")
 POPULATION = 8
 
-X = torch.randn(24, 4, generator=torch.Generator().manual_seed(0))
+
+def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The same numbers on every device."""
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=dtype, device="cpu").to(torch.get_default_device())
+
+
+X = randn(24, 4)
 Y = torch.stack([X[:, 0] * X[:, 1], X[:, 2].sin()], 1)
 
 

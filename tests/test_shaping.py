@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers import randn
 from scipy import stats
 from torch import Tensor
 
@@ -12,7 +13,7 @@ from eggroll_trainer.fitness.shaping import SHAPERS, antithetic_sign, centered_r
 
 
 def scores(count: int = 12, ties: bool = False) -> Tensor:
-    values = torch.randn(count, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    values = randn(count, dtype=torch.float64)
     return values.round() if ties else values
 
 

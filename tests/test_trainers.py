@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import randn
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, ExponentialLR, LambdaLR
 
 from eggroll_trainer import EGGROLLTrainer, ESTrainer, Population, VanillaESTrainer, batched
 
-X = torch.randn(40, 6, generator=torch.Generator().manual_seed(0))
+X = randn(40, 6)
 Y = X[:, :2] * X[:, 2:4]
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import randn
 from scipy import stats
 from torch import Tensor, nn
 
@@ -181,7 +182,7 @@ def estimate(make: Callable[..., ESTrainer], G: Tensor, draws: int, seed: int, q
 
 
 def gradient() -> Tensor:
-    return torch.randn(O, I, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    return randn(O, I, seed=1, dtype=torch.float64)
 
 
 @pytest.mark.parametrize("draws", [50, 400, 3200])
