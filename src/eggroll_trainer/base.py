@@ -18,6 +18,7 @@ from .callbacks.progress import Progress
 from .checkpoint import FORMAT, check_format, check_same_run, plain_copy, read_checkpoint, untrained, write_checkpoint
 from .fitness import thread_modes
 from .fitness.evaluate import evaluate, is_batched
+from .fitness.learning import learner
 from .fitness.scores import METRICS, check_scores, metrics_of, to_score, to_scores
 from .forward import Forwards
 from .interrupts import delayed_interrupt
@@ -161,6 +162,9 @@ class ESTrainer(OptimizerFace, ABC):
         self.generation = 0
         self.best_fitness = float("-inf")
         self._best: Tensor | None = None
+        self._learner = learner(fitness_fn)
+        self._initial_untrained = self._learnt()
+        self._best_untrained: dict[str, Tensor] = {}
         self.history: dict[str, list[Any]] = {}
         self._forget()
 
@@ -252,7 +256,7 @@ class ESTrainer(OptimizerFace, ABC):
             self._begin_generation()
         # The fitness function runs under the caller's modes.
         with thread_modes.kept():
-            scores = self._evaluate_all()
+            scores, statistics = self._evaluate_all()
         checked = check_scores(scores, self.generation + 1)
         if checked.num_nonfinite:
             warn_once(
@@ -270,6 +274,9 @@ class ESTrainer(OptimizerFace, ABC):
             metrics["update_norm"] = self._centre.step(direction, learning_rates)
             if improved is not None:
                 self._best, self.best_fitness = improved, metrics["best_fitness"]
+                self._best_untrained = self._learnt()
+            if self._learner is not None:
+                self._learner.merge_statistics(statistics)
             self.generation += 1
             for key, value in metrics.items():
                 self.history.setdefault(key, []).append(value)
@@ -338,6 +345,8 @@ class ESTrainer(OptimizerFace, ABC):
             with torch.no_grad():
                 for name, value in self._centre.unflatten(self._best).items():
                     parameters[name].copy_(value)
+                for name, value in untrained(best, self._centre.parameters).items():
+                    value.copy_(self._best_untrained.get(name, value))
         return best
 
     def reset(self) -> None:
@@ -348,6 +357,7 @@ class ESTrainer(OptimizerFace, ABC):
                     del group[key]
                 group.update(options)
             self._centre.assign(self._initial)
+            self._set_learnt(self._initial_untrained)
             self._centre.restart(self.param_groups)
             self._schedules = Schedules(self, *self._schedulers)
             self._forget()
@@ -367,6 +377,8 @@ class ESTrainer(OptimizerFace, ABC):
             "history": self.history,
             "best_fitness": self.best_fitness,
             "best_params": self._best,
+            "best_untrained": self._best_untrained,
+            "initial_untrained": self._initial_untrained,
             **self._schedules.state_dict(),
         }
         return cast(dict[str, Any], plain_copy(state))
@@ -425,10 +437,10 @@ class ESTrainer(OptimizerFace, ABC):
     def _restore(self, state: dict[str, Any]) -> None:
         self._centre.load_state_dict(state["centre"])
         self._schedules.load_state_dict(state)
-        with torch.no_grad():
-            for name, value in untrained(self.model, self._centre.parameters).items():
-                value.copy_(state["untrained"][name])
+        self._set_learnt(state["untrained"])
         self._initial = state["initial_params"].clone()
+        self._initial_untrained = plain_copy(state["initial_untrained"])
+        self._best_untrained = plain_copy(state["best_untrained"])
         self._seed, self.generation = state["seed"], state["generation"]
         self.history = copy.deepcopy(state["history"])
         self.best_fitness = state["best_fitness"]
@@ -439,8 +451,17 @@ class ESTrainer(OptimizerFace, ABC):
         self.generation = 0
         self.history = {key: [] for key in METRICS}
         self.best_fitness = float("-inf")
-        self._best = None
+        self._best, self._best_untrained = None, {}
         self._restart_noise()
+
+    def _learnt(self) -> dict[str, Tensor]:
+        """Return copies of the buffers and untrained parameters, if the fitness function may change them."""
+        return {} if self._learner is None else plain_copy(untrained(self.model, self._centre.parameters))
+
+    @torch.no_grad()
+    def _set_learnt(self, values: dict[str, Tensor]) -> None:
+        for name, value in untrained(self.model, self._centre.parameters).items():
+            value.copy_(values.get(name, value))
 
     def _check_sizes(self) -> None:
         """Check the attributes that say how large a population is, which may change at any time."""
@@ -470,7 +491,7 @@ class ESTrainer(OptimizerFace, ABC):
     def _begin_generation(self) -> None:
         with forked_rng(self.seed, self.generation, "sample_perturbations", device=self.device):
             sampled = self.sample_perturbations(self.population_size)
-        self._check_flat("sample_perturbations", sampled, (self.population_size, len(self._centre)))
+        validation.check_flat("sample_perturbations", sampled, (self.population_size, len(self._centre)))
         self._sampled = sampled
 
     def _perturbations(self, first: int, count: int) -> Perturbations:
@@ -490,19 +511,8 @@ class ESTrainer(OptimizerFace, ABC):
         sampled, self._sampled = self._sampled, None
         with forked_rng(self.seed, self.generation, "compute_update", device=self.device):
             update = self.compute_update(sampled, scores.to(sampled))
-        self._check_flat("compute_update", update, (len(self._centre),))
+        validation.check_flat("compute_update", update, (len(self._centre),))
         return self._centre.unflatten(update)
-
-    def _check_flat(self, method: str, value: Any, shape: tuple[int, ...]) -> None:
-        expected = f"{method} must return a tensor of shape {list(shape)}"
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{expected}, got {type(value).__name__}")
-        if value.shape != shape:
-            raise ValueError(f"{expected}, got shape {list(value.shape)}")
-        if value.is_complex() or not value.isfinite().all():
-            raise ValueError(
-                f"{method} returned values that are not finite real numbers; the parameters were not changed"
-            )
 
     def _chunk_members(self) -> int:
         """Return how many members are evaluated at a time."""
@@ -528,12 +538,20 @@ class ESTrainer(OptimizerFace, ABC):
         for first in range(0, self.population_size, size):
             yield first, min(size, self.population_size - first)
 
-    def _evaluate_all(self) -> Tensor:
-        """Return the fitness of all members, ``[N]``; in smaller chunks if memory runs out."""
+    def _evaluate_all(self) -> tuple[Tensor, list[Tensor]]:
+        """Return the fitness of all members, ``[N]``, and what each chunk has shown to a fitness function that learns.
+
+        If memory runs out, the chunks become smaller.
+        """
         while True:
             size = min(self._chunk_members(), self.population_size)
+            scores, statistics = [], []
             try:
-                return torch.cat([self._evaluate(first, count) for first, count in self._chunks()])
+                for first, count in self._chunks():
+                    scores.append(self._evaluate(first, count))
+                    if self._learner is not None:
+                        statistics.append(self._learner.pop_statistics())
+                return torch.cat(scores), statistics
             except Exception as error:
                 if not is_out_of_memory(error) or self.chunk_size is not None or size == self._chunk_unit():
                     raise
@@ -547,7 +565,13 @@ class ESTrainer(OptimizerFace, ABC):
         with torch.no_grad():
             perturbations = self._perturbations(first, count)
             population = Population(
-                self.model, perturbations, first=first, warned=self._warned, forwards=self._forwards
+                self.model,
+                perturbations,
+                first=first,
+                warned=self._warned,
+                forwards=self._forwards,
+                generation=self.generation,
+                seed=self.seed,
             )
         overridden = type(self).evaluate_fitness is not ESTrainer.evaluate_fitness
         fitness_fn = self.evaluate_fitness if overridden else self.fitness_fn

@@ -31,6 +31,8 @@ class Population:
         first: Index in the whole population of this chunk's first member.
         warned: The warnings already given; each is given once.
         forwards: What carries out the calls, and knows what earlier ones have shown.
+        generation: Index of the generation.
+        seed: Seed of the run.
 
     Example:
         >>> import torch, eggroll_trainer
@@ -52,11 +54,13 @@ class Population:
         first: int = 0,
         warned: set[str] | None = None,
         forwards: Forwards | None = None,
+        generation: int = 0,
+        seed: int = 0,
     ) -> None:
         keep_freed_memory()
         self.model = model
         self.perturbations = perturbations
-        self.first = first
+        self.first, self.generation, self.seed = first, generation, seed
         self._members = perturbations.members()
         parameters = dict(model.named_parameters(remove_duplicate=False))
         self._names = {id(parameters[name]): name for name in perturbations.draws}

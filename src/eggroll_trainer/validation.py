@@ -167,3 +167,19 @@ def check_options(group: dict[str, Any], known: Iterable[str]) -> None:
     unknown = group.keys() - {"params", "names", *known}
     if unknown:
         raise ValueError(f"parameter group has unknown options {sorted(unknown)}; known are {sorted(known)}")
+
+
+def check_flat(method: str, value: Any, shape: tuple[int, ...]) -> None:
+    """Check what a method of a user's trainer has returned: a finite real tensor of this shape.
+
+    Raises:
+        TypeError: It is not a tensor.
+        ValueError: It is of another shape, complex, or not finite.
+    """
+    expected = f"{method} must return a tensor of shape {list(shape)}"
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{expected}, got {type(value).__name__}")
+    if value.shape != shape:
+        raise ValueError(f"{expected}, got shape {list(value.shape)}")
+    if value.is_complex() or not value.isfinite().all():
+        raise ValueError(f"{method} returned values that are not finite real numbers; the parameters were not changed")

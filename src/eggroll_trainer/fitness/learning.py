@@ -1,0 +1,27 @@
+"""What a fitness function learns along the way, such as the statistics of the observations that its members meet."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol, cast
+
+from torch import Tensor
+
+
+class Learner(Protocol):
+    """A fitness function that keeps something for the next generation, in buffers of the model.
+
+    It must not change within a generation: members are evaluated in chunks, in any order and maybe in other processes.
+    """
+
+    def pop_statistics(self) -> Tensor:
+        """Return what the evaluation of the last chunk has shown, in one tensor, and forget it."""
+
+    def merge_statistics(self, statistics: Sequence[Tensor]) -> None:
+        """Take in what all chunks of a generation have shown, in the order of their members. Must not raise."""
+
+
+def learner(fitness_fn: Any) -> Learner | None:
+    """Return the fitness function if it learns, else None."""
+    learns = hasattr(fitness_fn, "pop_statistics") and hasattr(fitness_fn, "merge_statistics")
+    return cast(Learner, fitness_fn) if learns else None
