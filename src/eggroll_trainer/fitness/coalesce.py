@@ -25,6 +25,7 @@ from . import thread_modes, turns, workers
 from .member_state import Differentiated, MemberState, Origin
 from .randomness import RandomStates
 from .view import Blueprint, natural_call, release, view_of
+from .waiting import Group, Inputs
 
 # Why a call runs in the member's own greenlet, on its own weights.
 _READS = "the fitness function, or a method of the model, reads them"
@@ -36,53 +37,6 @@ _FOREIGN = (
 _THREAD = "the fitness function calls the model in another thread or after it has returned"
 _HOOKS = "the model has forward hooks"
 _DIFFERENTIATES = "the fitness function differentiates"
-
-
-class Group:
-    """Members that wait for the same module with inputs of the same shape.
-
-    Args:
-        base: The module.
-        spec: The structure of the arguments, or the number of positional tensors.
-        modes: Modes of the thread.
-        training: Modules whose training mode differs from the model's.
-        width: How many leaves the arguments have.
-    """
-
-    def __init__(
-        self, base: nn.Module, spec: Any, modes: thread_modes.Modes, training: dict[nn.Module, bool], width: int
-    ) -> None:
-        self.base, self.spec, self.modes, self.training = base, spec, modes, training
-        self.members: list[_Member] = []
-        self.columns: list[list[Any]] = [[] for _ in range(width)]
-
-
-# Up to so many values, looking whether they are the same costs no more than asking for the version.
-_SMALL = 1024
-
-
-class Held:
-    """An input that members wait with.
-
-    Attributes:
-        source: As it was handed in. It stays alive until it is served, so that its memory means nothing else meanwhile.
-        copied: Its values at that time.
-    """
-
-    __slots__ = ("_looked_at", "_version", "copied", "source")
-
-    def __init__(self, source: Tensor) -> None:
-        self.source, self.copied = source, source.detach().clone()
-        # Memory of NumPy's and inference tensors don't count all changes as versions.
-        self._version = source._version if not source.is_inference() and source.untyped_storage().resizable() else None
-        self._looked_at = self._version is None or (source.numel() <= _SMALL and source.is_cpu)
-
-    def holds(self, tensor: Tensor) -> bool:
-        """Return whether a tensor at the same place has the values still."""
-        source = self.source
-        if self._looked_at or not (source is tensor or (tensor._base is not None and tensor._base is source._base)):
-            return tensor.dtype is self.copied.dtype and torch.equal(self.copied, tensor)
-        return tensor._version == self._version
 
 
 class _Member(MemberState):
@@ -192,7 +146,7 @@ class _Member(MemberState):
                     return _DIFFERENTIATES, None
                 if type(leaf) not in (Tensor, nn.Parameter) or leaf.layout is not torch.strided:
                     return f"it is called with a {type(leaf).__name__} of layout {leaf.layout}", None
-                held.append(scheduler.hold(leaf))
+                held.append(scheduler.inputs.hold(leaf))
                 key += (leaf.shape, leaf.dtype, leaf.device)
             elif isinstance(leaf, PLAIN_TYPES):
                 held.append(leaf)
@@ -230,7 +184,7 @@ class Coalescer:
         self._groups: dict[Any, Group] = {}
         self._blueprints: dict[nn.Module, Blueprint] = {}
         self._interned: dict[Any, Any] = {}
-        self._held: dict[Any, Held] = {}
+        self.inputs = Inputs()
         self._reports: list[tuple[str, str]] = []
         # Numbers in the largest tensor that a member was last given; None before the first.
         self._largest: int | None = None
@@ -290,23 +244,6 @@ class Coalescer:
         key = frozenset(modes.items())
         return self._interned.setdefault(key, key)
 
-    def hold(self, tensor: Tensor) -> Tensor:
-        """Return a copy of an input, one and the same for inputs that are at the same place with the same values.
-
-        It is a copy because the function, or another member's, may fill the same memory anew before it is served.
-        """
-        # Mostly all members call with one and the same tensor.
-        known = self._held.get(id(tensor))
-        if known is not None and known.source is tensor and known.holds(tensor):
-            return known.copied
-        key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.is_conj(), tensor.is_neg())
-        known = self._held.get(key)
-        if known is None or not known.holds(tensor):
-            known = self._held[key] = Held(tensor)
-        if known.source is tensor:
-            self._held[id(tensor)] = known
-        return known.copied
-
     def join(self, member: _Member, key: Any, leaves: list[Any], modes: thread_modes.Modes) -> str | None:
         """Add a member to the group that waits for the same, or return why there can be none."""
         group = self._groups.get(key)
@@ -344,7 +281,7 @@ class Coalescer:
 
     def _serve(self) -> None:
         groups, self._groups = self._groups, {}
-        self._held.clear()
+        self.inputs.clear()
         self._largest = 0
         for key, group in groups.items():
             try:
