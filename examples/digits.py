@@ -22,7 +22,7 @@ import tyro
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import CosineAnnealingLR
+from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR
 
 from eggroll_trainer import EGGROLLTrainer
 
@@ -41,8 +41,10 @@ class Args:
     """Images in a generation's batch, the same for all members."""
     sigma: float = 0.05
     """Standard deviation of the perturbations."""
+    final_sigma: float | None = None
+    """What sigma falls to, linearly; it stays as it is if None."""
     head_sigma: float | None = None
-    """That of the last layer; sigma if None."""
+    """Sigma of the last layer, which falls likewise; that of the others if None."""
     chunk_size: int = 128
     """Members evaluated at a time: the activations of so many stay in the processor's cache."""
     learning_rate: float = 0.03
@@ -57,7 +59,9 @@ SETTINGS = {
     "cross_entropy": Args(),
     # A class that no member predicts adds nothing to accuracy, and has no slope to follow. The last layer is perturbed
     # more, so that every class wins somewhere.
-    "accuracy": Args(fitness="accuracy", population_size=4096, sigma=0.1, head_sigma=0.2),
+    "accuracy": Args(
+        fitness="accuracy", generations=400, population_size=4096, sigma=0.1, final_sigma=0.03, head_sigma=0.5
+    ),
 }
 
 
@@ -125,6 +129,12 @@ def train_by_evolution(digits: Digits, args: Args) -> tuple[nn.Module, dict[str,
         seed=args.seed,
         optimizer=torch.optim.Adam,
         lr_scheduler=functools.partial(CosineAnnealingLR, T_max=args.generations),
+        sigma_scheduler=functools.partial(
+            LinearLR,
+            start_factor=1.0,
+            end_factor=(args.final_sigma or args.sigma) / args.sigma,
+            total_iters=args.generations,
+        ),
     )
     curves: dict[str, list[float]] = {"train": [], "test": []}
 

@@ -545,13 +545,14 @@ class ESTrainer(OptimizerFace, ABC):
         """
         while True:
             size = min(self._chunk_members(), self.population_size)
-            scores, statistics = [], []
+            # Made at once: small pieces that stay would lie in the way of large ones that come and go.
+            scores, statistics = torch.empty(self.population_size, dtype=torch.float64), []
             try:
                 for first, count in self._chunks():
-                    scores.append(self._evaluate(first, count))
+                    scores[first : first + count] = self._evaluate(first, count)
                     if self._learner is not None:
                         statistics.append(self._learner.pop_statistics())
-                return torch.cat(scores), statistics
+                return scores, statistics
             except Exception as error:
                 if not is_out_of_memory(error) or self.chunk_size is not None or size == self._chunk_unit():
                     raise

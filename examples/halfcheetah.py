@@ -1,0 +1,55 @@
+"""HalfCheetah learns to run: a linear policy, rewarded by MuJoCo's own task.
+
+    python examples/halfcheetah.py                  # 12 million steps
+    python examples/halfcheetah.py --steps 1000000
+
+The same as ``eggroll rl HalfCheetah-v5``; here are the pieces that it is made of.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+import tyro
+
+from eggroll_trainer import EGGROLLTrainer
+from eggroll_trainer.rl.policies import LinearPolicy
+from eggroll_trainer.rl.rollout import EpisodeReturn
+
+
+@dataclasses.dataclass
+class Args:
+    steps: int = 12_000_000
+    """Environment steps of all members together."""
+    population_size: int = 64
+    sigma: float = 0.05
+    learning_rate: float = 0.4
+    """With z-scores, in units of sigma per generation and weight."""
+    seed: int = 0
+
+
+def main(args: Args) -> float:
+    episodes = EpisodeReturn("HalfCheetah-v5")
+    torch.manual_seed(args.seed)
+    policy = LinearPolicy(*episodes.spaces())
+    trainer = EGGROLLTrainer(
+        policy.parameters(),
+        policy,
+        episodes,
+        population_size=args.population_size,
+        learning_rate=args.learning_rate,
+        sigma=args.sigma,
+        noise_reuse=2,
+        seed=args.seed,
+        compile=True,
+    )
+    while episodes.steps < args.steps:
+        trainer.train(20)
+        returns = episodes.evaluate(policy, 20, seed=trainer.generation)
+        print(f"{episodes.steps / 1e6:5.1f}M steps: {returns.mean():6.0f} ± {returns.std():.0f}")
+    return float(returns.mean())
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))

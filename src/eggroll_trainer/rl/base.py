@@ -1,0 +1,236 @@
+"""The interface of simulators: environments of one kind, one for each member of a population, stepped together."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from gymnasium import spaces
+
+from eggroll_trainer.validation import check_int
+
+
+class Step(NamedTuple):
+    """What a step of ``count`` environments gives; rows of environments that are not active are zero.
+
+    Attributes:
+        observations: ``[count, *observation]``.
+        rewards: ``[count]`` of float64.
+        terminated: ``[count]`` of bool, whether the episode came to an end of its own.
+        truncated: ``[count]`` of bool, whether it was cut off, as by a time limit.
+        survival: ``[count]`` of float64, the part of the reward that is a mere bonus for being alive; zero where an
+            environment doesn't tell it apart.
+    """
+
+    observations: np.ndarray
+    rewards: np.ndarray
+    terminated: np.ndarray
+    truncated: np.ndarray
+    survival: np.ndarray
+
+
+class Simulator(ABC):
+    """``count`` environments of one kind, stepped together.
+
+    An environment whose episode has ended is not reset: mark it as not active, or step it on if it allows that. A
+    simulator belongs to the process that made it and to one thread at a time.
+
+    Subclasses implement ``_reset``, ``_step`` and ``_close``; this class checks what goes in and what comes out.
+
+    Args:
+        name: The environment's name in messages.
+        count: How many environments, at least 1.
+        observation_space: Gymnasium's space of one environment's observations.
+        action_space: Gymnasium's space of one environment's actions: Box, Discrete, MultiDiscrete or MultiBinary.
+
+    Raises:
+        TypeError: The spaces are not of these kinds.
+    """
+
+    def __init__(
+        self, name: str, count: int, observation_space: spaces.Space[Any], action_space: spaces.Space[Any]
+    ) -> None:
+        if not isinstance(observation_space, spaces.Box):
+            raise TypeError(
+                f"{name} has observations of {observation_space}, expected a Box;"
+                " turn them into one with gymnasium.wrappers.TransformObservation"
+            )
+        if not isinstance(action_space, (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)):
+            raise TypeError(
+                f"{name} has actions of {action_space}, expected a Box, Discrete, MultiDiscrete or MultiBinary;"
+                " turn them into one with gymnasium.wrappers.TransformAction"
+            )
+        self.name = name
+        self.count = count
+        self.observation_space: spaces.Box = observation_space
+        self.action_space: spaces.Space[Any] = action_space
+        # Steps of each environment since its reset.
+        self.elapsed = np.zeros(count, np.int64)
+        self._ready = False
+        self._closed = False
+
+    def reset(self, seeds: Sequence[int]) -> np.ndarray:
+        """Start an episode in every environment, as its ``reset(seed=seed)`` does.
+
+        Args:
+            seeds: ``[count]`` integers of at least 0; the same seed gives the same episode.
+
+        Returns:
+            The first observations, ``[count, *observation]``.
+
+        Raises:
+            TypeError: A seed is not an integer.
+            ValueError: There are more or fewer than ``count``, one is negative, or an observation is not finite.
+            RuntimeError: An environment raised, or the simulator is closed.
+        """
+        self._check_open()
+        seeds = [check_int(f"seeds[{i}]", seed, 0) for i, seed in enumerate(seeds)]
+        if len(seeds) != self.count:
+            raise ValueError(f"seeds must be one for each of the {self.count} environments, got {len(seeds)}")
+        self._ready = False
+        self.elapsed[:] = 0
+        observations = self._reset(seeds)
+        self._check_finite("an observation", observations, np.arange(self.count))
+        self._ready = True
+        return observations
+
+    def step(self, actions: np.ndarray, active: np.ndarray) -> Step:
+        """Step the active environments.
+
+        Args:
+            actions: ``[count, *action]``, floating point for a Box of floats and integers otherwise. Values beyond
+                the bounds of a Box are for the environment to judge. What stands in rows that are not active is
+                ignored.
+            active: ``[count]`` of bool. The others stay as they are.
+
+        Returns:
+            The step, its arrays owned by the caller.
+
+        Raises:
+            TypeError: An argument is of the wrong dtype.
+            ValueError: An argument is of the wrong shape, an action is not finite or not in its discrete space, or
+                an observation or a reward is not finite.
+            RuntimeError: An environment raised, there was no reset before, or the simulator is closed. After an
+                error from an environment the simulator has to be reset.
+        """
+        self._check_open()
+        if not self._ready:
+            raise RuntimeError(f"{self.name} must be reset before it is stepped: call reset(seeds)")
+        active = np.asarray(active)
+        if active.dtype != bool:
+            raise TypeError(f"active must be of bool, got {active.dtype}")
+        if active.shape != (self.count,):
+            raise ValueError(f"active must be of shape {(self.count,)}, got {active.shape}")
+        ids = np.flatnonzero(active)
+        actions = self._check_actions(np.asarray(actions), ids)
+        step = Step(
+            np.zeros((self.count, *self.observation_space.shape), self.observation_space.dtype),
+            np.zeros(self.count),
+            np.zeros(self.count, bool),
+            np.zeros(self.count, bool),
+            np.zeros(self.count),
+        )
+        if not len(ids):
+            return step
+        # An error leaves some environments stepped and others not.
+        self._ready = False
+        self.elapsed[ids] += 1
+        self._step(actions, ids, step)
+        self._check_finite("an observation", step.observations, ids)
+        self._check_finite("a reward", step.rewards, ids)
+        self._ready = True
+        return step
+
+    def close(self) -> None:
+        """Give back what the environments hold; the simulator is of no use afterwards."""
+        if not self._closed:
+            self._closed = True
+            self._close()
+
+    def __enter__(self) -> Simulator:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    @abstractmethod
+    def _reset(self, seeds: list[int]) -> np.ndarray:
+        """Reset every environment and return the observations, ``[count, *observation]``."""
+
+    @abstractmethod
+    def _step(self, actions: np.ndarray, ids: np.ndarray, step: Step) -> None:
+        """Step the environments ``ids`` (ascending, at least one) and write their rows of ``step``."""
+
+    @abstractmethod
+    def _close(self) -> None:
+        """Give back what the environments hold."""
+
+    def _failure(self, index: int, error: BaseException) -> RuntimeError:
+        """Return the error that says which environment raised ``error``."""
+        return RuntimeError(f"{self._where(index)} raised {type(error).__name__}: {error}")
+
+    def _where(self, index: int) -> str:
+        doing = f"at step {self.elapsed[index]}" if self.elapsed[index] else "at its reset"
+        return f"{self.name}, environment {index} of {self.count}, {doing},"
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise RuntimeError(f"the simulator of {self.name} is closed; make another")
+
+    def _check_actions(self, actions: np.ndarray, ids: np.ndarray) -> np.ndarray:
+        """Return the actions as the environments take them, in an array of our own."""
+        space = self.action_space
+        expected = (self.count, *(space.shape or ()))
+        if actions.shape != expected:
+            raise ValueError(f"actions must be of shape {expected}, one row for each environment, got {actions.shape}")
+        kinds = "fiu" if isinstance(space, spaces.Box) and np.dtype(space.dtype).kind == "f" else "iu"
+        if isinstance(space, spaces.MultiBinary):
+            kinds = "iub"
+        if actions.dtype.kind not in kinds:
+            wanted = "floating point" if "f" in kinds else "integers"
+            raise TypeError(f"actions must be {wanted} for {self.name}, whose actions are {space}, got {actions.dtype}")
+        if actions.dtype.kind == "f":
+            if not np.isfinite(actions).all():
+                self._check_finite("an action", actions, ids)
+            # Not cast to the space's dtype: costs of control are rounded as the actions are.
+            return actions.copy()
+        low, high = _bounds(space)
+        chosen = actions[ids]
+        outside = _any((chosen < low) | (chosen > high))
+        if outside.any():
+            index = int(ids[outside.argmax()])
+            raise ValueError(f"actions[{index}] must be in {space}, got {actions[index]}")
+        return actions.astype(space.dtype)
+
+    def _check_finite(self, what: str, values: np.ndarray, ids: np.ndarray) -> None:
+        if values.dtype.kind != "f" or np.isfinite(values).all():
+            return
+        bad = _any(~np.isfinite(values[ids]))
+        if bad.any():
+            index = int(ids[bad.argmax()])
+            if what == "an action":
+                raise ValueError(
+                    f"actions[{index}] is not finite: {values[index]}; mark the environment as not active instead"
+                )
+            raise ValueError(
+                f"{self._where(index)} gave {what} that is not finite: {values[index]};"
+                " keep actions within the bounds of the action space, or wrap the environment to end such episodes"
+            )
+
+
+def _bounds(space: spaces.Space[Any]) -> tuple[Any, Any]:
+    """Return the lowest and the highest allowed action, beyond every one where the environment is to judge."""
+    if isinstance(space, spaces.Discrete):
+        return space.start, space.start + space.n - 1
+    if isinstance(space, spaces.MultiDiscrete):
+        return space.start, space.start + space.nvec - 1
+    if isinstance(space, spaces.MultiBinary):
+        return 0, 1
+    return -np.inf, np.inf
+
+
+def _any(mask: np.ndarray) -> np.ndarray:
+    """Return ``[n]``, whether any is true in each row of ``[n, …]``."""
+    return np.asarray(mask.any(axis=tuple(range(1, mask.ndim))))

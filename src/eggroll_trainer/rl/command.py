@@ -1,0 +1,42 @@
+"""``eggroll rl ENV_ID``: train a policy, and leave a folder with all that belongs to the run."""
+
+from __future__ import annotations
+
+import sys
+
+import tyro
+
+from .settings import Settings, settings_for
+from .training import Run, plot
+from .video import choose_renderer, record
+
+
+def main(arguments: list[str]) -> int:
+    """Run the command and return the exit status."""
+    choose_renderer()
+    env = next((argument for argument in arguments if not argument.startswith("-")), None)
+    default = Settings("ENV_ID") if env is None else settings_for(env)
+    settings = tyro.cli(Settings, args=arguments, default=default, prog="eggroll rl", description=__doc__)
+    try:
+        run = Run(settings)
+        print(f"run: {run.folder}")
+        run.train()
+    except KeyboardInterrupt:
+        print(f"\nstopped; go on with: eggroll rl {' '.join(arguments)} --resume", file=sys.stderr)
+        return 130
+    except (ValueError, FileNotFoundError, FileExistsError, RuntimeError) as error:
+        print(f"eggroll rl: {error}", file=sys.stderr)
+        return 1
+    last = run.metrics[-1] if run.metrics else {}
+    if "eval_return" in last:
+        print(
+            f"centre policy: {last['eval_return']:.0f} ± {last['eval_std']:.0f} over {settings.eval_episodes} episodes"
+        )
+    print(f"curve: {plot(run)}")
+    if settings.video:
+        path = run.folder / "video.mp4"
+        try:
+            print(f"video: {path}, return {record(run.policy, settings.env, path, seed=settings.seed):.0f}")
+        except RuntimeError as error:
+            print(f"no video: {error}", file=sys.stderr)
+    return 0

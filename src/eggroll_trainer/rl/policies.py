@@ -1,0 +1,188 @@
+"""Policies: ordinary modules from observations to actions, with the normalisation of observations inside."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import gymnasium
+import numpy as np
+import torch
+from gymnasium import spaces
+from torch import Tensor, nn
+
+from .normalization import ObservationNormalizer
+
+
+class Policy(nn.Module):
+    """What the policies have in common: observations are flattened and normalised, outputs become actions.
+
+    The outputs are, for a continuous action space, the action; for a discrete one, a logit for each action. With
+    ``sample=True`` actions are drawn: around the output with a deviation that is learnt as well, or by the logits.
+
+    Args:
+        observation_space: Of one environment.
+        action_space: Of one environment: ``Box`` or ``Discrete``.
+        normalize: Whether to normalise observations by their running statistics.
+        sample: Whether to draw actions, with torch's global generator.
+
+    Raises:
+        TypeError: A space is of another kind.
+    """
+
+    def __init__(
+        self,
+        observation_space: spaces.Space[Any],
+        action_space: spaces.Space[Any],
+        *,
+        normalize: bool = True,
+        sample: bool = False,
+    ) -> None:
+        super().__init__()
+        self.inputs, self.outputs = observation_size(observation_space), output_size(action_space)
+        self.sample, self.discrete = sample, isinstance(action_space, spaces.Discrete)
+        self.normalizer: nn.Module = ObservationNormalizer(self.inputs) if normalize else nn.Identity()
+        self.log_deviation = nn.Parameter(torch.full((self.outputs,), -1.0)) if sample and not self.discrete else None
+
+    def act(self, outputs: Tensor) -> Tensor:
+        """Return actions from the network's outputs, ``[..., outputs]``: drawn, or the outputs themselves."""
+        if not self.sample:
+            return outputs
+        if self.log_deviation is not None:
+            return outputs + self.log_deviation.exp() * torch.randn_like(outputs)
+        # The largest of logits with Gumbel noise is a draw from their softmax.
+        return outputs - (-torch.rand_like(outputs).clamp(1e-20).log()).log()
+
+
+class MLPPolicy(Policy):
+    """A multilayer perceptron; without hidden layers, a linear policy.
+
+    Args:
+        observation_space: Of one environment.
+        action_space: Of one environment.
+        hidden: Widths of the hidden layers.
+        activation: What follows each of them.
+        options: ``normalize`` and ``sample`` of :class:`Policy`.
+    """
+
+    def __init__(
+        self,
+        observation_space: spaces.Space[Any],
+        action_space: spaces.Space[Any],
+        hidden: Sequence[int] = (64, 64),
+        activation: type[nn.Module] = nn.Tanh,
+        **options: Any,
+    ) -> None:
+        super().__init__(observation_space, action_space, **options)
+        sizes = [self.inputs, *hidden]
+        layers = [layer for a, b in zip(sizes, sizes[1:], strict=False) for layer in (nn.Linear(a, b), activation())]
+        self.body = nn.Sequential(*layers, _head(sizes[-1], self.outputs))
+
+    def forward(self, observations: Tensor) -> Tensor:
+        """Return actions (or logits) ``[..., A]`` for observations ``[..., O]``."""
+        return self.act(self.body(self.normalizer(observations)))
+
+
+class LinearPolicy(MLPPolicy):
+    """An affine map from observations to actions, as in Mania et al., "Simple random search provides a competitive
+    approach to reinforcement learning", 2018.
+    """  # noqa: D205
+
+    def __init__(self, observation_space: spaces.Space[Any], action_space: spaces.Space[Any], **options: Any) -> None:
+        super().__init__(observation_space, action_space, hidden=(), **options)
+
+
+class GRUPolicy(Policy):
+    """A gated recurrent unit between two layers, for tasks where one observation does not tell enough.
+
+    Args:
+        observation_space: Of one environment.
+        action_space: Of one environment.
+        hidden: Width of the recurrent state.
+        options: ``normalize`` and ``sample`` of :class:`Policy`.
+    """
+
+    def __init__(
+        self, observation_space: spaces.Space[Any], action_space: spaces.Space[Any], hidden: int = 32, **options: Any
+    ) -> None:
+        super().__init__(observation_space, action_space, **options)
+        self.hidden = hidden
+        self.cell, self.head = nn.GRUCell(self.inputs, hidden), _head(hidden, self.outputs)
+
+    def initial_state(self, count: int) -> Tensor:
+        """Return the state at the start of ``count`` episodes, ``[count, hidden]``."""
+        return torch.zeros(count, self.hidden, device=self.cell.weight_hh.device)
+
+    def forward(self, observations: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        """Return actions (or logits) ``[n, A]`` and the next state, for observations ``[n, O]`` and a state."""
+        state = self.cell(self.normalizer(observations), state)
+        return self.act(self.head(state)), state
+
+
+def observation_size(space: spaces.Space[Any]) -> int:
+    """Return how many numbers an observation has when it is flattened."""
+    if not isinstance(space, spaces.Box):
+        raise TypeError(f"observations must be a Box, got {space}; wrap it with gymnasium.wrappers.FlattenObservation")
+    return int(np.prod(space.shape))
+
+
+def output_size(space: spaces.Space[Any]) -> int:
+    """Return how many outputs a policy for this action space needs."""
+    if isinstance(space, spaces.Box):
+        return int(np.prod(space.shape))
+    if isinstance(space, spaces.Discrete):
+        return int(space.n)
+    raise TypeError(f"actions must be a Box or Discrete space, got {space}")
+
+
+def actions_of(outputs: np.ndarray[Any, Any], space: spaces.Space[Any]) -> np.ndarray[Any, Any]:
+    """Return environments' actions from a policy's outputs ``[n, A]``: clipped to the range, or the largest logit."""
+    if isinstance(space, spaces.Box):
+        actions = outputs.reshape(len(outputs), *space.shape).astype(space.dtype, copy=False)
+        return np.clip(actions, space.low, space.high)
+    assert isinstance(space, spaces.Discrete)
+    return outputs.argmax(-1) + space.start
+
+
+class Agent:
+    """A policy at work in one ordinary environment: keeps the recurrent state, and turns outputs into actions.
+
+    Args:
+        policy: The policy, for example ``trainer.get_best_model()``.
+        action_space: Of the environment.
+
+    Example:
+        >>> env = gymnasium.make("CartPole-v1")
+        >>> policy = MLPPolicy(env.observation_space, env.action_space, hidden=(8,))
+        >>> agent = Agent(policy, env.action_space)
+        >>> observation, _ = env.reset(seed=0)
+        >>> env.action_space.contains(agent(observation))
+        True
+    """
+
+    def __init__(self, policy: nn.Module, action_space: gymnasium.Space[Any]) -> None:
+        self.policy, self.action_space = policy, action_space
+        self.reset()
+
+    def reset(self) -> None:
+        """Begin another episode."""
+        self.state = self.policy.initial_state(1) if hasattr(self.policy, "initial_state") else None  # type: ignore[operator]
+
+    @torch.no_grad()
+    def __call__(self, observation: Any) -> Any:
+        """Return the action for an observation."""
+        device = next(self.policy.parameters()).device
+        x = torch.as_tensor(np.asarray(observation), dtype=torch.float32, device=device).view(1, -1)
+        if self.state is None:
+            outputs = self.policy(x)
+        else:
+            outputs, self.state = self.policy(x, self.state)
+        return actions_of(outputs.cpu().numpy(), self.action_space)[0]
+
+
+def _head(inputs: int, outputs: int) -> nn.Linear:
+    # From zero no action is preferred, and what differs among members is the perturbation alone.
+    head = nn.Linear(inputs, outputs)
+    nn.init.zeros_(head.weight)
+    nn.init.zeros_(head.bias)
+    return head

@@ -1,0 +1,201 @@
+"""The fitness of a policy: what it earns in episodes of an environment, for a whole population in lockstep."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from eggroll_trainer import Population, batched
+from eggroll_trainer.noise import derive_seed
+
+from .base import Simulator
+from .normalization import ObservationNormalizer, statistics_of
+from .policies import actions_of, output_size
+from .simulators import make_simulator
+
+
+class EpisodeReturn:
+    """Fitness function: the mean return of a member over episodes, all members stepping together.
+
+    No environment is reset by itself (what Gymnasium's vector environments call autoreset): a member's episode ends
+    once, and no reward after its end counts. Episode seeds are a function of the run's seed, the generation and the
+    member; members that share their noise, such as an antithetic pair, play the same episodes.
+
+    Args:
+        env: Id of a Gymnasium environment, or a function that makes one.
+        episodes: Episodes of each member.
+        max_steps: Steps after which an episode is cut off, besides the environment's own limit; or a function from the
+            generation, counted from 0, to that number, for episodes that grow over training.
+        share: How many consecutive members play the same episodes: the trainer's ``noise_reuse``.
+        survival_bonus: Whether the reward for merely being alive counts.
+        threads: Threads of the simulator; torch's number if None. Torch itself uses one meanwhile, as its products are
+            small.
+        env_options: Keyword arguments of the environment.
+
+    Attributes:
+        steps: Environment steps so far, of all members.
+
+    Raises:
+        TypeError: The environment has actions or observations of another kind than ``Box`` and ``Discrete``.
+        ValueError: The environment does not exist or lacks a package, or the model's output does not fit its actions.
+    """
+
+    def __init__(
+        self,
+        env: str | Callable[[], Any],
+        *,
+        episodes: int = 1,
+        max_steps: int | Callable[[int], int] | None = None,
+        share: int = 2,
+        survival_bonus: bool = True,
+        threads: int | None = None,
+        **env_options: Any,
+    ) -> None:
+        self.env, self.env_options = env, env_options
+        self.episodes, self.max_steps, self.share = episodes, max_steps, max(1, share)
+        self.survival_bonus, self.threads = survival_bonus, threads
+        self.steps = 0
+        self._simulators: dict[int, Simulator] = {}
+        self._normalizer: ObservationNormalizer | None = None
+        self._statistics = torch.zeros(0, dtype=torch.float64)
+        # What makes this a fitness function for populations.
+        batched(self)
+
+    def __call__(self, population: Population) -> Tensor:
+        """Return the mean return of every member, ``[N]``."""
+        self._normalizer = find_normalizer(population.model)
+        seeds = [
+            derive_seed("episode", population.seed, population.generation, member // self.share, episode) % 2**31
+            for member in population.members
+            for episode in range(self.episodes)
+        ]
+        limit = self.max_steps(population.generation) if callable(self.max_steps) else self.max_steps
+        returns, steps = self._play(population, seeds, limit)
+        self.steps += steps
+        return torch.from_numpy(returns).view(len(population), self.episodes).mean(1)
+
+    def evaluate(self, policy: nn.Module, episodes: int, seed: int) -> np.ndarray[Any, Any]:
+        """Return the returns of ``episodes`` episodes of one policy, the survival bonus included, ``[episodes]``.
+
+        Args:
+            policy: The policy.
+            episodes: How many.
+            seed: Of the episodes; those of training have other seeds.
+        """
+        seeds = [derive_seed("evaluation", seed, episode) % 2**31 for episode in range(episodes)]
+        bonus, self.survival_bonus = self.survival_bonus, True
+        try:
+            with torch.no_grad():
+                return self._play(policy, seeds, None, episodes=episodes)[0]
+        finally:
+            self.survival_bonus = bonus
+
+    def pop_statistics(self) -> Tensor:
+        """Return count, mean and squared deviations of the observations of the last chunk, ``[2·O + 1]``."""
+        statistics, self._statistics = self._statistics, torch.zeros(0, dtype=torch.float64)
+        return statistics
+
+    def merge_statistics(self, statistics: Sequence[Tensor]) -> None:
+        """Take in the observations of a generation."""
+        if self._normalizer is not None:
+            self._normalizer.merge([values for values in statistics if len(values)])
+
+    def spaces(self) -> tuple[Any, Any]:
+        """Return the observation and action space of one environment."""
+        simulator = self._simulator(1)
+        return simulator.observation_space, simulator.action_space
+
+    def close(self) -> None:
+        """Close the environments."""
+        for simulator in self._simulators.values():
+            simulator.close()
+        self._simulators = {}
+
+    def _play(
+        self, players: Population | nn.Module, seeds: Sequence[int], limit: int | None, episodes: int | None = None
+    ) -> tuple[np.ndarray[Any, Any], int]:
+        """Play an episode for each seed and return their returns, and the number of all steps together.
+
+        Args:
+            players: A population, each member with consecutive episodes; or one policy for all.
+            seeds: Of the episodes.
+            limit: Steps after which an episode is cut off.
+            episodes: Of each player.
+        """
+        episodes = self.episodes if episodes is None else episodes
+        simulator = self._simulator(len(seeds))
+        model = players.model if isinstance(players, Population) else players
+        device = next(model.parameters()).device
+        observations = simulator.reset(seeds)
+        active = np.ones(len(seeds), bool)
+        returns = np.zeros(len(seeds))
+        seen: list[Tensor] = []
+        state: Any = None
+        if hasattr(model, "initial_state"):
+            state = model.initial_state(episodes)  # type: ignore[operator]
+            if isinstance(players, Population):
+                state = state.expand(len(players), *state.shape)
+        time = steps = 0
+        with one_thread():
+            while active.any() and (limit is None or time < limit):
+                x = torch.from_numpy(observations).view(len(seeds), -1).float()
+                if self._normalizer is not None and isinstance(players, Population):
+                    seen.append(statistics_of(x[torch.from_numpy(active)]))
+                x = x.to(device)
+                if isinstance(players, Population):
+                    x = x.view(len(players), episodes, -1)
+                    result = players.each(x) if state is None else players.each(x, state)
+                else:
+                    result = players(x) if state is None else players(x, state)
+                outputs, state = result if isinstance(result, tuple) else (result, None)
+                actions = actions_of(self._checked(outputs, len(seeds), simulator), simulator.action_space)
+                observations, rewards, terminated, truncated, survival = simulator.step(actions, active)
+                returns[active] += (rewards if self.survival_bonus else rewards - survival)[active]
+                time, steps = time + 1, steps + int(active.sum())
+                active &= ~(terminated | truncated)
+        if seen:
+            self._statistics = merged(seen)
+        return returns, steps
+
+    def _checked(self, outputs: Any, count: int, simulator: Simulator) -> np.ndarray[Any, Any]:
+        expected = output_size(simulator.action_space)
+        if not isinstance(outputs, Tensor) or outputs.numel() != count * expected or outputs.shape[-1] != expected:
+            got = f"shape {list(outputs.shape)}" if isinstance(outputs, Tensor) else type(outputs).__name__
+            raise ValueError(
+                f"the policy must return {expected} outputs for each observation, as {self.env} has the action space"
+                f" {simulator.action_space}; for {count} observations it returned {got}"
+            )
+        return outputs.reshape(count, expected).float().cpu().numpy()
+
+    def _simulator(self, count: int) -> Simulator:
+        if count not in self._simulators:
+            self._simulators[count] = make_simulator(self.env, count, threads=self.threads, **self.env_options)
+        return self._simulators[count]
+
+
+def merged(statistics: Sequence[Tensor]) -> Tensor:
+    """Return the statistics of all observations that ``statistics`` are of."""
+    total = ObservationNormalizer((len(statistics[0]) - 1) // 2)
+    total.merge(statistics)
+    return torch.cat([total.count[None], total.mean, total.squares])
+
+
+def find_normalizer(model: nn.Module) -> ObservationNormalizer | None:
+    """Return the model's normaliser of observations, if it has one."""
+    return next((module for module in model.modules() if isinstance(module, ObservationNormalizer)), None)
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Run the block with one thread of torch's."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

@@ -1,0 +1,83 @@
+"""The settings of a training run, and those found to work for each task."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How a policy is trained in a Gymnasium environment."""
+
+    env: tyro.conf.Positional[str]
+    """Id of the environment, such as HalfCheetah-v5."""
+    steps: int = 1_000_000
+    """Environment steps to train for, of all members together; the generation that reaches them is the last."""
+    policy: Literal["linear", "mlp", "gru"] = "mlp"
+    """Kind of policy."""
+    hidden: tuple[int, ...] = (64, 64)
+    """Widths of the hidden layers of an mlp; of the recurrent state of a gru, its first number."""
+    population_size: int = 256
+    """Members in a generation."""
+    sigma: float = 0.05
+    """Standard deviation of the perturbations."""
+    learning_rate: float = 0.1
+    """Step size; with sgd, in units of sigma per generation and weight."""
+    optimizer: Literal["sgd", "adam"] = "sgd"
+    """What takes the steps."""
+    rank: int = 1
+    """Rank of the perturbations; 0 for full rank."""
+    antithetic: bool = True
+    """Whether members come in pairs of opposite perturbations, which play the same episodes."""
+    shaping: str = "centered_ranks"
+    """How returns become weights: zscore, centered_ranks, antithetic_sign or raw."""
+    normalize: bool = True
+    """Whether observations are normalised by their running statistics."""
+    sample: bool = False
+    """Whether the policy draws its actions."""
+    survival_bonus: bool = True
+    """Whether the reward for merely being alive counts in training; in evaluation it always does."""
+    episodes: int = 1
+    """Episodes of each member in a generation."""
+    max_steps: int | None = None
+    """Steps after which training cuts an episode off, besides the environment's own limit."""
+    seed: int = 0
+    """Of weights, noise and episodes."""
+    eval_every: int = 20
+    """Evaluate the centre policy every so many generations."""
+    eval_episodes: int = 20
+    """Episodes of an evaluation."""
+    save_every: int = 20
+    """Write a checkpoint every so many generations, and at the end."""
+    threads: int | None = None
+    """Threads of the simulator; torch's number if left out."""
+    compile: bool = True
+    """Whether the population's forward is compiled."""
+    out: Path | None = None
+    """Folder of the run; runs/ENV-SEED if left out."""
+    resume: bool = False
+    """Go on with the run in that folder."""
+    video: bool = True
+    """Whether to leave a video of the policy."""
+
+
+# Found by search; see docs/reinforcement-learning.md for what they reach.
+_LOCOMOTION = {"policy": "linear", "learning_rate": 0.4, "sigma": 0.05, "population_size": 64, "shaping": "zscore"}
+TASKS: dict[str, dict[str, object]] = {
+    "CartPole-v1": {"steps": 300_000, "policy": "linear", "population_size": 64, "sigma": 0.1, "learning_rate": 1.0},
+    "HalfCheetah-v5": {**_LOCOMOTION, "steps": 12_000_000},
+    "Hopper-v5": {**_LOCOMOTION, "steps": 10_000_000, "survival_bonus": False},
+    "Walker2d-v5": {**_LOCOMOTION, "steps": 30_000_000, "survival_bonus": False},
+    "Swimmer-v5": {**_LOCOMOTION, "steps": 3_000_000},
+    "Ant-v5": {**_LOCOMOTION, "steps": 75_000_000, "survival_bonus": False},
+    "Humanoid-v5": {**_LOCOMOTION, "steps": 100_000_000, "population_size": 256, "survival_bonus": False},
+}
+
+
+def settings_for(env: str) -> Settings:
+    """Return the default settings of a task."""
+    return Settings(env, **TASKS.get(env, {}))  # type: ignore[arg-type]

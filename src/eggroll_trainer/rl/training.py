@@ -1,0 +1,218 @@
+"""A training run: one folder with its configuration, metrics, checkpoint, policy, curve and video."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from eggroll_trainer import EGGROLLTrainer, VanillaESTrainer
+from eggroll_trainer.keyed import KeyedESTrainer
+
+from .policies import GRUPolicy, LinearPolicy, MLPPolicy, Policy
+from .rollout import EpisodeReturn
+from .settings import Settings
+
+# What may differ when a run is resumed.
+_FREE = {"steps", "out", "resume", "video", "threads", "save_every"}
+
+
+class Run:
+    """A training run.
+
+    Args:
+        settings: How to train. With ``resume``, the run in its folder goes on.
+
+    Attributes:
+        folder: Where everything goes.
+        trainer: The trainer.
+        metrics: One dictionary for each generation.
+
+    Raises:
+        FileExistsError: The folder holds a run, and ``resume`` is not set.
+        FileNotFoundError: There is no run to resume.
+        ValueError: The environment is unknown, or the run to resume has other settings.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.folder = settings.out or Path("runs") / f"{settings.env.replace('/', '-')}-{settings.seed}"
+        if settings.resume:
+            self._check_same()
+        elif (self.folder / "metrics.jsonl").exists():
+            raise FileExistsError(
+                f"{self.folder} holds a run already; give another folder with --out, or go on with it with --resume"
+            )
+        self.fitness = EpisodeReturn(
+            settings.env,
+            episodes=settings.episodes,
+            max_steps=settings.max_steps,
+            share=2 if settings.antithetic else 1,
+            survival_bonus=settings.survival_bonus,
+            threads=settings.threads,
+        )
+        self.policy = make_policy(settings, *self.fitness.spaces())
+        self.trainer = make_trainer(settings, self.policy, self.fitness)
+        self.metrics: list[dict[str, Any]] = []
+        if settings.resume:
+            self._load()
+        else:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / "config.json").write_text(json.dumps(_plain(settings), indent=1) + "\n")
+
+    @property
+    def steps(self) -> int:
+        """Environment steps taken so far."""
+        return self.fitness.steps
+
+    def train(self) -> None:
+        """Train until the settings' number of steps; a Ctrl-C leaves a run that can be resumed."""
+        settings = self.settings
+        bar = tqdm(total=settings.steps, initial=self.steps, unit="step", unit_scale=True, desc=settings.env)
+        try:
+            with self._writers() as write, bar:
+                while self.steps < settings.steps:
+                    line = self._generation()
+                    write(line)
+                    bar.update(line["steps"] - bar.n)
+                    bar.set_postfix_str(
+                        f"mean {line['mean_return']:.0f}, best {line['best_return']:.0f}, centre"
+                        f" {self._last('eval_return'):.0f}"
+                    )
+                    if self.trainer.generation % settings.save_every == 0:
+                        self.save()
+        finally:
+            self.save()
+            self.fitness.close()
+
+    def save(self) -> None:
+        """Write the checkpoint, and the policy beside it."""
+        self.trainer.save(self.folder / "checkpoint.pt")
+        torch.save(self.policy.state_dict(), self.folder / "policy.pt")
+
+    def _generation(self) -> dict[str, Any]:
+        settings, start, before = self.settings, time.perf_counter(), self.steps
+        result = self.trainer.step()
+        seconds = time.perf_counter() - start
+        line = {
+            "generation": result["generation"],
+            "steps": self.steps,
+            "mean_return": result["mean_fitness"],
+            "best_return": result["fitness"],
+            "std_return": result["std_fitness"],
+            "update_norm": result["update_norm"],
+            "seconds": seconds,
+            "steps_per_second": (self.steps - before) / seconds,
+        }
+        last = self.steps >= settings.steps
+        if last or result["generation"] % settings.eval_every == 0:
+            returns = self.fitness.evaluate(self.policy, settings.eval_episodes, settings.seed * 2**32 + self.steps)
+            line |= {"eval_return": float(returns.mean()), "eval_std": float(returns.std())}
+        self.metrics.append(line)
+        return line
+
+    def _last(self, key: str) -> float:
+        return next((line[key] for line in reversed(self.metrics) if key in line), float("nan"))
+
+    @contextlib.contextmanager
+    def _writers(self) -> Iterator[Any]:
+        from torch.utils.tensorboard import SummaryWriter
+
+        with open(self.folder / "metrics.jsonl", "a") as file, SummaryWriter(str(self.folder)) as board:
+
+            def write(line: dict[str, Any]) -> None:
+                file.write(json.dumps(line) + "\n")
+                file.flush()
+                for key, value in line.items():
+                    if key not in ("generation", "steps"):
+                        board.add_scalar(key, value, line["steps"])
+
+            yield write
+
+    def _check_same(self) -> None:
+        path = self.folder / "config.json"
+        if not path.exists():
+            raise FileNotFoundError(f"there is no run to resume in {self.folder}")
+        before, now = json.loads(path.read_text()), _plain(self.settings)
+        changed = [f"{k}={now[k]!r} (was {before.get(k)!r})" for k in now if k not in _FREE and now[k] != before.get(k)]
+        if changed:
+            raise ValueError(f"the run in {self.folder} has other settings: {', '.join(changed)}")
+
+    def _load(self) -> None:
+        """Go on from the checkpoint; metrics of later generations are forgotten, as these come again."""
+        self.trainer.load(self.folder / "checkpoint.pt")
+        path = self.folder / "metrics.jsonl"
+        lines = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
+        self.metrics = lines[: self.trainer.generation]
+        path.write_text("".join(json.dumps(line) + "\n" for line in self.metrics))
+        self.fitness.steps = self.metrics[-1]["steps"] if self.metrics else 0
+
+
+def make_policy(settings: Settings, observation_space: Any, action_space: Any) -> Policy:
+    """Return the policy that the settings describe, the same every time."""
+    options: dict[str, Any] = {"normalize": settings.normalize, "sample": settings.sample}
+    with torch.random.fork_rng():
+        torch.manual_seed(settings.seed)
+        if settings.policy == "linear":
+            return LinearPolicy(observation_space, action_space, **options)
+        if settings.policy == "gru":
+            return GRUPolicy(observation_space, action_space, settings.hidden[0], **options)
+        return MLPPolicy(observation_space, action_space, settings.hidden, **options)
+
+
+def make_trainer(settings: Settings, policy: nn.Module, fitness: EpisodeReturn) -> KeyedESTrainer:
+    """Return the trainer that the settings describe."""
+    options: dict[str, Any] = {
+        "model": policy,
+        "fitness_fn": fitness,
+        "population_size": settings.population_size,
+        "learning_rate": settings.learning_rate,
+        "sigma": settings.sigma,
+        "noise_reuse": 2 if settings.antithetic else 0,
+        "shaping": settings.shaping,
+        "optimizer": {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}[settings.optimizer],
+        "seed": settings.seed,
+        "compile": settings.compile,
+    }
+    if settings.rank == 0:
+        return VanillaESTrainer(**options)
+    return EGGROLLTrainer(rank=settings.rank, **options)
+
+
+def plot(run: Run) -> Path:
+    """Draw the learning curve of a run and return where it is."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    steps = [line["steps"] for line in run.metrics]
+    axes.plot(steps, [line["mean_return"] for line in run.metrics], alpha=0.4, label="mean of the population")
+    evaluated = [line for line in run.metrics if "eval_return" in line]
+    mean = np.array([line["eval_return"] for line in evaluated])
+    deviation = np.array([line["eval_std"] for line in evaluated])
+    at = [line["steps"] for line in evaluated]
+    axes.plot(at, mean, label=f"centre policy, {run.settings.eval_episodes} episodes")
+    axes.fill_between(at, mean - deviation, mean + deviation, alpha=0.2)
+    axes.set(title=f"{run.settings.env}, seed {run.settings.seed}", xlabel="environment steps", ylabel="return")
+    axes.legend()
+    axes.grid(alpha=0.3)
+    path = run.folder / "curve.png"
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    return path
+
+
+def _plain(settings: Settings) -> dict[str, Any]:
+    values = dataclasses.asdict(settings)
+    return json.loads(json.dumps({**values, "out": None if settings.out is None else str(settings.out)}))

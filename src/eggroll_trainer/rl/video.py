@@ -1,0 +1,67 @@
+"""Videos of a policy, on machines without a screen as well."""
+
+from __future__ import annotations
+
+import ctypes.util
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+from torch import nn
+
+from .policies import Agent
+
+
+def record(
+    policy: nn.Module, env_id: str, path: Path, *, seed: int = 0, most_frames: int = 1000, **options: Any
+) -> float:
+    """Play one episode, write its frames to ``path``, and return its return.
+
+    Args:
+        policy: The policy.
+        env_id: Id of the environment.
+        path: Of the video, ``.mp4`` or ``.gif``.
+        seed: Of the episode.
+        most_frames: Frames after which the video ends; the episode goes on.
+        options: Keyword arguments of the environment.
+
+    Raises:
+        RuntimeError: Nothing here can render: the message says what to install.
+    """
+    import imageio
+
+    choose_renderer()
+    try:
+        env = gymnasium.make(env_id, render_mode="rgb_array", **options)
+        observation, _ = env.reset(seed=seed)
+        frames = [env.render()]
+    except Exception as error:
+        raise RuntimeError(f"{env_id} cannot be rendered here: {error}. {_HELP}") from error
+    agent, total, ended = Agent(policy, env.action_space), 0.0, False
+    while not ended:
+        observation, reward, terminated, truncated, _ = env.step(agent(observation))
+        total, ended = total + float(reward), terminated or truncated
+        if len(frames) < most_frames:
+            frames.append(env.render())
+    env.close()
+    imageio.mimwrite(path, frames, fps=env.metadata.get("render_fps", 30))  # type: ignore[arg-type]
+    return total
+
+
+def choose_renderer() -> None:
+    """Have MuJoCo render without a screen where there is none, by EGL or OSMesa."""
+    if "MUJOCO_GL" in os.environ or "mujoco" in sys.modules and sys.platform != "linux":
+        return
+    if sys.platform == "linux" and not os.environ.get("DISPLAY"):
+        for name, library in (("egl", "EGL"), ("osmesa", "OSMesa")):
+            if ctypes.util.find_library(library):
+                os.environ["MUJOCO_GL"] = name
+                return
+
+
+_HELP = (
+    "Without a screen, MuJoCo renders by EGL (Debian: libegl1) or OSMesa (Debian: libosmesa6); MUJOCO_GL=egl or osmesa"
+    " chooses one. Training needs neither: --no-video"
+)

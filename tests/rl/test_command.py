@@ -1,0 +1,105 @@
+"""``eggroll rl`` as it is typed: a run's folder, a run that is killed and resumed, and what it says when it cannot."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("gymnasium")
+
+SMALL = ("--population-size", "8", "--eval-every", "2", "--eval-episodes", "2", "--save-every", "2", "--no-compile")
+
+
+def command(*arguments: object) -> list[str]:
+    return [
+        sys.executable,
+        "-c",
+        "import sys; from eggroll_trainer.cli import main; sys.exit(main())",
+        *map(str, arguments),
+    ]
+
+
+def run(*arguments: object, check: bool = True) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(command(*arguments), capture_output=True, text=True, check=False)
+    assert not check or done.returncode == 0, done.stderr
+    return done
+
+
+def curve(folder: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in ("seconds", "steps_per_second")} for line in lines]
+
+
+def test_a_run_leaves_everything(tmp_path: Path) -> None:
+    done = run("rl", "Pendulum-v1", "--steps", 3200, *SMALL, "--out", tmp_path / "a")
+    names = {path.name for path in (tmp_path / "a").iterdir()}
+    assert {"config.json", "metrics.jsonl", "checkpoint.pt", "policy.pt", "curve.png"} <= names
+    assert any(name.startswith("events.out.tfevents") for name in names)
+    assert "centre policy:" in done.stdout and ("video:" in done.stdout or "no video:" in done.stderr)
+    lines = curve(tmp_path / "a")
+    assert [line["steps"] for line in lines] == [1600, 3200] and "eval_return" in lines[-1]
+
+
+def test_killed_and_resumed_is_the_same_curve(tmp_path: Path) -> None:
+    arguments = ("rl", "Hopper-v5", "--steps", 6000, *SMALL, "--no-video")
+    run(*arguments, "--out", tmp_path / "whole")
+    killed = subprocess.Popen(command(*arguments, "--out", tmp_path / "killed"), stderr=subprocess.DEVNULL)
+    while not (tmp_path / "killed" / "checkpoint.pt").exists():
+        assert killed.poll() is None
+        time.sleep(0.01)
+    os.kill(killed.pid, signal.SIGKILL)
+    assert killed.wait() == -signal.SIGKILL
+    run(*arguments, "--out", tmp_path / "killed", "--resume")
+    assert curve(tmp_path / "killed") == curve(tmp_path / "whole")
+
+
+def test_ctrl_c_leaves_a_run_to_resume(tmp_path: Path) -> None:
+    arguments = ("rl", "Pendulum-v1", *SMALL, "--no-video", "--out", tmp_path / "a")
+    process = subprocess.Popen(
+        command(*arguments, "--steps", 10**9), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+    )
+    while not (tmp_path / "a" / "checkpoint.pt").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and "--resume" in errors
+    steps = curve(tmp_path / "a")[-1]["steps"]
+    run(*arguments, "--steps", steps + 1600, "--resume")
+    assert curve(tmp_path / "a")[-1]["steps"] == steps + 1600
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("NoSuchTask-v9",), "NoSuchTask-v9"),
+        (("CartPole-v1", "--resume"), "no run to resume"),
+        (("CartPole-v1", "--population-size", "0"), "population_size must be at least 1"),
+        (("CartPole-v1", "--shaping", "best"), "shaping"),
+    ],
+)
+def test_errors_are_one_line(arguments: tuple[str, ...], message: str, tmp_path: Path) -> None:
+    done = run("rl", *arguments, "--out", tmp_path / "a", check=False)
+    assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_folder_that_is_taken(tmp_path: Path) -> None:
+    arguments = ("rl", "Pendulum-v1", "--steps", 1600, *SMALL, "--no-video", "--out", tmp_path / "a")
+    run(*arguments)
+    assert "holds a run already" in run(*arguments, check=False).stderr
+    changed = run(*arguments, "--resume", "--sigma", 0.7, check=False)
+    assert changed.returncode == 1 and "sigma=0.7 (was 0.05)" in changed.stderr
+
+
+def test_help_lists_the_options() -> None:
+    shown = run("rl", "HalfCheetah-v5", "--help").stdout
+    assert "--population-size" in shown and "12000000" in shown
+    assert run().stdout.startswith("usage: eggroll rl") and run("train", check=False).returncode == 2

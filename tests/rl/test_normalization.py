@@ -1,0 +1,50 @@
+"""Running statistics: of all observations together, however they come."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("gymnasium")
+
+from eggroll_trainer.rl.normalization import ObservationNormalizer, statistics_of
+from eggroll_trainer.rl.rollout import merged
+
+X = torch.randn(1000, 3, generator=torch.Generator().manual_seed(0)) * torch.tensor([1.0, 100.0, 1e-3]) + 1000
+
+
+def test_merged_in_pieces_is_the_same_as_at_once() -> None:
+    whole, pieces = ObservationNormalizer(3), ObservationNormalizer(3)
+    whole.merge([statistics_of(X)])
+    for part in X.split([1, 0, 499, 500]):
+        pieces.merge([statistics_of(part)])
+    torch.testing.assert_close(pieces.mean, X.double().mean(0), rtol=1e-12, atol=0)
+    torch.testing.assert_close(pieces.squares / 1000, X.double().var(0, correction=0), rtol=1e-9, atol=0)
+    torch.testing.assert_close(
+        merged([statistics_of(part) for part in X.split(300)]), statistics_of(X), rtol=1e-9, atol=0
+    )
+    assert torch.equal(whole.count, pieces.count)
+
+
+def test_forward_normalises_and_clips() -> None:
+    normalizer = ObservationNormalizer(3, clip=2.0)
+    assert torch.equal(normalizer(X[:5]), X[:5].clamp(-2, 2))
+    normalizer.merge([statistics_of(X)])
+    y = normalizer(X)
+    expected = ((X.double() - X.double().mean(0)) / X.double().std(0, correction=0)).clamp(-2, 2)
+    # The third column varies by a millionth of its mean, and float32 holds seven digits.
+    torch.testing.assert_close(y[:, :2].double(), expected[:, :2], rtol=0, atol=2e-3)
+    assert y.abs().max() == 2
+
+
+def test_what_never_changes_is_only_shifted() -> None:
+    normalizer = ObservationNormalizer(2)
+    normalizer.merge([statistics_of(torch.tensor([[5.0, 1.0], [5.0, 3.0]]))])
+    assert torch.equal(normalizer(torch.tensor([[6.0, 3.0]])), torch.tensor([[1.0, 1.0]]))
+
+
+def test_it_is_part_of_the_state() -> None:
+    normalizer, other = ObservationNormalizer(3), ObservationNormalizer(3)
+    normalizer.merge([statistics_of(X)])
+    other.load_state_dict(normalizer.state_dict())
+    assert torch.equal(other(X), normalizer(X))

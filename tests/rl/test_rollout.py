@@ -1,0 +1,200 @@
+"""What a population earns in episodes is what each member earns alone, stepping an ordinary environment."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("gymnasium")
+
+import gymnasium
+from gymnasium import spaces
+from helpers import goes_on
+
+from eggroll_trainer import EGGROLLTrainer, Population
+from eggroll_trainer.noise import derive_seed
+from eggroll_trainer.rl.policies import Agent, GRUPolicy, LinearPolicy, MLPPolicy, actions_of
+from eggroll_trainer.rl.rollout import EpisodeReturn
+
+N = 6
+
+
+def env(env_id: str = "CartPole-v1") -> gymnasium.Env[Any, Any]:
+    return gymnasium.make(env_id)
+
+
+def trainer_of(policy: nn.Module, fitness: EpisodeReturn, **options: Any) -> EGGROLLTrainer:
+    defaults: dict[str, Any] = {"population_size": N, "noise_reuse": 2, "sigma": 0.5, "seed": 3}
+    return EGGROLLTrainer(model=policy, fitness_fn=fitness, **{**defaults, **options})
+
+
+def policy_of(kind: Any, environment: gymnasium.Env[Any, Any], **options: Any) -> Any:
+    torch.manual_seed(0)
+    return kind(environment.observation_space, environment.action_space, **options)
+
+
+def alone(policy: nn.Module, environment: gymnasium.Env[Any, Any], seed: int, limit: int | None = None) -> float:
+    """The return of one episode, as anybody would play it."""
+    agent, total, steps = Agent(policy, environment.action_space), 0.0, 0
+    observation, _ = environment.reset(seed=seed)
+    while limit is None or steps < limit:
+        observation, reward, terminated, truncated, _ = environment.step(agent(observation))
+        total, steps = total + float(reward), steps + 1
+        if terminated or truncated:
+            break
+    return total
+
+
+@pytest.mark.parametrize("kind", [LinearPolicy, MLPPolicy, GRUPolicy])
+@pytest.mark.parametrize(("env_id", "limit"), [("CartPole-v1", None), ("Pendulum-v1", 30), ("Hopper-v5", 60)])
+@pytest.mark.parametrize("chunk_size", [None, 4])
+def test_members_earn_what_they_earn_alone(kind: Any, env_id: str, limit: int | None, chunk_size: int | None) -> None:
+    environment = env(env_id)
+    fitness = EpisodeReturn(env_id, episodes=2, max_steps=limit)
+    trainer = trainer_of(policy_of(kind, environment), fitness, chunk_size=chunk_size)
+    scores = torch.cat([trainer._evaluate(first, count) for first, count in trainer._chunks()])
+    members = Population(trainer.model, trainer._perturbations(0, N))
+    for i in range(N):
+        seeds = [derive_seed("episode", 3, 0, i // 2, episode) % 2**31 for episode in range(2)]
+        expected = np.mean([alone(members.member(i), environment, seed, limit) for seed in seeds])
+        # Batched products round otherwise, and a simulator amplifies it: an unstable step doubles it at times.
+        assert float(scores[i]) == pytest.approx(expected, rel=1e-3)
+    fitness.close()
+
+
+def test_pairs_play_the_same_episodes() -> None:
+    fitness = EpisodeReturn("Pendulum-v1", share=2, max_steps=20)
+    trainer = trainer_of(policy_of(LinearPolicy, env("Pendulum-v1")), fitness, sigma=1e-12, population_size=8)
+    scores = trainer._evaluate(0, 8)
+    torch.testing.assert_close(scores[::2], scores[1::2], rtol=1e-9, atol=0)
+    assert (scores[::2, None] - scores[None, ::2]).abs().topk(2).values.min() > 1e-3
+
+
+def test_episode_seeds_follow_seed_and_generation() -> None:
+    def scores(seed: int, generation: int) -> torch.Tensor:
+        trainer = trainer_of(policy_of(LinearPolicy, env()), EpisodeReturn("CartPole-v1"), sigma=1e-12, seed=seed)
+        trainer.generation = generation
+        return trainer._evaluate(0, N)
+
+    assert torch.equal(scores(1, 0), scores(1, 0))
+    assert not torch.equal(scores(1, 0), scores(1, 1)) and not torch.equal(scores(1, 0), scores(2, 0))
+
+
+def test_the_survival_bonus_counts_in_evaluation_alone() -> None:
+    policy = policy_of(LinearPolicy, env("Hopper-v5"))
+    seeds = 5
+    with_bonus = EpisodeReturn("Hopper-v5")
+    without = EpisodeReturn("Hopper-v5", survival_bonus=False)
+    a, b = (trainer_of(policy, fitness)._evaluate(0, N) for fitness in (with_bonus, without))
+    # The bonus is one for each step that ends in good health; the last one may not.
+    assert ((a - b) >= 5).all() and (a - b - (a - b).round()).abs().max() < 1e-6
+    assert np.array_equal(with_bonus.evaluate(policy, seeds, 0), without.evaluate(policy, seeds, 0))
+
+
+def test_episodes_may_grow() -> None:
+    fitness = EpisodeReturn("Pendulum-v1", max_steps=lambda generation: 5 * (generation + 1))
+    trainer = trainer_of(policy_of(LinearPolicy, env("Pendulum-v1")), fitness)
+    trainer.train(2, verbose=False)
+    assert fitness.steps == N * (5 + 10)
+
+
+def test_statistics_do_not_depend_on_chunks_beyond_rounding() -> None:
+    runs = []
+    for chunk_size in (None, 2):
+        policy = policy_of(MLPPolicy, env("Pendulum-v1"))
+        trainer = trainer_of(policy, EpisodeReturn("Pendulum-v1", max_steps=20), chunk_size=chunk_size)
+        trainer.train(2, verbose=False)
+        runs.append(policy.normalizer)
+    assert runs[0].count == runs[1].count == 2 * N * 20
+    torch.testing.assert_close(runs[0].mean, runs[1].mean, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("sample", [False, True])
+def test_a_resumed_run_is_the_same_to_the_bit(sample: bool, tmp_path: Path) -> None:
+    def make() -> EGGROLLTrainer:
+        policy = policy_of(MLPPolicy, env("Hopper-v5"), sample=sample)
+        return trainer_of(policy, EpisodeReturn("Hopper-v5"), optimizer=torch.optim.Adam, learning_rate=0.05)
+
+    trainer, twin = make(), make()
+    trainer.train(3, verbose=False)
+    trainer.save(tmp_path / "run.pt")
+    twin.load(tmp_path / "run.pt")
+    goes_on(trainer, twin)
+
+
+def test_sampled_actions_differ_among_members() -> None:
+    for env_id in ("CartPole-v1", "Pendulum-v1"):
+        policy = policy_of(LinearPolicy, env(env_id), sample=True)
+        members = Population(policy, trainer_of(policy, EpisodeReturn(env_id), sigma=1e-12)._perturbations(0, N))
+        outputs = members(torch.zeros(policy.inputs))
+        assert len(outputs.unique(dim=0)) == N
+
+
+def test_discrete_actions_are_drawn_by_their_probabilities() -> None:
+    policy = policy_of(LinearPolicy, env(), sample=True)
+    logits = torch.log(torch.tensor([0.8, 0.2])).expand(20_000, 2)
+    torch.manual_seed(0)
+    share = float((policy.act(logits).argmax(-1) == 0).double().mean())
+    # Deviation √(0.8·0.2/20000) = 0.0028; five of them: failure probability 6e-7.
+    assert abs(share - 0.8) < 0.0142
+
+
+def test_actions_fit_their_space() -> None:
+    box = spaces.Box(np.array([-1.0, 0.0], np.float32), np.array([1.0, 5.0], np.float32))
+    actions = actions_of(np.array([[-3.0, 2.0], [0.5, 9.0]], np.float32), box)
+    assert actions.tolist() == [[-1.0, 2.0], [0.5, 5.0]] and all(box.contains(a) for a in actions)
+    discrete = spaces.Discrete(3, start=5)
+    assert actions_of(np.array([[0.0, 2.0, 1.0]]), discrete).tolist() == [6]
+
+
+class Fails(gymnasium.Env[Any, Any]):
+    observation_space = spaces.Box(-1, 1, (2,), np.float32)
+    action_space = spaces.Box(-1, 1, (1,), np.float32)
+    what = "raise"
+
+    def reset(self, *, seed: Any = None, options: Any = None) -> Any:
+        self.time = 0
+        return np.zeros(2, np.float32), {}
+
+    def step(self, action: Any) -> Any:
+        self.time += 1
+        if self.time == 3 and self.what == "raise":
+            raise OSError("the robot fell over")
+        reward = float("nan") if self.time == 3 and self.what == "nan" else 1.0
+        return np.zeros(2, np.float32), reward, self.time == 5, False, {}
+
+
+@pytest.mark.parametrize(
+    ("what", "message"), [("raise", "Fails.*step 3.*OSError: the robot fell over"), ("nan", "Fails.*reward")]
+)
+def test_an_environment_that_fails_is_named_and_the_run_goes_on(
+    what: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Fails, "what", "fine")
+    policy = policy_of(MLPPolicy, Fails())
+    trainer = trainer_of(policy, EpisodeReturn(Fails))
+    trainer.step()
+    before = trainer.state_dict()
+    monkeypatch.setattr(Fails, "what", what)
+    with pytest.raises((RuntimeError, ValueError), match=message):
+        trainer.step()
+    monkeypatch.setattr(Fails, "what", "fine")
+    twin = trainer_of(policy_of(MLPPolicy, Fails()), EpisodeReturn(Fails))
+    twin.load_state_dict(before)
+    goes_on(trainer, twin)
+
+
+def test_a_model_that_does_not_fit_its_actions() -> None:
+    trainer = trainer_of(nn.Linear(4, 5), EpisodeReturn("CartPole-v1"))
+    with pytest.raises(ValueError, match="must return 2 outputs for each observation, as CartPole-v1"):
+        trainer.step()
+
+
+def test_an_unknown_environment() -> None:
+    with pytest.raises(ValueError, match="NoSuchTask-v9"):
+        EpisodeReturn("NoSuchTask-v9").spaces()
