@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -54,7 +56,7 @@ class ObservationNormalizer(nn.Module):
         """Take in statistics, one after the other.
 
         Args:
-            statistics: What :func:`statistics_of` returned, ``[2·O + 1]`` each.
+            statistics: What :class:`Statistics` gave, ``[2·O + 1]`` each.
         """
         for values in statistics:
             count, (mean, squares) = values[0], values[1:].view(2, -1)
@@ -73,10 +75,37 @@ class ObservationNormalizer(nn.Module):
             self.scale.copy_(torch.where(deviation > 1e-8, 1 / deviation, 1.0))
 
 
+class Statistics:
+    """Count, mean and squared deviations of observations that come bit by bit.
+
+    Args:
+        reference: ``[O]``, about where the mean is expected: sums are taken of what differs from it, in float64.
+    """
+
+    def __init__(self, reference: np.ndarray[Any, Any]) -> None:
+        self._reference = reference.astype(np.float64)
+        self._count = 0
+        self._sum, self._squares = np.zeros_like(self._reference), np.zeros_like(self._reference)
+
+    def add(self, observations: np.ndarray[Any, Any]) -> None:
+        """Count observations ``[n, O]`` in."""
+        differences = observations - self._reference
+        self._count += len(differences)
+        self._sum += differences.sum(0)
+        self._squares += np.einsum("no,no->o", differences, differences)
+
+    def as_tensor(self) -> Tensor:
+        """Return count, mean and sum of squared deviations, ``[2·O + 1]`` in float64."""
+        count = max(1, self._count)
+        mean = self._reference + self._sum / count
+        # Rounding may leave a little less than nothing.
+        squares = np.maximum(self._squares - self._sum**2 / count, 0)
+        return torch.from_numpy(np.concatenate([[float(self._count)], mean, squares]))
+
+
 def statistics_of(observations: Tensor) -> Tensor:
     """Return count, mean and sum of squared deviations of observations ``[n, O]``, ``[2·O + 1]`` in float64."""
-    x = observations.double()
-    if len(x) == 0:
-        return torch.zeros(2 * x.shape[1] + 1, dtype=torch.float64)
-    mean = x.mean(0)
-    return torch.cat([torch.tensor([float(len(x))], dtype=torch.float64), mean, (x - mean).square().sum(0)])
+    x = observations.double().numpy()
+    statistics = Statistics(x[0] if len(x) else np.zeros(x.shape[1]))
+    statistics.add(x)
+    return statistics.as_tensor()

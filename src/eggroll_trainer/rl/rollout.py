@@ -14,7 +14,7 @@ from eggroll_trainer import Population, batched
 from eggroll_trainer.noise import derive_seed
 
 from .base import Simulator
-from .normalization import ObservationNormalizer, statistics_of
+from .normalization import ObservationNormalizer, Statistics
 from .policies import actions_of, output_size
 from .simulators import make_simulator
 
@@ -134,7 +134,9 @@ class EpisodeReturn:
         observations = simulator.reset(seeds)
         active = np.ones(len(seeds), bool)
         returns = np.zeros(len(seeds))
-        seen: list[Tensor] = []
+        seen = None
+        if self._normalizer is not None and isinstance(players, Population):
+            seen = Statistics(self._normalizer.mean.cpu().numpy())
         state: Any = None
         if hasattr(model, "initial_state"):
             state = model.initial_state(episodes)  # type: ignore[operator]
@@ -143,10 +145,10 @@ class EpisodeReturn:
         time = steps = 0
         with one_thread():
             while active.any() and (limit is None or time < limit):
-                x = torch.from_numpy(observations).view(len(seeds), -1).float()
-                if self._normalizer is not None and isinstance(players, Population):
-                    seen.append(statistics_of(x[torch.from_numpy(active)]))
-                x = x.to(device)
+                rows = observations.reshape(len(seeds), -1)
+                if seen is not None:
+                    seen.add(rows if active.all() else rows[active])
+                x = torch.from_numpy(rows).float().to(device)
                 if isinstance(players, Population):
                     x = x.view(len(players), episodes, -1)
                     result = players.each(x) if state is None else players.each(x, state)
@@ -158,8 +160,8 @@ class EpisodeReturn:
                 returns[active] += (rewards if self.survival_bonus else rewards - survival)[active]
                 time, steps = time + 1, steps + int(active.sum())
                 active &= ~(terminated | truncated)
-        if seen:
-            self._statistics = merged(seen)
+        if seen is not None:
+            self._statistics = seen.as_tensor()
         return returns, steps
 
     def _checked(self, outputs: Any, count: int, simulator: Simulator) -> np.ndarray[Any, Any]:
@@ -176,13 +178,6 @@ class EpisodeReturn:
         if count not in self._simulators:
             self._simulators[count] = make_simulator(self.env, count, threads=self.threads, **self.env_options)
         return self._simulators[count]
-
-
-def merged(statistics: Sequence[Tensor]) -> Tensor:
-    """Return the statistics of all observations that ``statistics`` are of."""
-    total = ObservationNormalizer((len(statistics[0]) - 1) // 2)
-    total.merge(statistics)
-    return torch.cat([total.count[None], total.mean, total.squares])
 
 
 def find_normalizer(model: nn.Module) -> ObservationNormalizer | None:
