@@ -369,6 +369,63 @@ def paper(quick: bool) -> Table:
     )
 
 
+def rl(quick: bool) -> Table:
+    """Environment steps a second of HalfCheetah, with a policy in the loop and without."""
+    import gymnasium
+    import numpy as np
+
+    from eggroll_trainer.rl.policies import MLPPolicy
+    from eggroll_trainer.rl.rollout import EpisodeReturn
+    from eggroll_trainer.rl.simulators import make_simulator
+
+    count, steps = (8, 10) if quick else (256, 100)
+    env_id = "HalfCheetah-v5"
+    simulator = make_simulator(env_id, count)
+    vector = gymnasium.make_vec(env_id, count, vectorization_mode="sync")
+    actions = np.random.default_rng(0).uniform(-1, 1, (steps, count, 6)).astype(np.float32)
+
+    def alone() -> None:
+        simulator.reset(range(count))
+        for action in actions:
+            simulator.step(action, np.ones(count, bool))
+
+    def peer() -> None:
+        vector.reset(seed=0)
+        for action in actions:
+            vector.step(action)
+
+    def population(*hidden: int) -> Callable[[], object]:
+        episodes = EpisodeReturn(env_id, max_steps=steps)
+        policy = MLPPolicy(*episodes.spaces(), hidden=hidden)
+        trainer = EGGROLLTrainer(
+            model=policy, fitness_fn=episodes, population_size=count, noise_reuse=2, seed=0, compile=True
+        )
+        return trainer.step
+
+    runs: dict[str, Callable[[], object]] = {
+        "simulator alone, random actions": alone,
+        "generation, MLP 2×64": population(64, 64),
+        "generation, MLP 3×256": population(256, 256, 256),
+        "Gymnasium's SyncVectorEnv, random actions": peer,
+    }
+    seconds = measure.medians(measure.interleaved(runs, 2 if quick else 7))
+    table = Table(
+        f"HalfCheetah-v5, N = {count}",
+        f"Episodes of {steps} steps, resets included; a generation has noise, policy, simulator, shaping and update.",
+        ["what", "env-steps/s", "of the simulator alone", "times as fast as SyncVectorEnv"],
+        unit="env-steps/s",
+    )
+    base, other = seconds["simulator alone, random actions"], seconds["Gymnasium's SyncVectorEnv, random actions"]
+    for name, value in seconds.items():
+        rate = count * steps / value
+        table.rows.append(
+            {"what": name, "env-steps/s": f"{rate:,.0f}", "of the simulator alone": f"{base / value:.2f}",
+             "times as fast as SyncVectorEnv": f"{other / value:.2f}"}
+        )  # fmt: skip
+        table.bars[name] = rate
+    return table
+
+
 SUITES: dict[str, Callable[[bool], Table]] = {
     "w1": w1,
     "w2": w2,
@@ -378,5 +435,6 @@ SUITES: dict[str, Callable[[bool], Table]] = {
     "overhead": overhead,
     "memory": memory,
     "sequences": sequences,
+    "rl": rl,
     "paper": paper,
 }

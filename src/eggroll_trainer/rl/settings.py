@@ -27,6 +27,8 @@ class Settings:
     """Standard deviation of the perturbations."""
     learning_rate: float = 0.1
     """Step size; with sgd, in units of sigma per generation and weight."""
+    final_learning_rate: float | None = None
+    """What the learning rate falls to, linearly in environment steps; it stays as it is if left out."""
     optimizer: Literal["sgd", "adam"] = "sgd"
     """What takes the steps."""
     rank: int = 1
@@ -66,7 +68,14 @@ class Settings:
 
 
 # Found by search; see docs/reinforcement-learning.md for what they reach.
-_LOCOMOTION = {"policy": "linear", "learning_rate": 0.4, "sigma": 0.05, "population_size": 64, "shaping": "zscore"}
+_LOCOMOTION = {
+    "policy": "linear",
+    "learning_rate": 0.4,
+    "final_learning_rate": 0.04,
+    "sigma": 0.05,
+    "population_size": 64,
+    "shaping": "zscore",
+}
 TASKS: dict[str, dict[str, object]] = {
     "CartPole-v1": {"steps": 300_000, "policy": "linear", "population_size": 64, "sigma": 0.1, "learning_rate": 1.0},
     "HalfCheetah-v5": {**_LOCOMOTION, "steps": 12_000_000},

@@ -101,6 +101,9 @@ class Run:
 
     def _generation(self) -> dict[str, Any]:
         settings, start, before = self.settings, time.perf_counter(), self.steps
+        if settings.final_learning_rate is not None:
+            done = min(1.0, before / settings.steps)
+            self.trainer.learning_rate = (1 - done) * settings.learning_rate + done * settings.final_learning_rate
         result = self.trainer.step()
         seconds = time.perf_counter() - start
         line = {
