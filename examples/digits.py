@@ -37,7 +37,7 @@ class Args:
     generations: int = 300
     population_size: int = 1024
     """Members in a generation."""
-    batch_size: int = 256
+    batch_size: int = 400
     """Images in a generation's batch, the same for all members."""
     sigma: float = 0.05
     """Standard deviation of the perturbations."""
@@ -60,7 +60,13 @@ SETTINGS = {
     # A class that no member predicts adds nothing to accuracy, and has no slope to follow. The last layer is perturbed
     # more, so that every class wins somewhere.
     "accuracy": Args(
-        fitness="accuracy", generations=400, population_size=4096, sigma=0.1, final_sigma=0.03, head_sigma=0.5
+        fitness="accuracy",
+        generations=400,
+        population_size=4096,
+        batch_size=256,
+        sigma=0.1,
+        final_sigma=0.03,
+        head_sigma=0.5,
     ),
 }
 
