@@ -37,6 +37,8 @@ def record(
         env = gymnasium.make(env_id, render_mode="rgb_array", **options)
         observation, _ = env.reset(seed=seed)
         frames = [env.render()]
+    except gymnasium.error.DependencyNotInstalled as error:
+        raise RuntimeError(f"{env_id} cannot be rendered here: {error}") from error
     except Exception as error:
         raise RuntimeError(f"{env_id} cannot be rendered here: {error}. {_HELP}") from error
     agent, total, ended = Agent(policy, env.action_space), 0.0, False
