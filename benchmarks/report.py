@@ -43,15 +43,16 @@ def plot(results: dict[str, Any], path: Path) -> None:
     if not tables:
         return
     figure, axes = plt.subplots(
-        len(tables), 1, figsize=(9, sum(1 + 0.3 * len(t["bars"]) for t in tables)), layout="constrained",
+        len(tables), 1, figsize=(11, sum(1 + 0.3 * len(t["bars"]) for t in tables)), layout="constrained",
         height_ratios=[1 + 0.3 * len(t["bars"]) for t in tables], squeeze=False,
     )  # fmt: skip
     for axis, table in zip(axes[:, 0], tables, strict=True):
         names, values = list(table["bars"]), list(table["bars"].values())
         bars = axis.barh(names, values, color=["#4878a8" if "inference" not in name else "#999999" for name in names])
-        axis.bar_label(bars, [f"{value:.3g}" for value in values], padding=3)
-        axis.set(title=table["title"], xlabel=table["unit"], xscale=table["scale"])
+        axis.bar_label(bars, [f"{value:,.0f}" if value >= 100 else f"{value:.3g}" for value in values], padding=3)
+        axis.set_title(table["title"], fontsize="medium")
+        axis.set(xlabel=table["unit"], xscale=table["scale"])
         axis.invert_yaxis()
-        axis.margins(x=0.12)
+        axis.margins(x=0.15)
     figure.savefig(path, dpi=110)
     plt.close(figure)
