@@ -92,6 +92,16 @@ def generation(workload: Workload, size: int, **options: Any) -> Callable[[], An
     return workload.trainer(size, **options).step
 
 
+def ours(workload: Workload, size: int) -> dict[str, Callable[[], object]]:
+    """Return forward and generation, eager and compiled."""
+    return {
+        "forward": forward(workload, size),
+        "forward, compiled": forward(workload, size, compile=True),
+        "generation": generation(workload, size),
+        "generation, compiled": generation(workload, size, compile=True),
+    }
+
+
 def w1(quick: bool) -> Table:
     """W1: small rows through a small network, where every overhead shows."""
     size, workload = (128 if quick else 1024), workloads.mlp()
@@ -107,11 +117,8 @@ def w1(quick: bool) -> Table:
     runs = {
         "inference": inference(workload, size),
         "inference, compiled": inference(workload, size, compiled=True),
-        "forward": forward(workload, size),
-        "forward, compiled": forward(workload, size, compile=True),
-        "generation": generation(workload, size),
+        **ours(workload, size),
         "generation, Rademacher": generation(workload, size, noise="rademacher"),
-        "generation, compiled": generation(workload, size, compile=True),
         "generation, compiled, Rademacher": generation(workload, size, compile=True, noise="rademacher"),
         "generation, bf16": generation(workload, size, evaluation_dtype=torch.bfloat16),
         "generation, compiled, bf16": generation(workload, size, compile=True, evaluation_dtype=torch.bfloat16),
@@ -153,10 +160,7 @@ def w2(quick: bool) -> Table:
 
     runs = {
         "inference": inference(workload, size),
-        "forward": forward(workload, size),
-        "forward, compiled": forward(workload, size, compile=True),
-        "generation": generation(workload, size),
-        "generation, compiled": generation(workload, size, compile=True),
+        **ours(workload, size),
         "generation, compiled, Rademacher": generation(workload, size, compile=True, noise="rademacher"),
         "naive, one by one": naive,
     }
@@ -177,10 +181,7 @@ def w3(quick: bool) -> Table:
     runs = {
         "inference": inference(workload, size),
         "inference, compiled": inference(workload, size, compiled=True),
-        "forward": forward(workload, size),
-        "forward, compiled": forward(workload, size, compile=True),
-        "generation": generation(workload, size),
-        "generation, compiled": generation(workload, size, compile=True),
+        **ours(workload, size),
     }
     return _times_table(
         f"W3: transformer of 4 layers, width 256, 64 tokens, 4 rows a member, N = {size}",
@@ -333,7 +334,6 @@ def paper(quick: bool) -> Table:
     @torch.no_grad()
     def on_the_fly() -> None:
         trainer._begin_generation()
-        trainer._forwards.budget.kept_bytes = lambda device: 0  # type: ignore[method-assign]
         workload.call(Population(trainer.model, trainer._perturbations(0, size), forwards=trainer._forwards))
 
     model, rows = workload.make(), workload.rows(size)

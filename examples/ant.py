@@ -3,24 +3,12 @@
     python examples/ant.py --steps 20000000
     python examples/ant.py --resume            # goes on with it
 
-The same as ``eggroll rl Ant-v5``; the settings' defaults are those of the task.
+This is ``eggroll rl Ant-v5``; ``examples/halfcheetah.py`` shows the pieces that such a run is made of.
 """
 
-from __future__ import annotations
+import sys
 
-import tyro
-
-from eggroll_trainer.rl.settings import Settings, settings_for
-from eggroll_trainer.rl.training import Run, plot
-from eggroll_trainer.rl.video import record
-
-
-def main(settings: Settings) -> None:
-    run = Run(settings)
-    run.train()
-    print(f"curve: {plot(run)}")
-    record(run.policy, settings.env, run.folder / "video.mp4", seed=settings.seed)
-
+from eggroll_trainer.rl.command import main
 
 if __name__ == "__main__":
-    main(tyro.cli(Settings, default=settings_for("Ant-v5")))
+    sys.exit(main(["Ant-v5", *sys.argv[1:]]))

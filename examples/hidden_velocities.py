@@ -1,4 +1,4 @@
-"""Pendulum-like balance without velocities: a recurrent policy has to remember what one observation does not tell.
+"""CartPole without its velocities: a recurrent policy has to remember what one observation does not tell.
 
 python examples/hidden_velocities.py             # a gated recurrent unit
 python examples/hidden_velocities.py --policy linear    # without a memory, for comparison

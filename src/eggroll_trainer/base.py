@@ -31,8 +31,7 @@ from .update.centre import Centre, OptimizerFactory
 from .update.schedule import LRSchedulerFactory, Schedules
 
 # Members evaluated at a time, at most, where the user sets no chunk size: more gain nothing.
-_CHUNK_MEMBERS = {"cpu": 1024}
-_CHUNK_MEMBERS_ELSEWHERE = 8192
+_CHUNK_MEMBERS_CPU, _CHUNK_MEMBERS = 1024, 8192
 
 
 class ESTrainer(OptimizerFace, ABC):
@@ -519,7 +518,7 @@ class ESTrainer(OptimizerFace, ABC):
         if self.chunk_size is not None:
             return self.chunk_size
         unit = self._chunk_unit()
-        most = _CHUNK_MEMBERS.get(self.device.type, _CHUNK_MEMBERS_ELSEWHERE)
+        most = _CHUNK_MEMBERS_CPU if self.device.type == "cpu" else _CHUNK_MEMBERS
         fitting = min(most, self._budget.chunk_bytes(self.device) // self._bytes_per_member())
         if self._most_members is not None:
             fitting = min(fitting, self._most_members)

@@ -12,7 +12,7 @@ from . import validation
 from .base import ESTrainer
 from .fitness.shaping import Shaper, get_shaper, shape
 from .noise import Noise, NoiseKind, check_noise_kind
-from .perturbation.sample import LowRankDraws, ParameterSpec, Perturbations, effective_rank, sample
+from .perturbation.sample import ParameterSpec, Perturbations, effective_rank, sample
 
 
 class KeyedESTrainer(ESTrainer):
@@ -113,7 +113,8 @@ class KeyedESTrainer(ESTrainer):
     def _restart_noise(self) -> None:
         super()._restart_noise()
         self._noise = Noise(self.seed)
-        self._kept: dict[tuple[int, int], Perturbations] = {}
+        # By the first member of a chunk.
+        self._kept: dict[int, Perturbations] = {}
 
     def _begin_generation(self) -> None:
         # What is kept of a generation that failed may be of another sigma.
@@ -124,14 +125,16 @@ class KeyedESTrainer(ESTrainer):
     def _perturbations(self, first: int, count: int) -> Perturbations:
         if self._is_dense():
             return super()._perturbations(first, count)
-        for (start, size), kept in self._kept.items():
-            if start <= first and first + count <= start + size:
-                return kept if size == count else kept.part(first - start, count)
+        size = self._chunk_members()
+        start = first // size * size
+        kept = self._kept.get(start)
+        if kept is not None and first + count <= start + len(kept):
+            return kept if count == len(kept) else kept.part(first - start, count)
         perturbations = self._sample(first, count)
-        # What is at hand for the update need not be drawn again.
-        held = sum(kept.nbytes for kept in self._kept.values())
-        if held + perturbations.nbytes <= self._budget.kept_bytes(self.device):
-            self._kept[first, count] = perturbations
+        # Chunks at hand for the update need not be drawn again. None is larger than the first.
+        is_chunk = first == start and count == min(size, self.population_size - start)
+        if is_chunk and (len(self._kept) + 1) * perturbations.nbytes <= self._budget.kept_bytes(self.device):
+            self._kept[start] = perturbations
         return perturbations
 
     def _direction(self, scores: Tensor) -> dict[str, Tensor]:
@@ -151,9 +154,8 @@ class KeyedESTrainer(ESTrainer):
     def _bytes_per_member(self) -> int:
         drawn = used = 0
         for spec in self._specs():
-            numbers = spec.centre.numel() if spec.rank is None else spec.rank * LowRankDraws.sides(spec.centre.shape)
-            drawn += 4 * numbers
-            used += (4 if spec.rank is None else spec.centre.element_size()) * numbers
+            drawn += 4 * spec.numel
+            used += (4 if spec.rank is None else spec.centre.element_size()) * spec.numel
         return -(-drawn // self._chunk_unit()) + used
 
     def _settings(self) -> dict[str, Any]:

@@ -24,8 +24,15 @@ def threads_for(numbers: int | None) -> Iterator[None]:
     Args:
         numbers: Size of the largest tensor that is worked on, or None if it is not known.
     """
+    with contextlib.nullcontext() if numbers is None or numbers >= _GRAIN else one_thread():
+        yield
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Run the block with one intra-op thread, unless it sets another number itself."""
     threads = torch.get_num_threads()
-    if numbers is None or numbers >= _GRAIN or threads == 1:
+    if threads == 1:
         yield
         return
     torch.set_num_threads(1)

@@ -37,6 +37,11 @@ class ParameterSpec:
     rank: int | None = None
     kind: NoiseKind = "gaussian"
 
+    @property
+    def numel(self) -> int:
+        """Return the random numbers in one draw."""
+        return self.centre.numel() if self.rank is None else self.rank * LowRankDraws.sides(self.centre.shape)
+
 
 def matrix_shape(shape: Sequence[int]) -> tuple[int, int] | None:
     """Return ``(O, I)`` of a parameter that counts as a matrix, a kernel as ``(O, I·kh·kw)``; None for others."""
@@ -205,13 +210,9 @@ def sample(
     """
     assert first % reuse == 0 and count % reuse == 0, "a noise draw never straddles two chunks"
     signs = torch.tensor([1.0, -1.0]).repeat(reuse)[:reuse]
-    numels = [
-        spec.centre.numel() if spec.rank is None else spec.rank * LowRankDraws.sides(spec.centre.shape)
-        for spec in specs
-    ]
     streams = [
-        Stream(spec.name, numel, "gaussian" if spec.rank is None else spec.kind, spec.centre.device)
-        for spec, numel in zip(specs, numels, strict=True)
+        Stream(spec.name, spec.numel, "gaussian" if spec.rank is None else spec.kind, spec.centre.device)
+        for spec in specs
     ]
     draws: dict[str, Draws] = {}
     values = noise.draw(generation, first // reuse, count // reuse, streams)

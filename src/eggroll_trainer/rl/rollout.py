@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from eggroll_trainer import Population, batched
+from eggroll_trainer.fitness.turns import one_thread
 from eggroll_trainer.noise import derive_seed
 
 from .base import Simulator
@@ -75,8 +75,20 @@ class EpisodeReturn:
             for episode in range(self.episodes)
         ]
         limit = self.max_steps(population.generation) if callable(self.max_steps) else self.max_steps
-        returns, steps = self._play(population, seeds, limit)
+        state = None
+        if hasattr(population.model, "initial_state"):
+            own = population.model.initial_state(self.episodes)  # type: ignore[operator]
+            state = own.expand(len(population), *own.shape)
+
+        def forward(x: Tensor, *state: Tensor) -> Any:
+            return population.each(x.view(len(population), self.episodes, -1), *state)
+
+        device = next(population.model.parameters()).device
+        seen = None if self._normalizer is None else Statistics(self._normalizer.mean.cpu().numpy())
+        returns, steps = self._play(forward, state, seeds, limit, device=device, bonus=self.survival_bonus, seen=seen)
         self.steps += steps
+        if seen is not None:
+            self._statistics = seen.as_tensor()
         return torch.from_numpy(returns).view(len(population), self.episodes).mean(1)
 
     def evaluate(self, policy: nn.Module, episodes: int, seed: int) -> np.ndarray[Any, Any]:
@@ -88,12 +100,9 @@ class EpisodeReturn:
             seed: Of the episodes; those of training have other seeds.
         """
         seeds = [derive_seed("evaluation", seed, episode) % 2**31 for episode in range(episodes)]
-        bonus, self.survival_bonus = self.survival_bonus, True
-        try:
-            with torch.no_grad():
-                return self._play(policy, seeds, None, episodes=episodes)[0]
-        finally:
-            self.survival_bonus = bonus
+        state = policy.initial_state(episodes) if hasattr(policy, "initial_state") else None  # type: ignore[operator]
+        with torch.no_grad():
+            return self._play(policy, state, seeds, None, device=next(policy.parameters()).device, bonus=True)[0]
 
     def pop_statistics(self) -> Tensor:
         """Return count, mean and squared deviations of the observations of the last chunk, ``[2·O + 1]``."""
@@ -117,31 +126,31 @@ class EpisodeReturn:
         self._simulators = {}
 
     def _play(
-        self, players: Population | nn.Module, seeds: Sequence[int], limit: int | None, episodes: int | None = None
+        self,
+        forward: Callable[..., Any],
+        state: Tensor | None,
+        seeds: Sequence[int],
+        limit: int | None,
+        *,
+        device: torch.device,
+        bonus: bool,
+        seen: Statistics | None = None,
     ) -> tuple[np.ndarray[Any, Any], int]:
         """Play an episode for each seed and return their returns, and the number of all steps together.
 
         Args:
-            players: A population, each member with consecutive episodes; or one policy for all.
+            forward: From observations ``[episodes, O]`` to outputs, and with a state to both.
+            state: The recurrent state at the start, or None.
             seeds: Of the episodes.
             limit: Steps after which an episode is cut off.
-            episodes: Of each player.
+            device: Where observations go.
+            bonus: Whether the survival bonus counts.
+            seen: What counts the observations in.
         """
-        episodes = self.episodes if episodes is None else episodes
         simulator = self._simulator(len(seeds))
-        model = players.model if isinstance(players, Population) else players
-        device = next(model.parameters()).device
         observations = simulator.reset(seeds)
         active = np.ones(len(seeds), bool)
         returns = np.zeros(len(seeds))
-        seen = None
-        if self._normalizer is not None and isinstance(players, Population):
-            seen = Statistics(self._normalizer.mean.cpu().numpy())
-        state: Any = None
-        if hasattr(model, "initial_state"):
-            state = model.initial_state(episodes)  # type: ignore[operator]
-            if isinstance(players, Population):
-                state = state.expand(len(players), *state.shape)
         time = steps = 0
         with one_thread():
             while active.any() and (limit is None or time < limit):
@@ -149,19 +158,13 @@ class EpisodeReturn:
                 if seen is not None:
                     seen.add(rows if active.all() else rows[active])
                 x = torch.from_numpy(rows).float().to(device)
-                if isinstance(players, Population):
-                    x = x.view(len(players), episodes, -1)
-                    result = players.each(x) if state is None else players.each(x, state)
-                else:
-                    result = players(x) if state is None else players(x, state)
+                result = forward(x) if state is None else forward(x, state)
                 outputs, state = result if isinstance(result, tuple) else (result, None)
                 actions = actions_of(self._checked(outputs, len(seeds), simulator), simulator.action_space)
                 observations, rewards, terminated, truncated, survival = simulator.step(actions, active)
-                returns[active] += (rewards if self.survival_bonus else rewards - survival)[active]
+                returns[active] += (rewards if bonus else rewards - survival)[active]
                 time, steps = time + 1, steps + int(active.sum())
                 active &= ~(terminated | truncated)
-        if seen is not None:
-            self._statistics = seen.as_tensor()
         return returns, steps
 
     def _checked(self, outputs: Any, count: int, simulator: Simulator) -> np.ndarray[Any, Any]:
@@ -183,14 +186,3 @@ class EpisodeReturn:
 def find_normalizer(model: nn.Module) -> ObservationNormalizer | None:
     """Return the model's normaliser of observations, if it has one."""
     return next((module for module in model.modules() if isinstance(module, ObservationNormalizer)), None)
-
-
-@contextlib.contextmanager
-def one_thread() -> Iterator[None]:
-    """Run the block with one thread of torch's."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
