@@ -49,7 +49,7 @@ class Learning:
     def pop_statistics(self) -> Tensor:
         return torch.tensor([float(self.first)])
 
-    def merge_statistics(self, statistics: Sequence[Tensor]) -> None:
+    def merge_statistics(self, model: nn.Module, statistics: Sequence[Tensor]) -> None:
         self.merged.append([float(value) for value in statistics])
         self.model.mean += 0.25
 

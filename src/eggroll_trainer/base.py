@@ -5,8 +5,7 @@ from __future__ import annotations
 import copy
 import secrets
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
-from os import PathLike
+from collections.abc import Callable, Iterable
 from typing import Any, cast
 
 import torch
@@ -15,18 +14,19 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from . import validation
 from .callbacks.progress import Progress
-from .checkpoint import FORMAT, check_format, check_same_run, plain_copy, read_checkpoint, untrained, write_checkpoint
+from .checkpoint import untrained
+from .distributed import Chunk, Engine, Outcome, local_device, make_engine
 from .fitness import thread_modes
 from .fitness.evaluate import evaluate, is_batched
 from .fitness.learning import learner
-from .fitness.scores import METRICS, check_scores, metrics_of, to_score, to_scores
+from .fitness.scores import check_scores, metrics_of, to_score, to_scores
 from .forward import Forwards
 from .interrupts import delayed_interrupt
 from .memory import Budget, is_out_of_memory
 from .noise import forked_rng
-from .optimizer_face import OptimizerFace
 from .perturbation.sample import Draws, FullRankDraws, ParameterSpec, Perturbations, wide_dtype
 from .population import Population, warn_once
+from .run_state import RunState
 from .update.centre import Centre, OptimizerFactory
 from .update.schedule import LRSchedulerFactory, Schedules
 
@@ -34,7 +34,7 @@ from .update.schedule import LRSchedulerFactory, Schedules
 _CHUNK_MEMBERS_CPU, _CHUNK_MEMBERS = 1024, 8192
 
 
-class ESTrainer(OptimizerFace, ABC):
+class ESTrainer(RunState, ABC):
     """Base class of evolution-strategy trainers.
 
     One generation evaluates ``N = population_size`` perturbed copies of the model and moves its parameters ``θ``, in
@@ -59,8 +59,9 @@ class ESTrainer(OptimizerFace, ABC):
             that you make and step yourself works as well. ``ReduceLROnPlateau`` gets the mean fitness: make it with
             ``mode="max"``, and ``threshold_mode="abs"`` where fitness is negative.
         sigma_scheduler: Factory of a ``torch.optim.lr_scheduler`` that drives ``sigma`` instead.
-        chunk_size: How many members are evaluated at a time; bounds memory. If None, as many as fit in
-            ``memory_budget``, up to 1024 on a CPU; where an accelerator runs out of memory, half as many from then on.
+        chunk_size: How many members are evaluated at a time; bounds memory, and is what an engine shares out. If None,
+            as many as fit in ``memory_budget``, up to 1024 on a CPU; where an accelerator runs out of memory, half as
+            many from then on.
         coalesce: Whether a plain ``fitness_fn`` may be run for the members of a chunk together.
         compile: Whether to run the model's batched forwards with ``torch.compile``. What cannot be compiled runs as it
             would without, and one warning says why.
@@ -68,6 +69,10 @@ class ESTrainer(OptimizerFace, ABC):
             forward for many members is cut up so that its own tensors fit, whatever ``chunk_size`` is.
         evaluation_dtype: ``torch.bfloat16`` or ``torch.float16`` to run the fitness function under ``torch.autocast``
             to that type. Weights, noise and update stay as they are.
+        engine: Who evaluates the chunks of a population: ``"local"`` for this process, ``"torch"`` for the processes
+            of ``torch.distributed``, ``"ray"`` for a Ray cluster, or an :class:`~eggroll_trainer.distributed.Engine`.
+            If None, ``"torch"`` in a script that ``torchrun`` started in several processes, else ``"local"``. The
+            numbers are the same.
 
     Raises:
         TypeError: An argument is of the wrong type.
@@ -107,6 +112,7 @@ class ESTrainer(OptimizerFace, ABC):
         compile: bool = False,
         memory_budget: int | None = None,
         evaluation_dtype: torch.dtype | None = None,
+        engine: str | Engine | None = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -128,7 +134,12 @@ class ESTrainer(OptimizerFace, ABC):
         self.evaluation_dtype = validation.check_evaluation_dtype(evaluation_dtype)
         if memory_budget is not None:
             memory_budget = validation.check_int("memory_budget", memory_budget, 1)
-        self._seed = secrets.randbits(63) if seed is None else validation.check_int("seed", seed, -(2**63))
+        self.engine = make_engine(engine)
+        self._seed = (
+            self.engine.from_main(lambda: secrets.randbits(63))
+            if seed is None
+            else validation.check_int("seed", seed, -(2**63))
+        )
         defaults = {
             "lr": validation.check_real("learning_rate", learning_rate, positive=False),
             "sigma": validation.check_real("sigma", sigma, positive=True),
@@ -140,7 +151,9 @@ class ESTrainer(OptimizerFace, ABC):
             group["lr"] = validation.check_real("learning_rate", group.get("lr", learning_rate), positive=False)
             group["sigma"] = validation.check_real("sigma", group.get("sigma", sigma), positive=True)
         if device is not None:
-            model.to(validation.check_device(device))
+            model.to(local_device(validation.check_device(device)))
+        # Scripts that don't seed torch make another model in every process.
+        self.engine.copy_main([*model.parameters(), *model.buffers()])
         self.device = torch.device(groups[0]["params"][0].device)
         super().__init__(groups, defaults)
         self._constructed = True
@@ -154,7 +167,7 @@ class ESTrainer(OptimizerFace, ABC):
         self._initial = self._centre.flat()
         self._warned: set[str] = set()
         self._budget = Budget(memory_budget)
-        self._forwards = Forwards(compile=self.compile, budget=self._budget)
+        self._restart_forwards()
         # What has turned out to fit, where something did not.
         self._most_members: int | None = None
         self._sampled: Tensor | None = None
@@ -256,30 +269,7 @@ class ESTrainer(OptimizerFace, ABC):
         # The fitness function runs under the caller's modes.
         with thread_modes.kept():
             scores, statistics = self._evaluate_all()
-        checked = check_scores(scores, self.generation + 1)
-        if checked.num_nonfinite:
-            warn_once(
-                self._warned,
-                "a fitness that is not finite counts as the worst finite one of its generation; see num_nonfinite in"
-                " the metrics",
-            )
-        best = int(checked.values.argmax())
-        with delayed_interrupt(), thread_modes.neutral():
-            improved = self._member_parameters(best) if float(checked.values[best]) > self.best_fitness else None
-            direction = self._direction(checked.values)
-        learning_rates = [group["lr"] for group in self.param_groups]
-        metrics = metrics_of(checked, self.generation + 1, self.best_fitness, self.learning_rate, self.sigma)
-        with delayed_interrupt(), thread_modes.neutral(), self._schedules.stepped(metrics["mean_fitness"]):
-            metrics["update_norm"] = self._centre.step(direction, learning_rates)
-            if improved is not None:
-                self._best, self.best_fitness = improved, metrics["best_fitness"]
-                self._best_untrained = self._learnt()
-            if self._learner is not None:
-                self._learner.merge_statistics(statistics)
-            self.generation += 1
-            for key, value in metrics.items():
-                self.history.setdefault(key, []).append(value)
-        return metrics
+        return self._advance(scores, statistics)
 
     def train(
         self,
@@ -294,7 +284,9 @@ class ESTrainer(OptimizerFace, ABC):
             num_generations: How many.
             verbose: Whether to show a progress bar with the mean and best fitness.
             log_every: Call ``callback`` every so many generations; it is called after the last in any case.
-            callback: Called with the generation, counted from 1, and the list of mean fitnesses up to it.
+            callback: Called with the generation, counted from 1, and the list of mean fitnesses up to it. Of several
+                processes the first one calls it, and what it does to the trainer's seed, sizes and parameter groups
+                reaches all.
 
         Returns:
             The metrics of the last generation, and ``fitness_history``, the list of mean fitnesses.
@@ -307,11 +299,11 @@ class ESTrainer(OptimizerFace, ABC):
         log_every = validation.check_int("log_every", log_every, 1)
         if callback is not None and not callable(callback):
             raise TypeError(f"callback must be callable, got {type(callback).__name__}")
-        with Progress(num_generations, verbose) as progress:
+        with Progress(num_generations, verbose and self.engine.rank == 0) as progress:
             for i in range(num_generations):
                 progress.update(self.step())
                 if callback is not None and (self.generation % log_every == 0 or i == num_generations - 1):
-                    callback(self.generation, list(self.history["mean_fitness"]))
+                    self._call(callback)
         last = {key: values[-1] for key, values in self.history.items() if values}
         return {
             "generation": self.generation,
@@ -361,62 +353,6 @@ class ESTrainer(OptimizerFace, ABC):
             self._schedules = Schedules(self, *self._schedulers)
             self._forget()
 
-    # State.
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return everything that the rest of the run depends on, as copies: tensors, numbers and strings."""
-        state = {
-            "format": FORMAT,
-            "settings": self._settings(),
-            "seed": self.seed,
-            "generation": self.generation,
-            "centre": self._centre.state_dict(),
-            "untrained": untrained(self.model, self._centre.parameters),
-            "initial_params": self._initial,
-            "history": self.history,
-            "best_fitness": self.best_fitness,
-            "best_params": self._best,
-            "best_untrained": self._best_untrained,
-            "initial_untrained": self._initial_untrained,
-            **self._schedules.state_dict(),
-        }
-        return cast(dict[str, Any], plain_copy(state))
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore what :meth:`state_dict` returned, of a trainer of the same model made with the same arguments.
-
-        Raises:
-            ValueError: The state is of another model, another kind of trainer, or not of a trainer. This one is left
-                as it was.
-        """
-        check_format(state_dict, "state_dict")
-        before = self.state_dict()
-        changed = check_same_run(state_dict, before)
-        if changed:
-            warn_once(
-                self._warned,
-                f"going on with {', '.join(changed)}: the numbers will not be those of an uninterrupted run",
-            )
-        with delayed_interrupt():
-            try:
-                self._restore(state_dict)
-            except Exception as error:
-                self._restore(before)
-                raise ValueError(f"the state does not fit this trainer: {error!r}") from error
-
-    def save(self, path: str | PathLike[str]) -> None:
-        """Write a checkpoint; the file at ``path`` is at any moment either the old one or the whole new one."""
-        write_checkpoint(self.state_dict(), path)
-
-    def load(self, path: str | PathLike[str]) -> None:
-        """Go on from a checkpoint, exactly as if the run had not been stopped. Runs no code from the file.
-
-        Raises:
-            FileNotFoundError: There is no such file.
-            ValueError: The file is damaged, is not a checkpoint, or is one of another model. Nothing has changed.
-        """
-        self.load_state_dict(read_checkpoint(path, self.device))
-
     def _settings(self) -> dict[str, Any]:
         """Return the arguments, besides those in the parameter groups, that the numbers of a run depend on."""
         return {
@@ -432,35 +368,6 @@ class ESTrainer(OptimizerFace, ABC):
             "device": self.device.type,
             "dtypes": sorted({str(p.dtype) for p in self._centre.parameters.values()}),
         }
-
-    def _restore(self, state: dict[str, Any]) -> None:
-        self._centre.load_state_dict(state["centre"])
-        self._schedules.load_state_dict(state)
-        self._set_learnt(state["untrained"])
-        self._initial = state["initial_params"].clone()
-        self._initial_untrained = plain_copy(state["initial_untrained"])
-        self._best_untrained = plain_copy(state["best_untrained"])
-        self._seed, self.generation = state["seed"], state["generation"]
-        self.history = copy.deepcopy(state["history"])
-        self.best_fitness = state["best_fitness"]
-        self._best = None if state["best_params"] is None else state["best_params"].clone()
-        self._restart_noise()
-
-    def _forget(self) -> None:
-        self.generation = 0
-        self.history = {key: [] for key in METRICS}
-        self.best_fitness = float("-inf")
-        self._best, self._best_untrained = None, {}
-        self._restart_noise()
-
-    def _learnt(self) -> dict[str, Tensor]:
-        """Return copies of the buffers and untrained parameters, if the fitness function may change them."""
-        return {} if self._learner is None else plain_copy(untrained(self.model, self._centre.parameters))
-
-    @torch.no_grad()
-    def _set_learnt(self, values: dict[str, Tensor]) -> None:
-        for name, value in untrained(self.model, self._centre.parameters).items():
-            value.copy_(values.get(name, value))
 
     def _check_sizes(self) -> None:
         """Check the attributes that say how large a population is, which may change at any time."""
@@ -484,8 +391,10 @@ class ESTrainer(OptimizerFace, ABC):
         return {}
 
     def _restart_noise(self) -> None:
-        """Forget what is kept of random streams."""
         self._sampled = None
+
+    def _restart_forwards(self) -> None:
+        self._forwards = Forwards(compile=self.compile, budget=self._budget)
 
     def _begin_generation(self) -> None:
         with forked_rng(self.seed, self.generation, "sample_perturbations", device=self.device):
@@ -532,10 +441,9 @@ class ESTrainer(OptimizerFace, ABC):
         """Return what a member's perturbations take."""
         return sum(p.numel() * wide_dtype(p).itemsize for p in self._centre.parameters.values())
 
-    def _chunks(self) -> Iterator[tuple[int, int]]:
+    def _chunks(self) -> list[Chunk]:
         size = self._chunk_members()
-        for first in range(0, self.population_size, size):
-            yield first, min(size, self.population_size - first)
+        return [Chunk(first, min(size, self.population_size - first)) for first in range(0, self.population_size, size)]
 
     def _evaluate_all(self) -> tuple[Tensor, list[Tensor]]:
         """Return the fitness of all members, ``[N]``, and what each chunk has shown to a fitness function that learns.
@@ -543,14 +451,15 @@ class ESTrainer(OptimizerFace, ABC):
         If memory runs out, the chunks become smaller.
         """
         while True:
-            size = min(self._chunk_members(), self.population_size)
+            chunks = self._chunks()
+            size = chunks[0].size
             # Made at once: small pieces that stay would lie in the way of large ones that come and go.
             scores, statistics = torch.empty(self.population_size, dtype=torch.float64), []
             try:
-                for first, count in self._chunks():
-                    scores[first : first + count] = self._evaluate(first, count)
-                    if self._learner is not None:
-                        statistics.append(self._learner.pop_statistics())
+                for chunk, outcome in zip(chunks, self.engine.evaluate(self, chunks), strict=True):
+                    scores[chunk.first : chunk.first + chunk.size] = outcome.scores
+                    if outcome.statistics is not None:
+                        statistics.append(outcome.statistics)
                 return scores, statistics
             except Exception as error:
                 if not is_out_of_memory(error) or self.chunk_size is not None or size == self._chunk_unit():
@@ -559,6 +468,56 @@ class ESTrainer(OptimizerFace, ABC):
             warn_once(self._warned, f"memory ran out with {size} members at a time: half as many from now on", "memory")
             with delayed_interrupt(), thread_modes.neutral():
                 self._begin_generation()
+
+    def evaluate_chunk(self, chunk: Chunk) -> Outcome:
+        """Evaluate some members of the current generation in this process: for engines."""
+        scores = self._evaluate(*chunk)
+        return Outcome(scores, None if self._learner is None else self._learner.pop_statistics())
+
+    def _advance(self, scores: Tensor, statistics: list[Tensor]) -> dict[str, Any]:
+        """End the generation with the members' scores, and return its metrics."""
+        checked = check_scores(scores, self.generation + 1)
+        if checked.num_nonfinite:
+            warn_once(
+                self._warned,
+                "a fitness that is not finite counts as the worst finite one of its generation; see num_nonfinite in"
+                " the metrics",
+            )
+        best = int(checked.values.argmax())
+        with delayed_interrupt(), thread_modes.neutral():
+            improved = self._member_parameters(best) if float(checked.values[best]) > self.best_fitness else None
+            direction = self._direction(checked.values)
+        learning_rates = [group["lr"] for group in self.param_groups]
+        metrics = metrics_of(checked, self.generation + 1, self.best_fitness, self.learning_rate, self.sigma)
+        with delayed_interrupt(), thread_modes.neutral(), self._schedules.stepped(metrics["mean_fitness"]):
+            metrics["update_norm"] = self._centre.step(direction, learning_rates)
+            if improved is not None:
+                self._best, self.best_fitness = improved, metrics["best_fitness"]
+                self._best_untrained = self._learnt()
+            if self._learner is not None:
+                self._learner.merge_statistics(self.model, statistics)
+            self.generation += 1
+            for key, value in metrics.items():
+                self.history.setdefault(key, []).append(value)
+        return metrics
+
+    def _call(self, callback: Callable[[int, list[float]], Any]) -> None:
+        """Call a user's function in the first process, and follow what it did to the trainer in all."""
+
+        def call() -> dict[str, Any]:
+            callback(self.generation, list(self.history["mean_fitness"]))
+            return {
+                "seed": self._seed,
+                "sizes": (self.population_size, self.chunk_size),
+                "options": self._options(),
+            }
+
+        live = self.engine.from_main(call)
+        if self.engine.rank != 0:
+            self.seed = live["seed"]
+            self.population_size, self.chunk_size = live["sizes"]
+            for group, options in zip(self.param_groups, live["options"], strict=True):
+                group.update(options)
 
     def _evaluate(self, first: int, count: int) -> Tensor:
         """Return the fitness of members ``first, …, first + count - 1``, ``[count]``."""

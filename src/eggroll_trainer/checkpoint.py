@@ -71,8 +71,8 @@ def write_checkpoint(state: dict[str, Any], path: str | os.PathLike[str]) -> Non
     _sync_folder(target.parent)
 
 
-def read_checkpoint(path: str | os.PathLike[str], device: torch.device) -> dict[str, Any]:
-    """Return the state in the file at ``path``, its tensors on ``device``.
+def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Return the state in the file at ``path``, its tensors on the CPU.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -84,7 +84,7 @@ def read_checkpoint(path: str | os.PathLike[str], device: torch.device) -> dict[
             raise ValueError(f"{path} is damaged or not a checkpoint")
         file.seek(0)
         try:
-            state = torch.load(file, map_location=device, weights_only=True)
+            state = torch.load(file, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError as error:
             raise ValueError(f"{path} holds more than data and was not loaded: it could run code") from error
         except (RuntimeError, EOFError, ValueError, KeyError, AttributeError, TypeError) as error:

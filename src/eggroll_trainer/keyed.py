@@ -10,9 +10,14 @@ from torch import Tensor, nn
 
 from . import validation
 from .base import ESTrainer
+from .distributed import Chunk
 from .fitness.shaping import Shaper, get_shaper, shape
 from .noise import Noise, NoiseKind, check_noise_kind
 from .perturbation.sample import ParameterSpec, Perturbations, effective_rank, sample
+from .update.exact_sum import ExactSum
+
+# What it takes to draw a number and to sum it up, about: on an accelerator, and on one core.
+_SECONDS_PER_NUMBER = (1e-10, 5e-9)
 
 
 class KeyedESTrainer(ESTrainer):
@@ -141,12 +146,37 @@ class KeyedESTrainer(ESTrainer):
         if self._is_dense():
             return super()._direction(scores)
         weights = shape(scores, self._shaper, self.group_size) / self.population_size**0.5
-        total: dict[str, Tensor] = {}
-        for first, count in self._chunks():
-            part = self._perturbations(first, count).weighted_sum(weights[first : first + count])
-            total = {name: total[name] + value for name, value in part.items()} if total else part
+        chunks = self._chunks()
+        if len(chunks) == 1:
+            # Nothing to add, so nothing to round.
+            total = self._contribution(chunks[0], weights)
+        else:
+            total = self._exact_sum(chunks, weights)
         self._kept = {}
         return total
+
+    def _contribution(self, chunk: Chunk, weights: Tensor) -> dict[str, Tensor]:
+        return self._perturbations(*chunk).weighted_sum(weights[chunk.first : chunk.first + chunk.size])
+
+    def _exact_sum(self, chunks: list[Chunk], weights: Tensor) -> dict[str, Tensor]:
+        """Return the sum of the chunks' contributions, taken by as many processes as there are."""
+        specs = self._specs()
+        signs = torch.tensor([1.0, -1.0], dtype=weights.dtype).repeat(self._chunk_unit())[: self._chunk_unit()]
+        largest = float((weights.view(-1, len(signs)) @ signs).abs().sum())
+        try:
+            total = ExactSum(
+                {spec.name: spec.centre for spec in specs}, {spec.name: largest * spec.largest for spec in specs}
+            )
+        except ValueError:
+            # Not finite: neither is the update, as whoever takes the step will say.
+            return {spec.name: torch.full_like(spec.centre, torch.inf) for spec in specs}
+        # What it takes to draw the noise of all members again, and to sum it up.
+        numbers = sum(spec.numel for spec in specs) * self.population_size // len(signs)
+        seconds = numbers * _SECONDS_PER_NUMBER[self.device.type == "cpu"]
+        for chunk in self.engine.own_part(chunks, 8 * len(self._centre), seconds):
+            total.add(self._contribution(chunk, weights))
+        self.engine.add_up(total.totals)
+        return total.values()
 
     def _chunk_unit(self) -> int:
         return max(1, self.noise_reuse)

@@ -38,6 +38,9 @@ _SHARED = 2**22
 _WORDS = 624
 _STATE_HEADER = 24
 
+# Normal numbers come from uniform ones of at most 53 random bits, by Box and Muller: |z| ≤ √(2·53·ln 2) < 9.
+LARGEST_NORMAL = 9.0
+
 
 def check_noise_kind(kind: object) -> NoiseKind:
     """Return ``kind`` if it names a distribution of low-rank factors, else raise ``ValueError``."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Protocol, cast
 
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class Learner(Protocol):
@@ -17,8 +17,13 @@ class Learner(Protocol):
     def pop_statistics(self) -> Tensor:
         """Return what the evaluation of the last chunk has shown, in one tensor, and forget it."""
 
-    def merge_statistics(self, statistics: Sequence[Tensor]) -> None:
-        """Take in what all chunks of a generation have shown, in the order of their members. Must not raise."""
+    def merge_statistics(self, model: nn.Module, statistics: Sequence[Tensor]) -> None:
+        """Take in what all chunks of a generation have shown, in the order of their members. Must not raise.
+
+        Args:
+            model: The model that is trained.
+            statistics: From :meth:`pop_statistics`, here or in other processes.
+        """
 
 
 def learner(fitness_fn: Any) -> Learner | None:

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from ..noise import Noise, NoiseKind, Stream
+from ..noise import LARGEST_NORMAL, Noise, NoiseKind, Stream
 from .tensor import PerturbedTensor
 
 
@@ -41,6 +41,13 @@ class ParameterSpec:
     def numel(self) -> int:
         """Return the random numbers in one draw."""
         return self.centre.numel() if self.rank is None else self.rank * LowRankDraws.sides(self.centre.shape)
+
+    @property
+    def largest(self) -> float:
+        """Return a magnitude that no entry of a perturbation exceeds."""
+        if self.rank is None:
+            return self.sigma * LARGEST_NORMAL
+        return self.sigma * math.sqrt(self.rank) * (LARGEST_NORMAL**2 if self.kind == "gaussian" else 1.0)
 
 
 def matrix_shape(shape: Sequence[int]) -> tuple[int, int] | None:

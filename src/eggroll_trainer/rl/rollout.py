@@ -38,7 +38,7 @@ class EpisodeReturn:
         env_options: Keyword arguments of the environment.
 
     Attributes:
-        steps: Environment steps so far, of all members.
+        steps: Environment steps of all members, in the generations that are over.
 
     Raises:
         TypeError: The environment has actions or observations of another kind than ``Box`` and ``Discrete``.
@@ -61,14 +61,13 @@ class EpisodeReturn:
         self.survival_bonus, self.threads = survival_bonus, threads
         self.steps = 0
         self._simulators: dict[int, Simulator] = {}
-        self._normalizer: ObservationNormalizer | None = None
-        self._statistics = torch.zeros(0, dtype=torch.float64)
+        self._statistics = torch.zeros(1, dtype=torch.float64)
         # What makes this a fitness function for populations.
         batched(self)
 
     def __call__(self, population: Population) -> Tensor:
         """Return the mean return of every member, ``[N]``."""
-        self._normalizer = find_normalizer(population.model)
+        normalizer = find_normalizer(population.model)
         seeds = [
             derive_seed("episode", population.seed, population.generation, member // self.share, episode) % 2**31
             for member in population.members
@@ -84,11 +83,10 @@ class EpisodeReturn:
             return population.each(x.view(len(population), self.episodes, -1), *state)
 
         device = next(population.model.parameters()).device
-        seen = None if self._normalizer is None else Statistics(self._normalizer.mean.cpu().numpy())
+        seen = None if normalizer is None else Statistics(normalizer.mean.cpu().numpy())
         returns, steps = self._play(forward, state, seeds, limit, device=device, bonus=self.survival_bonus, seen=seen)
-        self.steps += steps
-        if seen is not None:
-            self._statistics = seen.as_tensor()
+        observed = torch.zeros(0, dtype=torch.float64) if seen is None else seen.as_tensor()
+        self._statistics = torch.cat([torch.tensor([float(steps)], dtype=torch.float64), observed])
         return torch.from_numpy(returns).view(len(population), self.episodes).mean(1)
 
     def evaluate(self, policy: nn.Module, episodes: int, seed: int) -> np.ndarray[Any, Any]:
@@ -105,14 +103,24 @@ class EpisodeReturn:
             return self._play(policy, state, seeds, None, device=next(policy.parameters()).device, bonus=True)[0]
 
     def pop_statistics(self) -> Tensor:
-        """Return count, mean and squared deviations of the observations of the last chunk, ``[2·O + 1]``."""
-        statistics, self._statistics = self._statistics, torch.zeros(0, dtype=torch.float64)
+        """Return the steps of the last chunk, and count, mean and squared deviations of its observations.
+
+        Returns:
+            ``[1]``, or ``[2·O + 2]`` if the policy normalises observations.
+        """
+        statistics, self._statistics = self._statistics, torch.zeros(1, dtype=torch.float64)
         return statistics
 
-    def merge_statistics(self, statistics: Sequence[Tensor]) -> None:
-        """Take in the observations of a generation."""
-        if self._normalizer is not None:
-            self._normalizer.merge([values for values in statistics if len(values)])
+    def merge_statistics(self, model: nn.Module, statistics: Sequence[Tensor]) -> None:
+        """Take in the steps and observations of a generation."""
+        self.steps += sum(int(values[0]) for values in statistics)
+        normalizer = find_normalizer(model)
+        if normalizer is not None:
+            normalizer.merge([values[1:] for values in statistics])
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the attributes for a copy, which makes simulators of its own."""
+        return {**self.__dict__, "_simulators": {}}
 
     def spaces(self) -> tuple[Any, Any]:
         """Return the observation and action space of one environment."""

@@ -1,0 +1,262 @@
+"""An engine over ``torch.distributed``: processes that all run the same script, as ``torchrun`` starts them."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import pickle
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple, TypeVar, get_args
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..memory import is_out_of_memory
+from ..validation import check_int
+from .engine import Chunk, Engine, Evaluator, Outcome
+
+T = TypeVar("T")
+Exchange = Literal["auto", "scores", "sums"]
+
+# What an exchange of sums is reckoned to cost: a reduction sends and receives each byte about once.
+_BYTES_PER_SECOND = 1e9
+_SECONDS_OF_LATENCY = 1e-3
+
+
+class ProcessGroupEngine(Engine):
+    """Shares the chunks of a population among the processes of ``torch.distributed``'s default group.
+
+    Every process holds the model and makes the same steps. After the evaluation all get all scores; then either each
+    sums up all contributions to the update itself, for which it draws the whole population's noise again (``"scores"``:
+    only the scores travel), or each sums up those of its own chunks and the sums are added (``"sums"``: eight bytes a
+    parameter travel as well). Both give the same bits as one process.
+
+    Args:
+        exchange: ``"scores"``, ``"sums"``, or ``"auto"`` for what is reckoned to be faster.
+        check_every: Compare the parameters of all processes every so many generations; 0 for never.
+        timeout: Seconds that the evaluation of a chunk may take. One that hangs in native code ends its process, so
+            that ``torchrun`` starts the group again.
+        retries: How often a chunk is evaluated again whose evaluation took longer.
+
+    Attributes:
+        bytes_sent: Of scores, statistics and sums, by this process, to each of the others or to their reduction.
+
+    Raises:
+        RuntimeError: There is no process group, and the environment does not say how to make one.
+    """
+
+    def __init__(
+        self,
+        *,
+        exchange: Exchange = "auto",
+        check_every: int = 10,
+        timeout: float | None = None,
+        retries: int = 3,
+    ) -> None:
+        super().__init__(timeout=timeout, retries=retries)
+        if exchange not in get_args(Exchange):
+            raise ValueError(f"exchange must be one of {', '.join(map(repr, get_args(Exchange)))}, got {exchange!r}")
+        self.exchange = exchange
+        self.check_every = check_int("check_every", check_every, 0)
+        if not dist.is_initialized():
+            if not is_launched():
+                raise RuntimeError(
+                    "there is no process group: start the script with torchrun, or call"
+                    " torch.distributed.init_process_group first"
+                )
+            dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+            atexit.register(_leave_group)
+        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        # Scores and messages are on the CPU, whatever the default group was made for.
+        on_cpu = _backends().get("cpu") == "gloo"
+        self._host: Any = dist.group.WORLD if on_cpu else dist.new_group(backend="gloo")
+        self._sums = False
+        self.bytes_sent = 0
+
+    def evaluate(self, trainer: Evaluator, chunks: Sequence[Chunk]) -> list[Outcome]:
+        """Return the outcomes of all chunks, this process having evaluated its share of them."""
+        outcomes: list[Outcome] = []
+        failure: BaseException | None = None
+        try:
+            for chunk in self.share(chunks):
+                outcomes.append(self._evaluate_here(trainer, chunk, exit_when_stuck=True))
+        except BaseException as error:
+            # The others must hear of it, or they would wait for the scores.
+            failure = error
+        reports = self._gather(_Report.of(self._fingerprint(trainer, chunks), outcomes, failure))
+        if failure is not None:
+            raise failure
+        _raise_first_failure(reports, trainer.generation + 1)
+        _check_same([report.fingerprint for report in reports], trainer.generation + 1)
+        return [outcome for report in reports for outcome in report.outcomes()]
+
+    def share(self, chunks: Sequence[Chunk], rank: int | None = None) -> Sequence[Chunk]:
+        """Return the consecutive chunks that a process evaluates, this one if ``rank`` is None."""
+        rank = self.rank if rank is None else rank
+        return chunks[len(chunks) * rank // self.size : len(chunks) * (rank + 1) // self.size]
+
+    def own_part(self, chunks: Sequence[Chunk], bytes_of_sums: int, seconds_of_noise: float) -> Sequence[Chunk]:
+        """Return this process's chunks if sums are exchanged, else all."""
+        if self.exchange == "auto":
+            saved = seconds_of_noise * (1 - 1 / self.size)
+            self._sums = saved > _SECONDS_OF_LATENCY + bytes_of_sums / _BYTES_PER_SECOND
+        else:
+            self._sums = self.exchange == "sums"
+        return self.share(chunks) if self._sums else chunks
+
+    def add_up(self, totals: Mapping[str, Tensor]) -> None:
+        """Add the totals of all processes, if they are partial."""
+        if not self._sums:
+            return
+        # One reduction for all parameters on a device, as each of its own would take another round.
+        for device in {total.device for total in totals.values()}:
+            group = [total for total in totals.values() if total.device == device]
+            flat = torch.cat([total.flatten() for total in group])
+            self.bytes_sent += flat.nbytes
+            reduced = self._reduced(flat)
+            for total, part in zip(group, reduced.split([total.numel() for total in group]), strict=True):
+                total.copy_(part.view_as(total))
+
+    def from_main(self, function: Callable[[], T]) -> T:
+        """Run ``function`` in the first process, and return its result, or raise what it raises, in all of them."""
+        result: list[Any] = [None, None]
+        failure: BaseException | None = None
+        if self.rank == 0:
+            try:
+                result[0] = function()
+            except BaseException as error:
+                failure, result[1] = error, _portable(error)
+        dist.broadcast_object_list(result, 0, group=self._host)
+        if failure is not None:
+            raise failure
+        if result[1] is not None:
+            raise result[1]
+        return result[0]
+
+    def copy_main(self, tensors: Sequence[Tensor]) -> None:
+        """Overwrite tensors with those of the first process."""
+        for tensor in tensors:
+            received = tensor.detach().cpu().contiguous()
+            dist.broadcast(received, 0, group=self._host)
+            if self.rank != 0:
+                with torch.no_grad():
+                    tensor.copy_(received)
+
+    def _reduced(self, flat: Tensor) -> Tensor:
+        if flat.device.type in _backends():
+            dist.all_reduce(flat)
+            return flat
+        on_host = flat.cpu()
+        dist.all_reduce(on_host, group=self._host)
+        return on_host
+
+    def _gather(self, report: _Report) -> list[_Report]:
+        payload = pickle.dumps(report)
+        self.bytes_sent += len(payload)
+        payloads: list[Any] = [None] * self.size
+        try:
+            dist.all_gather_object(payloads, payload, group=self._host)
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"process {self.rank} of {self.size} could not exchange scores: another one is gone, or took longer"
+                f" than the process group's timeout ({error})"
+            ) from error
+        return [pickle.loads(payload) for payload in payloads]
+
+    def _fingerprint(self, trainer: Evaluator, chunks: Sequence[Chunk]) -> dict[str, Any]:
+        fingerprint = {**trainer.fingerprint(), "chunk_size": chunks[0].size, "exchange": self.exchange}
+        if self.check_every and trainer.generation % self.check_every == 0:
+            fingerprint["parameters"] = trainer.checksum()
+        return fingerprint
+
+
+class _Report(NamedTuple):
+    """What a process tells the others about its share of a generation."""
+
+    fingerprint: dict[str, Any]
+    counts: list[int]
+    scores: np.ndarray[Any, Any]
+    statistics: list[np.ndarray[Any, Any] | None]
+    failure: BaseException | None
+
+    @staticmethod
+    def of(fingerprint: dict[str, Any], outcomes: Sequence[Outcome], failure: BaseException | None) -> _Report:
+        if failure is not None:
+            return _Report(fingerprint, [], np.zeros(0), [], _portable(failure))
+        scores = torch.cat([outcome.scores for outcome in outcomes] or [torch.zeros(0, dtype=torch.float64)]).numpy()
+        # Most scores come from float32 tensors, and lose nothing in half the bytes.
+        narrow = scores.astype(np.float32)
+        if np.array_equal(narrow, scores, equal_nan=True):
+            scores = narrow
+        statistics = [None if o.statistics is None else o.statistics.cpu().numpy() for o in outcomes]
+        return _Report(fingerprint, [len(outcome.scores) for outcome in outcomes], scores, statistics, None)
+
+    def outcomes(self) -> list[Outcome]:
+        parts = torch.from_numpy(self.scores.astype(np.float64)).split(self.counts)
+        return [
+            Outcome(part, None if values is None else torch.from_numpy(values))
+            for part, values in zip(parts, self.statistics, strict=True)
+        ]
+
+
+def is_launched() -> bool:
+    """Return whether the environment is that of one of several processes, as ``torchrun`` sets it."""
+    needed = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    return dist.is_available() and all(name in os.environ for name in needed) and int(os.environ["WORLD_SIZE"]) > 1
+
+
+def local_device(device: torch.device) -> torch.device:
+    """Return the accelerator that belongs to this process where ``device`` names none in particular."""
+    if device.type != "cpu" and device.index is None and "LOCAL_RANK" in os.environ:
+        return torch.device(device.type, int(os.environ["LOCAL_RANK"]))
+    return device
+
+
+def _backends() -> dict[str, str]:
+    """Return the backend of the default group for each type of device."""
+    parts = (part.partition(":") for part in dist.get_backend_config().split(","))
+    return {device: backend for device, _, backend in parts}
+
+
+def _leave_group() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _portable(error: BaseException) -> BaseException:
+    """Return the exception, or one that says the same where other processes could not read it."""
+    try:
+        copied = pickle.loads(pickle.dumps(error))
+        if type(copied) is type(error):
+            return error
+    except Exception:
+        pass
+    return RuntimeError(f"{type(error).__name__}: {error}")
+
+
+def _raise_first_failure(reports: Sequence[_Report], generation: int) -> None:
+    for rank, report in enumerate(reports):
+        error = report.failure
+        if error is None:
+            continue
+        if not isinstance(error, Exception):
+            # Ctrl-C, or a wish to end.
+            raise error
+        message = f"process {rank} failed in generation {generation}: {type(error).__name__}: {error}"
+        raise (torch.OutOfMemoryError if is_out_of_memory(error) else RuntimeError)(message) from error
+
+
+def _check_same(fingerprints: Sequence[Mapping[str, Any]], generation: int) -> None:
+    first = fingerprints[0]
+    for key in first:
+        values = [fingerprint.get(key) for fingerprint in fingerprints]
+        others = [rank for rank, value in enumerate(values) if value != values[0]]
+        if others:
+            shown = ", ".join(f"{rank}: {values[rank]!r}" for rank in [0, *others][:5])
+            raise RuntimeError(
+                f"the processes do not agree on {key} in generation {generation}: processes {others} differ from"
+                f" process 0 ({shown}). All must run the same script with the same arguments, on the same kind of"
+                " device and with the same number of threads; the parameters were not changed in this generation"
+            )

@@ -1,0 +1,218 @@
+"""An engine over Ray: a pool of workers that may die, be slow, come and go."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import ray
+import torch
+from ray.exceptions import RayActorError, RayTaskError
+
+from ..validation import check_int, check_real
+from .engine import Chunk, Evaluator, LocalEngine, Outcome
+
+# How long the engine waits for news before it looks at the clock.
+_LOOK_EVERY = 1.0
+
+
+class RayEngine(LocalEngine):
+    """Lets Ray's workers evaluate the chunks of a population: for fitness functions that are slow or uneven.
+
+    The script runs in one process, which makes the steps; a copy of the trainer runs in every worker. A generation's
+    weights go to Ray's object store once. A chunk whose worker dies is evaluated again by another one, with the same
+    numbers; one that takes much longer than the others is given out twice, and the first to end counts. Workers join
+    and leave between generations as the cluster grows and shrinks.
+
+    Args:
+        workers: How many; as many as the cluster has room for if None, which is asked again every generation.
+        threads: Threads of torch in each worker. Results are those of a local run with as many threads.
+        timeout: Seconds that the evaluation of a chunk may take; then its worker is killed.
+        retries: How often a chunk is evaluated again that took too long or whose worker died.
+        straggler: A chunk is given out a second time when it has taken so many times as long as half of the others,
+            and a worker has nothing else to do.
+        worker_options: Ray's options of a worker, such as ``{"num_gpus": 1}``; ``num_cpus`` is ``threads`` unless it is
+            among them.
+
+    Raises:
+        TypeError: An argument is of the wrong type.
+        ValueError: An argument is out of range.
+    """
+
+    def __init__(
+        self,
+        workers: int | None = None,
+        *,
+        threads: int = 1,
+        timeout: float | None = None,
+        retries: int = 3,
+        straggler: float = 3.0,
+        worker_options: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__(timeout=timeout, retries=retries)
+        self.workers = None if workers is None else check_int("workers", workers, 1)
+        self.threads = check_int("threads", threads, 1)
+        self.straggler = check_real("straggler", straggler, positive=True)
+        self.worker_options = {"num_cpus": self.threads, **(worker_options or {})}
+        if not ray.is_initialized():
+            ray.init()
+        self._copy: Any = None
+        self._copy_of: Evaluator | None = None
+        self._actors: list[Any] = []
+        # What is under way, be it of an earlier generation that did not wait for it.
+        self._running: dict[Any, _Task] = {}
+        self._served = 0
+
+    def evaluate(self, trainer: Evaluator, chunks: Sequence[Chunk]) -> list[Outcome]:
+        """Return the outcomes of all chunks."""
+        if trainer is not self._copy_of:
+            self.close()
+            self._copy_of, self._copy = trainer, ray.put(trainer)
+        self._served += 1
+        # In a list, so that Ray hands the reference on instead of what it refers to.
+        state = [ray.put(trainer.working_state())]
+        waiting, failures = deque(chunks), dict.fromkeys(chunks, 0)
+        outcomes: dict[Chunk, Outcome] = {}
+        durations: list[float] = []
+        self._grow()
+        while len(outcomes) < len(chunks):
+            self._give_out(waiting, outcomes, durations, state)
+            done, _ = ray.wait(list(self._running), num_returns=1, timeout=_LOOK_EVERY)
+            lost: list[_Task] = []
+            for reference in done:
+                task = self._running.pop(reference)
+                try:
+                    scores, shown = ray.get(reference)
+                except RayActorError:
+                    lost.append(task)
+                    self._actors.remove(task.actor)
+                    continue
+                except RayTaskError as error:
+                    if task.served == self._served:
+                        raise error.as_instanceof_cause() from None
+                    continue
+                if task.served == self._served and task.chunk is not None:
+                    durations.append(time.monotonic() - task.started)
+                    outcomes.setdefault(task.chunk, _outcome(scores, shown))
+            lost += self._kill_late()
+            self._take_back(trainer, lost, waiting, failures, outcomes)
+        return [outcomes[chunk] for chunk in chunks]
+
+    def close(self) -> None:
+        """End the workers."""
+        for actor in self._actors:
+            ray.kill(actor)
+        self._actors, self._running, self._copy_of = [], {}, None
+
+    def __del__(self) -> None:
+        if ray is not None and ray.is_initialized():
+            self.close()
+
+    def _grow(self) -> None:
+        """Start workers until there are as many as wanted, or as the cluster has room for."""
+        wanted = self.workers
+        if wanted is None:
+            cpus = ray.cluster_resources().get("CPU", 1)
+            wanted = max(1, int(cpus // max(self.worker_options["num_cpus"], 1e-3)))
+        for _ in range(wanted - len(self._actors)):
+            actor: Any = ray.remote(**self.worker_options)(_Worker).remote(self._copy, self.threads)
+            self._actors.append(actor)
+            # One that waits for room in the cluster, or still imports, is busy until it answers.
+            self._running[actor.ready.remote()] = _Task(actor, None, self._served, time.monotonic())
+
+    def _give_out(
+        self, waiting: deque[Chunk], outcomes: Mapping[Chunk, Outcome], durations: list[float], state: list[Any]
+    ) -> None:
+        busy = {id(task.actor) for task in self._running.values()}
+        for actor in [actor for actor in self._actors if id(actor) not in busy]:
+            chunk = waiting.popleft() if waiting else self._straggler(outcomes, durations)
+            if chunk is None:
+                return
+            reference = actor.evaluate.remote(self._served, state, *chunk)
+            self._running[reference] = _Task(actor, chunk, self._served, time.monotonic())
+
+    def _straggler(self, outcomes: Mapping[Chunk, Outcome], durations: list[float]) -> Chunk | None:
+        """Return the chunk that is late and has not been given out twice, if there is one."""
+        if not durations:
+            return None
+        late = time.monotonic() - self.straggler * statistics.median(durations)
+        now = [t for t in self._running.values() if t.served == self._served and t.chunk not in outcomes]
+        given = [task.chunk for task in now]
+        for task in sorted(now, key=lambda task: task.started):
+            if task.chunk is not None and task.started < late and given.count(task.chunk) == 1:
+                return task.chunk
+        return None
+
+    def _kill_late(self) -> list[_Task]:
+        """Kill workers whose chunk takes too long, and return what they did."""
+        if self.timeout is None:
+            return []
+        latest = time.monotonic() - self.timeout
+        late = {r: t for r, t in self._running.items() if t.chunk is not None and t.started < latest}
+        for reference, task in late.items():
+            ray.kill(task.actor)
+            self._actors.remove(task.actor)
+            del self._running[reference]
+        return list(late.values())
+
+    def _take_back(
+        self,
+        trainer: Evaluator,
+        lost: list[_Task],
+        waiting: deque[Chunk],
+        failures: dict[Chunk, int],
+        outcomes: Mapping[Chunk, Outcome],
+    ) -> None:
+        """Let the chunks of workers that are gone be evaluated again, by new ones."""
+        for task in lost:
+            if task.served != self._served or task.chunk is None or task.chunk in outcomes:
+                continue
+            failures[task.chunk] += 1
+            if failures[task.chunk] > self.retries:
+                if self.timeout is not None and time.monotonic() - task.started > self.timeout:
+                    raise TimeoutError(self._too_slow(trainer, task.chunk))
+                raise RuntimeError(
+                    f"the worker of {task.chunk} of generation {trainer.generation + 1} died, {failures[task.chunk]}"
+                    " times: out of memory, or a crash in native code? See Ray's logs; the parameters were not changed"
+                )
+            waiting.appendleft(task.chunk)
+        if lost:
+            self._grow()
+
+
+class _Task(NamedTuple):
+    """What a worker does: a chunk of the evaluation ``served``, or, without one, its start."""
+
+    actor: Any
+    chunk: Chunk | None
+    served: int
+    started: float
+
+
+def _outcome(scores: np.ndarray[Any, Any], shown: np.ndarray[Any, Any] | None) -> Outcome:
+    # Ray's arrays cannot be written to.
+    return Outcome(torch.from_numpy(scores.copy()), None if shown is None else torch.from_numpy(shown.copy()))
+
+
+class _Worker:
+    """A copy of the trainer in a process of its own."""
+
+    def __init__(self, trainer: Any, threads: int) -> None:
+        torch.set_num_threads(threads)
+        self.trainer, self.served = trainer, -1
+
+    def ready(self) -> tuple[None, None]:
+        """Return when the worker has started."""
+        return None, None
+
+    def evaluate(self, served: int, state: list[Any], first: int, size: int) -> tuple[Any, Any]:
+        """Return scores and statistics of a chunk."""
+        if served != self.served:
+            self.trainer.set_working_state(ray.get(state[0]))
+            self.served = served
+        outcome = self.trainer.evaluate_chunk(Chunk(first, size))
+        return outcome.scores.numpy(), None if outcome.statistics is None else outcome.statistics.cpu().numpy()

@@ -1,0 +1,69 @@
+"""Sums that do not depend on the order of their terms."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from ..perturbation.sample import wide_dtype
+
+# Of an int64's 63 bits one is left to spare, for the rounding of the terms themselves.
+_BITS = 62
+
+
+class ExactSum:
+    """A sum of tensors for each parameter, the same to the bit in whatever order, and by whomever, it is taken.
+
+    Terms are rounded to integer multiples of ``2⁻ᵉ`` and added in int64, where addition is associative. ``e`` is the
+    largest exponent with which ``bound·2ᵉ ≤ 2⁶²``, so that no partial sum overflows.
+
+    Args:
+        like: For each name, a tensor of the shape and dtype of the sum.
+        bounds: For each name, what the sum of the terms' magnitudes cannot exceed in any entry.
+
+    Attributes:
+        totals: The integers. Those of several processes may be added.
+
+    Raises:
+        ValueError: A bound is not finite.
+
+    Example:
+        >>> total = ExactSum({"w": torch.zeros(1, dtype=torch.float64)}, {"w": 3.0})
+        >>> for value in (1.0, 2.0**-40, -1.0):
+        ...     total.add({"w": torch.tensor([value], dtype=torch.float64)})
+        >>> total.values()["w"].item() == 2.0**-40
+        True
+    """
+
+    def __init__(self, like: Mapping[str, Tensor], bounds: Mapping[str, float]) -> None:
+        self._like = like
+        self._exponents = {name: _exponent(bounds[name]) for name in like}
+        self.totals = {name: torch.zeros_like(_with_float64(x), dtype=torch.int64) for name, x in like.items()}
+
+    def add(self, terms: Mapping[str, Tensor]) -> None:
+        """Add a term to each sum."""
+        for name, term in terms.items():
+            # A power of two scales a float without rounding it.
+            scaled = _with_float64(term).double().mul_(2.0 ** self._exponents[name])
+            self.totals[name] += scaled.round_().to(torch.int64)
+
+    def values(self) -> dict[str, Tensor]:
+        """Return the sums, in float32 or wider."""
+        return {
+            name: (total.double() * 2.0 ** -self._exponents[name]).to(wide_dtype(self._like[name]))
+            for name, total in self.totals.items()
+        }
+
+
+def _exponent(bound: float) -> int:
+    if not math.isfinite(bound):
+        raise ValueError(f"the terms of a sum must have a finite bound, got {bound}")
+    # float64 ends at 2**1023.
+    return min(1000, _BITS - math.frexp(bound)[1]) if bound > 0 else 0
+
+
+def _with_float64(tensor: Tensor) -> Tensor:
+    return tensor.cpu() if tensor.device.type == "mps" else tensor
