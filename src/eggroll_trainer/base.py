@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import secrets
 from abc import ABC, abstractmethod
@@ -13,20 +14,20 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from . import validation
-from .callbacks.progress import Progress
-from .checkpoint import untrained
+from .callbacks import Checkpoints, Progress
+from .checkpoint import plain_copy, untrained
 from .distributed import Chunk, Engine, Outcome, local_device, make_engine
 from .fitness import thread_modes
 from .fitness.evaluate import evaluate, is_batched
 from .fitness.learning import learner
 from .fitness.scores import check_scores, metrics_of, to_score, to_scores
 from .forward import Forwards
-from .interrupts import delayed_interrupt
+from .interrupts import delayed_interrupt, exit_on_sigterm
 from .memory import Budget, is_out_of_memory
 from .noise import forked_rng
 from .perturbation.sample import Draws, FullRankDraws, ParameterSpec, Perturbations, wide_dtype
 from .population import Population, warn_once
-from .run_state import RunState
+from .run_state import Generation, RunState
 from .update.centre import Centre, OptimizerFactory
 from .update.schedule import LRSchedulerFactory, Schedules
 
@@ -271,12 +272,34 @@ class ESTrainer(RunState, ABC):
             scores, statistics = self._evaluate_all()
         return self._advance(scores, statistics)
 
+    def repeat(self, generation: Generation) -> dict[str, Any]:
+        """Make the step of a generation that was logged, without evaluating its members; returns what it returned.
+
+        Args:
+            generation: The one after the last that the trainer has made, or repeated.
+
+        Raises:
+            ValueError: It is another one.
+        """
+        if generation.number != self.generation + 1:
+            raise ValueError(f"the next generation is {self.generation + 1}, got {generation.number}")
+        if generation.seed != self._seed:
+            self.seed = generation.seed
+        self.population_size = len(generation.scores)
+        for group, options in zip(self.param_groups, generation.options, strict=True):
+            group.update(options)
+        with delayed_interrupt(), thread_modes.neutral():
+            self._check_live()
+            self._begin_generation()
+        return self._advance(generation.scores, generation.statistics)
+
     def train(
         self,
         num_generations: int,
         verbose: bool = True,
         log_every: int = 1,
         callback: Callable[[int, list[float]], Any] | None = None,
+        checkpoints: Checkpoints | None = None,
     ) -> dict[str, Any]:
         """Run generations, going on from where the trainer is.
 
@@ -287,6 +310,9 @@ class ESTrainer(RunState, ABC):
             callback: Called with the generation, counted from 1, and the list of mean fitnesses up to it. Of several
                 processes the first one calls it, and what it does to the trainer's seed, sizes and parameter groups
                 reaches all.
+            checkpoints: Where to keep the run: every so many generations, and in the end, whatever ends it, a Ctrl-C or
+                an exception too. A SIGTERM, as schedulers send it, then abandons the generation under way and leaves
+                the script by ``SystemExit(143)``.
 
         Returns:
             The metrics of the last generation, and ``fitness_history``, the list of mean fitnesses.
@@ -294,14 +320,22 @@ class ESTrainer(RunState, ABC):
         Raises:
             TypeError: An argument is not an integer.
             ValueError: ``num_generations`` is negative or ``log_every`` less than 1.
+            FileExistsError: The folder of ``checkpoints`` holds a run that the trainer does not go on with.
         """
         num_generations = validation.check_int("num_generations", num_generations, 0)
         log_every = validation.check_int("log_every", log_every, 1)
         if callback is not None and not callable(callback):
             raise TypeError(f"callback must be callable, got {type(callback).__name__}")
-        with Progress(num_generations, verbose and self.engine.rank == 0) as progress:
+        with contextlib.ExitStack() as stack:
+            progress = stack.enter_context(Progress(num_generations, verbose and self.engine.rank == 0))
+            if checkpoints is not None:
+                self.engine.from_main(lambda: checkpoints.begin(self))
+                stack.enter_context(exit_on_sigterm())
+                stack.callback(checkpoints.save, self)
             for i in range(num_generations):
                 progress.update(self.step())
+                if checkpoints is not None:
+                    checkpoints.after_generation(self)
                 if callback is not None and (self.generation % log_every == 0 or i == num_generations - 1):
                     self._call(callback)
         last = {key: values[-1] for key, values in self.history.items() if values}
@@ -353,7 +387,7 @@ class ESTrainer(RunState, ABC):
             self._schedules = Schedules(self, *self._schedulers)
             self._forget()
 
-    def _settings(self) -> dict[str, Any]:
+    def settings(self) -> dict[str, Any]:
         """Return the arguments, besides those in the parameter groups, that the numbers of a run depend on."""
         return {
             "trainer": type(self).__name__,
@@ -476,6 +510,7 @@ class ESTrainer(RunState, ABC):
 
     def _advance(self, scores: Tensor, statistics: list[Tensor]) -> dict[str, Any]:
         """End the generation with the members' scores, and return its metrics."""
+        last = Generation(self.generation + 1, self._seed, plain_copy(self._options()), scores, statistics)
         checked = check_scores(scores, self.generation + 1)
         if checked.num_nonfinite:
             warn_once(
@@ -496,7 +531,7 @@ class ESTrainer(RunState, ABC):
                 self._best_untrained = self._learnt()
             if self._learner is not None:
                 self._learner.merge_statistics(self.model, statistics)
-            self.generation += 1
+            self.generation, self.last_generation = last.number, last
             for key, value in metrics.items():
                 self.history.setdefault(key, []).append(value)
         return metrics

@@ -135,8 +135,9 @@ class EGGROLLTrainer(KeyedESTrainer):
     def _rank(self, group: dict[str, Any]) -> int | None:
         return validation.check_int("rank", group["rank"], 1)
 
-    def _settings(self) -> dict[str, Any]:
-        return {**super()._settings(), "freeze_nonlora": self.freeze_nonlora}
+    def settings(self) -> dict[str, Any]:
+        """Return the arguments, besides those in the parameter groups, that the numbers of a run depend on."""
+        return {**super().settings(), "freeze_nonlora": self.freeze_nonlora}
 
 
 def _check_ranks(groups: list[dict[str, Any]], default: int) -> None:

@@ -188,9 +188,10 @@ class KeyedESTrainer(ESTrainer):
             used += (4 if spec.rank is None else spec.centre.element_size()) * spec.numel
         return -(-drawn // self._chunk_unit()) + used
 
-    def _settings(self) -> dict[str, Any]:
+    def settings(self) -> dict[str, Any]:
+        """Return the arguments, besides those in the parameter groups, that the numbers of a run depend on."""
         return {
-            **super()._settings(),
+            **super().settings(),
             "noise_reuse": self.noise_reuse,
             "group_size": self.group_size,
             "noise": self.noise,

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import copy
 from os import PathLike
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from .checkpoint import FORMAT, check_format, check_same_run, plain_copy, read_checkpoint, untrained, write_checkpoint
 from .distributed.engine import Engine, LocalEngine
-from .fitness.learning import Learner
+from .fitness.learning import Learner, learner_state, set_learner_state
 from .fitness.scores import METRICS
 from .interrupts import delayed_interrupt
 from .optimizer_face import OptimizerFace
@@ -20,8 +20,30 @@ from .update.centre import Centre
 from .update.schedule import LRSchedulerFactory, Schedules
 
 
+class Generation(NamedTuple):
+    """What it takes to make the step of a generation again.
+
+    Attributes:
+        number: Counted from 1.
+        seed: Of the run.
+        options: Of the parameter groups, as they were during it.
+        scores: ``[N]`` in float64, as they came from the fitness function.
+        statistics: What each chunk has shown to a fitness function that learns along the way.
+    """
+
+    number: int
+    seed: int
+    options: list[dict[str, Any]]
+    scores: Tensor
+    statistics: list[Tensor]
+
+
 class RunState(OptimizerFace):
-    """The state of a trainer."""
+    """The state of a trainer.
+
+    Attributes:
+        last_generation: The generation that ended last, or None.
+    """
 
     model: nn.Module
     device: torch.device
@@ -30,6 +52,7 @@ class RunState(OptimizerFace):
     generation: int
     best_fitness: float
     history: dict[str, list[Any]]
+    last_generation: Generation | None
     _seed: int
     _centre: Centre
     _schedulers: tuple[LRSchedulerFactory | None, LRSchedulerFactory | None]
@@ -45,7 +68,7 @@ class RunState(OptimizerFace):
         """Return everything that the rest of the run depends on, as copies: tensors, numbers and strings."""
         state = {
             "format": FORMAT,
-            "settings": self._settings(),
+            "settings": self.settings(),
             "seed": self._seed,
             "generation": self.generation,
             "centre": self._centre.state_dict(),
@@ -56,6 +79,7 @@ class RunState(OptimizerFace):
             "best_params": self._best,
             "best_untrained": self._best_untrained,
             "initial_untrained": self._initial_untrained,
+            "learner": learner_state(self._learner),
             **self._schedules.state_dict(),
         }
         return cast(dict[str, Any], plain_copy(state))
@@ -132,6 +156,7 @@ class RunState(OptimizerFace):
             "population_size": self.population_size,
             "options": self._options(),
             "parameters": {name: _to_numpy(p.detach()) for name, p in self._centre.parameters.items()},
+            "learner": learner_state(self._learner),
             "untrained": {k: _to_numpy(v.detach()) for k, v in untrained(self.model, self._centre.parameters).items()},
         }
 
@@ -147,6 +172,7 @@ class RunState(OptimizerFace):
             _copy_from_numpy(p, state["parameters"][name])
         for name, value in values.items():
             _copy_from_numpy(value, state["untrained"][name])
+        set_learner_state(self._learner, state["learner"])
         self._restart_noise()
         self._begin_generation()
 
@@ -168,7 +194,7 @@ class RunState(OptimizerFace):
         """Return the live options of the parameter groups."""
         return [{k: v for k, v in group.items() if k not in ("params", "names")} for group in self.param_groups]
 
-    def _settings(self) -> dict[str, Any]:
+    def settings(self) -> dict[str, Any]:
         """Return the arguments, besides those in the parameter groups, that the numbers of a run depend on."""
         raise NotImplementedError
 
@@ -176,17 +202,18 @@ class RunState(OptimizerFace):
         self._centre.load_state_dict(state["centre"])
         self._schedules.load_state_dict(state)
         self._set_learnt(state["untrained"])
+        set_learner_state(self._learner, state.get("learner"))
         self._initial = state["initial_params"].to(self.device, copy=True)
         self._initial_untrained = plain_copy(state["initial_untrained"])
         self._best_untrained = plain_copy(state["best_untrained"])
         self._seed, self.generation = state["seed"], state["generation"]
-        self.history = copy.deepcopy(state["history"])
+        self.history, self.last_generation = copy.deepcopy(state["history"]), None
         self.best_fitness = state["best_fitness"]
         self._best = None if state["best_params"] is None else state["best_params"].to(self.device, copy=True)
         self._restart_noise()
 
     def _forget(self) -> None:
-        self.generation = 0
+        self.generation, self.last_generation = 0, None
         self.history = {key: [] for key in METRICS}
         self.best_fitness = float("-inf")
         self._best, self._best_untrained = None, {}

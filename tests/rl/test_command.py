@@ -41,7 +41,7 @@ def curve(folder: Path) -> list[dict[str, Any]]:
 def test_a_run_leaves_everything(tmp_path: Path) -> None:
     done = run("rl", "Pendulum-v1", "--steps", 3200, *SMALL, "--out", tmp_path / "a")
     names = {path.name for path in (tmp_path / "a").iterdir()}
-    assert {"config.json", "metrics.jsonl", "checkpoint.pt", "policy.pt", "curve.png"} <= names
+    assert {"config.json", "metrics.jsonl", "checkpoints", "policy.pt", "curve.png"} <= names
     assert any(name.startswith("events.out.tfevents") for name in names)
     assert "centre policy:" in done.stdout and ("video:" in done.stdout or "no video:" in done.stderr)
     lines = curve(tmp_path / "a")
@@ -52,7 +52,7 @@ def test_killed_and_resumed_is_the_same_curve(tmp_path: Path) -> None:
     arguments = ("rl", "Hopper-v5", "--steps", 6000, *SMALL, "--no-video")
     run(*arguments, "--out", tmp_path / "whole")
     killed = subprocess.Popen(command(*arguments, "--out", tmp_path / "killed"), stderr=subprocess.DEVNULL)
-    while not (tmp_path / "killed" / "checkpoint.pt").exists():
+    while not [*(tmp_path / "killed" / "checkpoints").glob("checkpoint-*")]:
         assert killed.poll() is None
         time.sleep(0.01)
     os.kill(killed.pid, signal.SIGKILL)
@@ -66,7 +66,7 @@ def test_ctrl_c_leaves_a_run_to_resume(tmp_path: Path) -> None:
     process = subprocess.Popen(
         command(*arguments, "--steps", 10**9), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
     )
-    while not (tmp_path / "a" / "checkpoint.pt").exists():
+    while not [*(tmp_path / "a" / "checkpoints").glob("checkpoint-*")]:
         assert process.poll() is None
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)

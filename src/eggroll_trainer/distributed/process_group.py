@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..fitness.scores import packed
 from ..memory import is_out_of_memory
 from ..validation import check_int
 from .engine import Chunk, Engine, Evaluator, Outcome
@@ -185,11 +186,7 @@ class _Report(NamedTuple):
     def of(fingerprint: dict[str, Any], outcomes: Sequence[Outcome], failure: BaseException | None) -> _Report:
         if failure is not None:
             return _Report(fingerprint, [], np.zeros(0), [], _portable(failure))
-        scores = torch.cat([outcome.scores for outcome in outcomes] or [torch.zeros(0, dtype=torch.float64)]).numpy()
-        # Most scores come from float32 tensors, and lose nothing in half the bytes.
-        narrow = scores.astype(np.float32)
-        if np.array_equal(narrow, scores, equal_nan=True):
-            scores = narrow
+        scores = packed(torch.cat([outcome.scores for outcome in outcomes] or [torch.zeros(0)]))
         statistics = [None if o.statistics is None else o.statistics.cpu().numpy() for o in outcomes]
         return _Report(fingerprint, [len(outcome.scores) for outcome in outcomes], scores, statistics, None)
 

@@ -53,6 +53,21 @@ def to_scores(value: Any, count: int) -> Tensor:
     return scores.detach().double()
 
 
+def packed(scores: Tensor) -> np.ndarray[Any, Any]:
+    """Return scores ``[n]`` in float32 if they lose nothing by it, as most come from such tensors, else in float64.
+
+    Example:
+        >>> packed(torch.tensor([0.5, float("nan")], dtype=torch.float64)).dtype.name
+        'float32'
+        >>> packed(torch.tensor([0.1], dtype=torch.float64)).dtype.name
+        'float64'
+    """
+    wide = scores.double().numpy()
+    with np.errstate(over="ignore"):
+        narrow = wide.astype(np.float32)
+    return narrow if np.array_equal(narrow, wide, equal_nan=True) else wide
+
+
 METRICS = (
     "generation",
     "fitness",

@@ -19,7 +19,8 @@ def main(arguments: list[str]) -> int:
     settings = tyro.cli(Settings, args=arguments, default=default, prog="eggroll rl", description=__doc__)
     try:
         run = Run(settings)
-        print(f"run: {run.folder}")
+        if run.is_main:
+            print(f"run: {run.folder}")
         run.train()
     except KeyboardInterrupt:
         print(f"\nstopped; go on with: eggroll rl {' '.join(arguments)} --resume", file=sys.stderr)
@@ -27,6 +28,8 @@ def main(arguments: list[str]) -> int:
     except (ValueError, FileNotFoundError, FileExistsError, RuntimeError) as error:
         print(f"eggroll rl: {error}", file=sys.stderr)
         return 1
+    if not run.is_main:
+        return 0
     last = run.metrics[-1] if run.metrics else {}
     if "eval_return" in last:
         print(

@@ -30,7 +30,7 @@ class EpisodeReturn:
         env: Id of a Gymnasium environment, or a function that makes one.
         episodes: Episodes of each member.
         max_steps: Steps after which an episode is cut off, besides the environment's own limit; or a function from the
-            generation, counted from 0, to that number, for episodes that grow over training.
+            environment steps so far to that number, for episodes that grow over training.
         share: How many consecutive members play the same episodes: the trainer's ``noise_reuse``.
         survival_bonus: Whether the reward for merely being alive counts.
         threads: Threads of the simulator; torch's number if None. Torch itself uses one meanwhile, as its products are
@@ -73,7 +73,7 @@ class EpisodeReturn:
             for member in population.members
             for episode in range(self.episodes)
         ]
-        limit = self.max_steps(population.generation) if callable(self.max_steps) else self.max_steps
+        limit = self.max_steps(self.steps) if callable(self.max_steps) else self.max_steps
         state = None
         if hasattr(population.model, "initial_state"):
             own = population.model.initial_state(self.episodes)  # type: ignore[operator]
@@ -117,6 +117,14 @@ class EpisodeReturn:
         normalizer = find_normalizer(model)
         if normalizer is not None:
             normalizer.merge([values[1:] for values in statistics])
+
+    def state_dict(self) -> dict[str, int]:
+        """Return the number of steps."""
+        return {"steps": self.steps}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Restore what :meth:`state_dict` returned."""
+        self.steps = state["steps"]
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the attributes for a copy, which makes simulators of its own."""

@@ -47,6 +47,8 @@ class Settings:
     """Episodes of each member in a generation."""
     max_steps: int | None = None
     """Steps after which training cuts an episode off, besides the environment's own limit."""
+    first_max_steps: int | None = None
+    """The same at the beginning, from where it grows, by the same factor each step, over 70 % of the training."""
     seed: int = 0
     """Of weights, noise and episodes."""
     eval_every: int = 20
@@ -57,6 +59,8 @@ class Settings:
     """Write a checkpoint every so many generations, and at the end."""
     threads: int | None = None
     """Threads of the simulator; torch's number if left out."""
+    engine: Literal["local", "torch", "ray"] | None = None
+    """Who evaluates the population; what torchrun has started, else this process, if left out."""
     compile: bool = True
     """Whether the population's forward is compiled."""
     out: Path | None = None

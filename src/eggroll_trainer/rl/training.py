@@ -6,16 +6,19 @@ import contextlib
 import dataclasses
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import gymnasium
 import numpy as np
 import torch
 from torch import nn
 from tqdm import tqdm
 
 from eggroll_trainer import EGGROLLTrainer, VanillaESTrainer
+from eggroll_trainer.callbacks import Checkpoints
+from eggroll_trainer.interrupts import exit_on_sigterm
 from eggroll_trainer.keyed import KeyedESTrainer
 
 from .policies import GRUPolicy, LinearPolicy, MLPPolicy, Policy
@@ -23,11 +26,14 @@ from .rollout import EpisodeReturn
 from .settings import Settings
 
 # What may differ when a run is resumed.
-_FREE = {"steps", "out", "resume", "video", "threads", "save_every"}
+_FREE = {"steps", "out", "resume", "video", "threads", "save_every", "engine"}
+
+# Episodes that grow have their full length after this share of the training.
+_GROWN = 0.7
 
 
 class Run:
-    """A training run.
+    """A training run, in one process or in several that ``torchrun`` started, of which the first one writes.
 
     Args:
         settings: How to train. With ``resume``, the run in its folder goes on.
@@ -46,28 +52,25 @@ class Run:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.folder = settings.out or Path("runs") / f"{settings.env.replace('/', '-')}-{settings.seed}"
-        if settings.resume:
-            self._check_same()
-        elif (self.folder / "metrics.jsonl").exists():
-            raise FileExistsError(
-                f"{self.folder} holds a run already; give another folder with --out, or go on with it with --resume"
-            )
         self.fitness = EpisodeReturn(
             settings.env,
             episodes=settings.episodes,
-            max_steps=settings.max_steps,
+            max_steps=episode_limit(settings),
             share=2 if settings.antithetic else 1,
             survival_bonus=settings.survival_bonus,
             threads=settings.threads,
         )
         self.policy = make_policy(settings, *self.fitness.spaces())
         self.trainer = make_trainer(settings, self.policy, self.fitness)
+        self.checkpoints = Checkpoints(self.folder / "checkpoints", every=settings.save_every)
         self.metrics: list[dict[str, Any]] = []
+        engine = self.trainer.engine
+        self.is_main = engine.rank == 0
+        engine.from_main(self._open)
         if settings.resume:
-            self._load()
-        else:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / "config.json").write_text(json.dumps(_plain(settings), indent=1) + "\n")
+            self.checkpoints.restore(self.trainer)
+            self._cut_metrics()
+        engine.from_main(lambda: self.checkpoints.begin(self.trainer))
 
     @property
     def steps(self) -> int:
@@ -75,29 +78,36 @@ class Run:
         return self.fitness.steps
 
     def train(self) -> None:
-        """Train until the settings' number of steps; a Ctrl-C leaves a run that can be resumed."""
+        """Train until the settings' number of steps; a Ctrl-C or a SIGTERM leaves a run that can be resumed."""
         settings = self.settings
-        bar = tqdm(total=settings.steps, initial=self.steps, unit="step", unit_scale=True, desc=settings.env)
+        bar = tqdm(
+            total=settings.steps,
+            initial=self.steps,
+            unit="step",
+            unit_scale=True,
+            desc=settings.env,
+            disable=not self.is_main,
+        )
         try:
-            with self._writers() as write, bar:
+            with exit_on_sigterm(), self._writers() as write, bar:
                 while self.steps < settings.steps:
                     line = self._generation()
                     write(line)
+                    self.checkpoints.after_generation(self.trainer)
                     bar.update(line["steps"] - bar.n)
                     bar.set_postfix_str(
                         f"mean {line['mean_return']:.0f}, best {line['best_return']:.0f}, centre"
                         f" {self._last('eval_return'):.0f}"
                     )
-                    if self.trainer.generation % settings.save_every == 0:
-                        self.save()
         finally:
             self.save()
             self.fitness.close()
 
     def save(self) -> None:
         """Write the checkpoint, and the policy beside it."""
-        self.trainer.save(self.folder / "checkpoint.pt")
-        torch.save(self.policy.state_dict(), self.folder / "policy.pt")
+        self.checkpoints.save(self.trainer)
+        if self.is_main:
+            torch.save(self.policy.state_dict(), self.folder / "policy.pt")
 
     def _generation(self) -> dict[str, Any]:
         settings, start, before = self.settings, time.perf_counter(), self.steps
@@ -117,7 +127,7 @@ class Run:
             "steps_per_second": (self.steps - before) / seconds,
         }
         last = self.steps >= settings.steps
-        if last or result["generation"] % settings.eval_every == 0:
+        if self.is_main and (last or result["generation"] % settings.eval_every == 0):
             returns = self.fitness.evaluate(self.policy, settings.eval_episodes, settings.seed * 2**32 + self.steps)
             line |= {"eval_return": float(returns.mean()), "eval_std": float(returns.std())}
         self.metrics.append(line)
@@ -128,6 +138,9 @@ class Run:
 
     @contextlib.contextmanager
     def _writers(self) -> Iterator[Any]:
+        if not self.is_main:
+            yield lambda line: None
+            return
         from torch.utils.tensorboard import SummaryWriter
 
         with open(self.folder / "metrics.jsonl", "a") as file, SummaryWriter(str(self.folder)) as board:
@@ -141,23 +154,46 @@ class Run:
 
             yield write
 
-    def _check_same(self) -> None:
-        path = self.folder / "config.json"
-        if not path.exists():
+    def _open(self) -> None:
+        """Make the folder, or see that the run in it can be resumed."""
+        config, now = self.folder / "config.json", _plain(self.settings)
+        if not self.settings.resume:
+            if (self.folder / "metrics.jsonl").exists():
+                raise FileExistsError(
+                    f"{self.folder} holds a run already; give another folder with --out, or go on with it with --resume"
+                )
+            self.folder.mkdir(parents=True, exist_ok=True)
+            config.write_text(json.dumps(now, indent=1) + "\n")
+            return
+        if not config.exists():
             raise FileNotFoundError(f"there is no run to resume in {self.folder}")
-        before, now = json.loads(path.read_text()), _plain(self.settings)
+        before = json.loads(config.read_text())
         changed = [f"{k}={now[k]!r} (was {before.get(k)!r})" for k in now if k not in _FREE and now[k] != before.get(k)]
         if changed:
             raise ValueError(f"the run in {self.folder} has other settings: {', '.join(changed)}")
 
-    def _load(self) -> None:
-        """Go on from the checkpoint; metrics of later generations are forgotten, as these come again."""
-        self.trainer.load(self.folder / "checkpoint.pt")
+    def _cut_metrics(self) -> None:
+        """Forget the metrics of generations after the checkpoint, as these come again."""
         path = self.folder / "metrics.jsonl"
+        if not self.is_main or not path.exists():
+            return
         lines = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
         self.metrics = lines[: self.trainer.generation]
         path.write_text("".join(json.dumps(line) + "\n" for line in self.metrics))
-        self.fitness.steps = self.metrics[-1]["steps"] if self.metrics else 0
+
+
+def episode_limit(settings: Settings) -> int | Callable[[int], int] | None:
+    """Return the steps after which training cuts an episode off: none, a number, or a function of the steps so far.
+
+    Raises:
+        ValueError: Episodes shall grow, and the environment has no limit to which they could.
+    """
+    if settings.first_max_steps is None:
+        return settings.max_steps
+    first, last = settings.first_max_steps, settings.max_steps or gymnasium.spec(settings.env).max_episode_steps
+    if last is None:
+        raise ValueError(f"first_max_steps needs max_steps, as {settings.env} has no limit of its own")
+    return lambda steps: round(first * (last / first) ** min(1.0, steps / (_GROWN * settings.steps)))
 
 
 def make_policy(settings: Settings, observation_space: Any, action_space: Any) -> Policy:
@@ -185,6 +221,7 @@ def make_trainer(settings: Settings, policy: nn.Module, fitness: EpisodeReturn) 
         "optimizer": {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}[settings.optimizer],
         "seed": settings.seed,
         "compile": settings.compile,
+        "engine": settings.engine,
     }
     if settings.rank == 0:
         return VanillaESTrainer(**options)

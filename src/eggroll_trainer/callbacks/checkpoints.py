@@ -1,0 +1,160 @@
+"""Checkpoints of a run, kept in a folder."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..checkpoint import read_checkpoint
+from ..validation import check_int
+from .score_log import ScoreLog
+
+if TYPE_CHECKING:
+    from ..base import ESTrainer
+
+
+class Checkpoints:
+    """Keeps the newest checkpoints of a run and its best, and the scores of all generations.
+
+    In the folder are ``checkpoint-GENERATION.pt``, ``best.pt`` (the one whose last generation had the highest mean
+    fitness) and ``scores.jsonl`` (a :class:`~eggroll_trainer.callbacks.score_log.ScoreLog`). Of several processes the
+    first one reads and writes.
+
+    Args:
+        folder: Where; made if it does not exist.
+        every: Write a checkpoint every so many generations. :meth:`ESTrainer.train` writes one in the end as well,
+            whatever ends it.
+        keep_last: How many of the newest to keep.
+        keep_best: Whether to keep the best.
+        log: Whether to log the scores.
+
+    Raises:
+        TypeError: An argument is of the wrong type.
+        ValueError: An argument is out of range.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from eggroll_trainer import EGGROLLTrainer
+        >>> model = torch.nn.Linear(3, 1)
+        >>> trainer = EGGROLLTrainer(
+        ...     model=model, fitness_fn=lambda m: -m(torch.ones(1, 3)).square().sum().item(), seed=0
+        ... )
+        >>> checkpoints = Checkpoints(tempfile.mkdtemp(), every=5)
+        >>> checkpoints.restore(trainer)  # nothing there yet
+        False
+        >>> _ = trainer.train(20 - trainer.generation, verbose=False, checkpoints=checkpoints)
+        >>> sorted(path.name for path in checkpoints.folder.iterdir())  # doctest: +NORMALIZE_WHITESPACE
+        ['best.pt', 'checkpoint-00000010.pt', 'checkpoint-00000015.pt', 'checkpoint-00000020.pt', 'scores.jsonl']
+    """
+
+    def __init__(
+        self,
+        folder: str | PathLike[str],
+        *,
+        every: int = 10,
+        keep_last: int = 3,
+        keep_best: bool = True,
+        log: bool = True,
+    ) -> None:
+        self.folder = Path(folder)
+        self.every = check_int("every", every, 1)
+        self.keep_last = check_int("keep_last", keep_last, 1)
+        self.keep_best = bool(keep_best)
+        self.log = ScoreLog(self.folder / "scores.jsonl") if log else None
+        self._best: float | None = None
+
+    def restore(self, trainer: ESTrainer) -> bool:
+        """Go on from the newest checkpoint that can be read; of several processes, all must call this.
+
+        Returns:
+            Whether there was one.
+
+        Raises:
+            ValueError: There are checkpoints, and none can be read, or they are of another model.
+        """
+        state = trainer.engine.from_main(self._newest)
+        if state is not None:
+            trainer.load_state_dict(state)
+        if self.log is not None and trainer.engine.rank == 0:
+            self.log.truncate(trainer.generation)
+        return state is not None
+
+    def begin(self, trainer: ESTrainer) -> None:
+        """Get ready for the trainer's next generation.
+
+        Raises:
+            FileExistsError: The folder holds a run, which the trainer does not go on with.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        logged = self.log is not None and self.log.is_begun()
+        if trainer.generation == 0 and (logged or self.paths()):
+            raise FileExistsError(
+                f"{self.folder} holds a run already: go on with it by checkpoints.restore(trainer), or take another"
+                " folder"
+            )
+        if self.log is not None:
+            self.log.begin(trainer)
+
+    def after_generation(self, trainer: ESTrainer) -> None:
+        """Log the generation, and write a checkpoint if it is time; where that fails, warn and go on."""
+        if trainer.engine.rank != 0:
+            return
+        try:
+            if self.log is not None:
+                self.log.append(trainer)
+            if trainer.generation % self.every == 0:
+                self.save(trainer)
+        except OSError as error:
+            warnings.warn(
+                f"generation {trainer.generation} was not written to {self.folder}, and training goes on: {error}",
+                stacklevel=2,
+            )
+
+    def save(self, trainer: ESTrainer) -> None:
+        """Write a checkpoint of the generation that the trainer is at, unless there is one.
+
+        Raises:
+            OSError: It cannot be written; the older ones are as they were.
+        """
+        path = self._path(trainer.generation)
+        if trainer.engine.rank != 0 or trainer.generation == 0 or path.exists():
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        trainer.save(path)
+        for old in self.paths()[: -self.keep_last]:
+            with contextlib.suppress(FileNotFoundError):
+                old.unlink()
+        mean = trainer.history["mean_fitness"][-1]
+        if self.keep_best and mean > self._best_fitness():
+            self._best = mean
+            trainer.save(self.folder / "best.pt")
+
+    def paths(self) -> list[Path]:
+        """Return the checkpoints that there are, the newest last."""
+        return sorted(self.folder.glob("checkpoint-*.pt"))
+
+    def _path(self, generation: int) -> Path:
+        return self.folder / f"checkpoint-{generation:08d}.pt"
+
+    def _newest(self) -> dict[str, Any] | None:
+        paths = self.paths()
+        for path in reversed(paths):
+            try:
+                return read_checkpoint(path)
+            except ValueError as error:
+                warnings.warn(f"{error}; taking the checkpoint before it", stacklevel=2)
+                # It would be in the way of the one that this generation gets again.
+                path.rename(path.with_suffix(".damaged"))
+        if paths:
+            raise ValueError(f"none of the {len(paths)} checkpoints in {self.folder} can be read")
+        return None
+
+    def _best_fitness(self) -> float:
+        if self._best is None:
+            self._best = float("-inf")
+            with contextlib.suppress(FileNotFoundError, ValueError, KeyError, IndexError):
+                self._best = read_checkpoint(self.folder / "best.pt")["history"]["mean_fitness"][-1]
+        return self._best

@@ -1,0 +1,184 @@
+"""A log of scores: a few bytes a member, from which a run can be repeated without its fitness function."""
+
+from __future__ import annotations
+
+import base64
+import json
+import zlib
+from collections.abc import Iterator
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..fitness.scores import packed
+from ..run_state import Generation
+
+if TYPE_CHECKING:
+    from ..base import ESTrainer
+
+FORMAT = 1
+
+
+class ScoreLog:
+    """The scores of every generation, in a file of JSON lines.
+
+    Perturbations follow from seeds, so with the initial weights the scores are all that it takes to make the same
+    steps again: four bytes a member (eight where the scores are not float32 numbers), a third more as text. The first
+    line tells the settings and a checksum of the initial weights.
+
+    Args:
+        path: Of the file.
+
+    Example:
+        >>> import tempfile
+        >>> from eggroll_trainer import EGGROLLTrainer
+        >>> def make():
+        ...     model = torch.nn.Linear(3, 1)
+        ...     torch.nn.init.ones_(model.weight), torch.nn.init.zeros_(model.bias)
+        ...     return EGGROLLTrainer(
+        ...         model=model, fitness_fn=lambda m: -m(torch.ones(1, 3)).square().sum().item(), seed=0
+        ...     )
+        >>> log, trainer = ScoreLog(tempfile.mkdtemp() + "/scores.jsonl"), make()
+        >>> for _ in range(3):
+        ...     log.begin(trainer)
+        ...     _ = trainer.step()
+        ...     log.append(trainer)
+        >>> again = make()
+        >>> log.replay(again)
+        3
+        >>> torch.equal(again.current_params, trainer.current_params)
+        True
+    """
+
+    def __init__(self, path: str | PathLike[str]) -> None:
+        self.path = Path(path)
+
+    def is_begun(self) -> bool:
+        """Return whether a generation was logged."""
+        return self.path.exists() and len(self.path.read_text().splitlines()) > 1
+
+    def begin(self, trainer: ESTrainer) -> None:
+        """Write the first line, if no generation was logged and the trainer is at its beginning."""
+        if trainer.generation == 0 and not self.is_begun():
+            head = {"format": FORMAT, "settings": trainer.settings(), "initial": trainer.checksum()}
+            self.path.write_text(json.dumps(head) + "\n")
+
+    def append(self, trainer: ESTrainer) -> None:
+        """Add the trainer's last generation.
+
+        Raises:
+            OSError: The file cannot be written.
+        """
+        last = trainer.last_generation
+        if last is None or not self.path.exists():
+            return
+        arrays = [packed(last.scores), *(values.cpu().numpy() for values in last.statistics)]
+        line = {
+            "generation": last.number,
+            "seed": last.seed,
+            "options": last.options,
+            "arrays": [_to_text(array) for array in arrays],
+        }
+        with open(self.path, "a") as file:
+            file.write(json.dumps({**line, "crc": _checksum(line)}) + "\n")
+
+    def truncate(self, generation: int) -> None:
+        """Forget what comes after ``generation``, and a last line that was not written to its end."""
+        if not self.path.exists():
+            return
+        kept = []
+        for line in self.path.read_text().splitlines():
+            record = _parse(line)
+            if record is None or record.get("generation", 0) > generation:
+                break
+            kept.append(line + "\n")
+        self.path.write_text("".join(kept))
+
+    def generations(self) -> Iterator[Generation]:
+        """Iterate over the generations that were logged, up to the first line that is damaged.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+            ValueError: It is no log, or one of another format.
+        """
+        self._head()
+        for line in self.path.read_text().splitlines()[1:]:
+            record = _parse(line)
+            if record is None:
+                return
+            scores, *statistics = (_from_text(text) for text in record["arrays"])
+            yield Generation(record["generation"], record["seed"], record["options"], scores.double(), statistics)
+
+    def replay(self, trainer: ESTrainer, until: int | None = None) -> int:
+        """Repeat the steps of a run, from where the trainer is, without its fitness function.
+
+        Args:
+            trainer: One of the same model, with the same initial weights (or at a later generation of the run) and
+                arguments.
+            until: The last generation to repeat; all if None.
+
+        Returns:
+            The generation that the trainer is at.
+
+        Raises:
+            FileNotFoundError: There is no log.
+            ValueError: The log is of another run, damaged, or ends before ``until``.
+        """
+        head = self._head()
+        mine, logged = json.loads(json.dumps(trainer.settings())), head["settings"]
+        changed = [f"{key}={mine[key]!r} (was {logged.get(key)!r})" for key in mine if mine[key] != logged.get(key)]
+        if changed:
+            raise ValueError(f"the log {self.path} is of a run with other settings; here are {', '.join(changed)}")
+        if trainer.generation == 0 and trainer.checksum() != head["initial"]:
+            raise ValueError(f"the log {self.path} is of a run with other initial weights")
+        for generation in self.generations():
+            if until is not None and generation.number > until:
+                break
+            if generation.number > trainer.generation:
+                if generation.number != trainer.generation + 1:
+                    raise ValueError(f"{self.path} lacks generation {trainer.generation + 1}")
+                trainer.repeat(generation)
+        if until is not None and trainer.generation < until:
+            raise ValueError(f"{self.path} ends at generation {trainer.generation}, before {until}")
+        return trainer.generation
+
+    def _head(self) -> dict[str, Any]:
+        with open(self.path) as file:
+            head = _json(file.readline())
+        if head is None or head.get("format") != FORMAT:
+            raise ValueError(f"{self.path} is no log of scores in format {FORMAT}")
+        return head
+
+
+def _to_text(array: np.ndarray[Any, Any]) -> list[str]:
+    return [array.dtype.str, base64.b64encode(array.tobytes()).decode()]
+
+
+def _from_text(text: list[str]) -> Tensor:
+    dtype, data = text
+    return torch.from_numpy(np.frombuffer(base64.b64decode(data), np.dtype(dtype)).copy())
+
+
+def _checksum(line: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(line).encode())
+
+
+def _json(line: str) -> dict[str, Any] | None:
+    try:
+        value = json.loads(line)
+    except ValueError:
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _parse(line: str) -> dict[str, Any] | None:
+    """Return a line's record, or None if it is damaged."""
+    record = _json(line)
+    if record is None or "format" in record:
+        return record
+    crc = record.pop("crc", None)
+    return record if crc == _checksum(record) else None
