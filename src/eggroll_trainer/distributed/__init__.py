@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from .engine import Chunk, Engine, Evaluator, LocalEngine, Outcome
 from .process_group import ProcessGroupEngine, is_launched, local_device
+
+if TYPE_CHECKING:
+    from .ray_engine import RayEngine
 
 __all__ = [
     "Chunk",

@@ -60,8 +60,8 @@ class RayEngine(LocalEngine):
         self.worker_options = {"num_cpus": self.threads, **(worker_options or {})}
         if not ray.is_initialized():
             ray.init()
-        self._copy: Any = None
-        self._copy_of: Evaluator | None = None
+        # The trainer that was sent out last, and the reference to its copy.
+        self._sent: tuple[Evaluator, Any] | None = None
         self._actors: list[Any] = []
         # What is under way, be it of an earlier generation that did not wait for it.
         self._running: dict[Any, _Task] = {}
@@ -69,12 +69,11 @@ class RayEngine(LocalEngine):
 
     def evaluate(self, trainer: Evaluator, chunks: Sequence[Chunk]) -> list[Outcome]:
         """Return the outcomes of all chunks."""
-        if trainer is not self._copy_of:
-            self.close()
-            self._copy_of, self._copy = trainer, ray.put(trainer)
+        if self._sent is None or self._sent[0] is not trainer:
+            self._sent = trainer, ray.put(trainer)
         self._served += 1
-        # In a list, so that Ray hands the reference on instead of what it refers to.
-        state = [ray.put(trainer.working_state())]
+        # In a list, so that Ray hands the references on instead of what they refer to.
+        state = [self._sent[1], ray.put(trainer.working_state())]
         waiting, failures = deque(chunks), dict.fromkeys(chunks, 0)
         outcomes: dict[Chunk, Outcome] = {}
         durations: list[float] = []
@@ -106,7 +105,7 @@ class RayEngine(LocalEngine):
         """End the workers."""
         for actor in self._actors:
             ray.kill(actor)
-        self._actors, self._running, self._copy_of = [], {}, None
+        self._actors, self._running, self._sent = [], {}, None
 
     def __del__(self) -> None:
         if ray is not None and ray.is_initialized():
@@ -119,7 +118,7 @@ class RayEngine(LocalEngine):
             cpus = ray.cluster_resources().get("CPU", 1)
             wanted = max(1, int(cpus // max(self.worker_options["num_cpus"], 1e-3)))
         for _ in range(wanted - len(self._actors)):
-            actor: Any = ray.remote(**self.worker_options)(_Worker).remote(self._copy, self.threads)
+            actor: Any = ray.remote(**self.worker_options)(_Worker).remote(self.threads)
             self._actors.append(actor)
             # One that waits for room in the cluster, or still imports, is busy until it answers.
             self._running[actor.ready.remote()] = _Task(actor, None, self._served, time.monotonic())
@@ -199,11 +198,13 @@ def _outcome(scores: np.ndarray[Any, Any], shown: np.ndarray[Any, Any] | None) -
 
 
 class _Worker:
-    """A copy of the trainer in a process of its own."""
+    """A process with a copy of the trainer."""
 
-    def __init__(self, trainer: Any, threads: int) -> None:
+    def __init__(self, threads: int) -> None:
         torch.set_num_threads(threads)
-        self.trainer, self.served = trainer, -1
+        self.trainer: Any = None
+        self.copied: Any = None
+        self.served = -1
 
     def ready(self) -> tuple[None, None]:
         """Return when the worker has started."""
@@ -212,7 +213,9 @@ class _Worker:
     def evaluate(self, served: int, state: list[Any], first: int, size: int) -> tuple[Any, Any]:
         """Return scores and statistics of a chunk."""
         if served != self.served:
-            self.trainer.set_working_state(ray.get(state[0]))
+            if state[0] != self.copied:
+                self.trainer, self.copied = ray.get(state[0]), state[0]
+            self.trainer.set_working_state(ray.get(state[1]))
             self.served = served
         outcome = self.trainer.evaluate_chunk(Chunk(first, size))
         return outcome.scores.numpy(), None if outcome.statistics is None else outcome.statistics.cpu().numpy()

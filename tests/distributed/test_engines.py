@@ -1,0 +1,259 @@
+"""Every engine gives the bits of one process."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from engine_cases import CASES, make
+
+from eggroll_trainer import EGGROLLTrainer
+from eggroll_trainer.distributed import Chunk, Engine, LocalEngine, ProcessGroupEngine, make_engine
+
+TESTS = Path(__file__).parents[1]
+
+
+def environment() -> dict[str, str]:
+    # Numbers depend on how many threads a product is shared among.
+    return {**os.environ, "OMP_NUM_THREADS": "1", "RAY_DEDUP_LOGS": "0", "PYTHONWARNINGS": "default"}
+
+
+def python(*arguments: Any, check: bool = True, **options: Any) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, *map(str, arguments)]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=500, **options)
+    assert not check or done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def torchrun(
+    processes: int, *arguments: Any, restarts: int = 0, check: bool = True
+) -> subprocess.CompletedProcess[str]:
+    options = ("--standalone", "--nproc-per-node", processes, "--max-restarts", restarts)
+    return python("-m", "torch.distributed.run", *options, *arguments, check=check)
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    out = tmp_path_factory.mktemp("local") / "out.json"
+    python(TESTS / "engine_cases.py", out, "local")
+    return json.loads(out.read_text())
+
+
+@pytest.mark.parametrize(("processes", "engine"), [(2, "scores"), (3, "sums"), (4, "auto")])
+def test_processes_give_the_bits_of_one(processes: int, engine: str, expected: Any, tmp_path: Path) -> None:
+    torchrun(processes, TESTS / "engine_cases.py", tmp_path / "out.json", engine)
+    assert json.loads((tmp_path / "out.json").read_text()) == expected
+
+
+@pytest.mark.parametrize("workers", [1, 2, pytest.param(3, marks=pytest.mark.slow)])
+def test_ray_gives_the_bits_of_one(workers: int, expected: Any, tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    python(TESTS / "engine_cases.py", tmp_path / "out.json", f"ray{workers}")
+    assert json.loads((tmp_path / "out.json").read_text()) == expected
+
+
+def test_the_cases_differ(expected: dict[str, Any]) -> None:
+    assert set(expected) == set(CASES)
+    assert len({result[0] for result in expected.values()}) == len(CASES)
+
+
+def test_shares_are_consecutive_and_complete() -> None:
+    engine = ProcessGroupEngine.__new__(ProcessGroupEngine)
+    for count in range(1, 12):
+        chunks = [Chunk(4 * i, 4) for i in range(count)]
+        for size in range(1, 6):
+            engine.size = size
+            shares = [engine.share(chunks, rank) for rank in range(size)]
+            assert [chunk for share in shares for chunk in share] == chunks
+            assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+SCRIPT = """
+import os, sys
+sys.path.insert(0, {here!r})
+from engine_cases import *
+torch.set_num_threads(1)
+rank = int(os.environ["RANK"])
+
+def say(*words):
+    # To a file of each process's own, as their lines may mix on one output.
+    with open(f"{out}/said-{{rank}}", "a") as file:
+        print(*words, file=file)
+"""
+
+
+def run_script(processes: int, folder: Path, body: str) -> list[list[str]]:
+    """Run a script under torchrun and return the lines that each process said."""
+    path = folder / "script.py"
+    path.write_text(SCRIPT.format(here=str(TESTS), out=folder) + body)
+    torchrun(processes, path)
+    return [(folder / f"said-{rank}").read_text().splitlines() for rank in range(processes)]
+
+
+def test_what_processes_begin_with_is_the_first_ones(tmp_path: Path) -> None:
+    said = run_script(
+        2,
+        tmp_path,
+        """
+torch.manual_seed(rank)
+model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 3)).eval()
+trainer = EGGROLLTrainer(model=model, fitness_fn=plain, chunk_size=10)
+trainer.train(3, verbose=False)
+say(trainer.engine.size, trainer.seed, trainer.checksum())
+""",
+    )
+    assert said[0] == said[1] and said[0][0].startswith("2 ")
+
+
+def test_an_error_in_one_process_reaches_all_and_training_goes_on(tmp_path: Path) -> None:
+    said = run_script(
+        2,
+        tmp_path,
+        """
+calls = 0
+@batched
+def fitness(population):
+    global calls
+    calls += 1
+    if rank == 1 and calls == 5:
+        raise KeyError("broken")
+    return at_once(population)
+trainer = make(EGGROLLTrainer, None, fitness_fn=fitness)
+trainer.step()
+try:
+    trainer.step()
+except Exception as error:
+    say(type(error).__name__, error)
+assert trainer.generation == 1
+trainer.train(2, verbose=False)
+say(trainer.checksum())
+""",
+    )
+    assert said[1][0].startswith("KeyError") and "process 1 failed in generation 2: KeyError" in said[0][0]
+    quiet = make(EGGROLLTrainer, LocalEngine())
+    quiet.train(3, verbose=False)
+    assert said[0][-1] == said[1][-1] == str(quiet.checksum())
+
+
+def test_processes_that_disagree_are_named(tmp_path: Path) -> None:
+    said = run_script(
+        3,
+        tmp_path,
+        """
+def nudge(trainer):
+    trainer.model[0].weight.data[3, 2] += 1e-6
+
+for change in (
+    lambda trainer: setattr(trainer, "sigma", 0.2),
+    nudge,
+    lambda trainer: setattr(trainer, "seed", 7),
+    lambda trainer: setattr(trainer, "chunk_size", 14),
+):
+    trainer = make(EGGROLLTrainer, ProcessGroupEngine(check_every=1))
+    trainer.step()
+    before = trainer.checksum()
+    if rank == 2:
+        change(trainer)
+    try:
+        trainer.step()
+    except RuntimeError as error:
+        say(error)
+    assert rank == 2 or trainer.checksum() == before
+""",
+    )
+    for lines in said:
+        for line, what in zip(lines, ("options", "parameters", "seed", "chunk_size"), strict=True):
+            assert f"do not agree on {what} in generation 2: processes [2] differ from process 0" in line
+
+
+def test_the_first_process_calls_back_and_the_others_follow(tmp_path: Path) -> None:
+    said = run_script(
+        2,
+        tmp_path,
+        """
+trainer = make(EGGROLLTrainer, None)
+def callback(generation, history):
+    say("called", generation)
+    trainer.sigma *= 0.5
+    if generation == 3:
+        raise StopIteration("enough")
+try:
+    trainer.train(5, verbose=False, callback=callback)
+except StopIteration as error:
+    say(trainer.generation, trainer.sigma, trainer.checksum(), error)
+""",
+    )
+    assert said[0][:3] == ["called 1", "called 2", "called 3"] and len(said[1]) == 1
+    # The change before the exception is the first process's alone.
+    first, second = said[0][3].split(), said[1][0].split()
+    assert first[0] == second[0] == "3" and first[2:] == second[2:]
+
+
+def test_bytes_that_travel(tmp_path: Path) -> None:
+    said = run_script(
+        2,
+        tmp_path,
+        """
+@batched
+def single(population):
+    return at_once(population).float()
+
+for exchange in ("scores", "sums"):
+    for population in (512, 4096):
+        for fitness in (single, at_once):
+            engine = ProcessGroupEngine(exchange=exchange)
+            options = dict(fitness_fn=fitness, population_size=population, chunk_size=256)
+            trainer = make(EGGROLLTrainer, engine, **options)
+            trainer.train(2, verbose=False)
+            say(exchange, population, fitness is single, engine.bytes_sent / 2, len(trainer.current_params))
+""",
+    )
+    for lines in said:
+        for line in lines:
+            exchange, population, single, sent, parameters = line.split()
+            # Each of the two sends the scores of its half: as float32 where they are such numbers, else as float64.
+            expected = int(population) / 2 * (4 if single == "True" else 8)
+            if exchange == "sums":
+                expected += 8 * int(parameters)
+            assert expected < float(sent) < expected + 800
+
+
+@pytest.mark.parametrize("name", [None, "local"])
+def test_names_of_engines(name: str | None) -> None:
+    assert isinstance(make_engine(name), LocalEngine)
+    engine: Engine = LocalEngine()
+    assert make_engine(engine) is engine
+
+
+@pytest.mark.parametrize(
+    ("build", "error", "message"),
+    [
+        (lambda: make_engine("cluster"), ValueError, "engine must be 'local', 'torch', 'ray'"),
+        (lambda: make_engine(3), TypeError, "got int"),  # type: ignore[arg-type]
+        (lambda: make_engine("torch"), RuntimeError, "start the script with torchrun"),
+        (lambda: ProcessGroupEngine(exchange="all"), ValueError, "exchange must be one of"),  # type: ignore[arg-type]
+        (lambda: LocalEngine(timeout=0), ValueError, "timeout"),
+        (lambda: LocalEngine(retries=-1), ValueError, "retries"),
+    ],
+)
+def test_bad_arguments(build: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        build()
+
+
+def test_a_copy_of_a_trainer_goes_on_alike() -> None:
+    import copy
+
+    trainer = CASES["everything"](LocalEngine())
+    trainer.train(3, verbose=False)
+    other = copy.deepcopy(trainer)
+    assert other.model is not trainer.model
+    for _ in range(3):
+        assert other.step() == trainer.step()
+    assert torch.equal(other.current_params, trainer.current_params)
