@@ -291,6 +291,8 @@ class ESTrainer(RunState, ABC):
         with delayed_interrupt(), thread_modes.neutral():
             self._check_live()
             self._begin_generation()
+        # What torch notes when ``step`` is called, and its schedulers look for.
+        self._opt_called = True
         return self._advance(generation.scores, generation.statistics)
 
     def train(

@@ -3,39 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from engine_cases import CASES, make
+from launching import TESTS, python, torchrun
 
 from eggroll_trainer import EGGROLLTrainer
 from eggroll_trainer.distributed import Chunk, Engine, LocalEngine, ProcessGroupEngine, make_engine
-
-TESTS = Path(__file__).parents[1]
-
-
-def environment() -> dict[str, str]:
-    # Numbers depend on how many threads a product is shared among.
-    return {**os.environ, "OMP_NUM_THREADS": "1", "RAY_DEDUP_LOGS": "0", "PYTHONWARNINGS": "default"}
-
-
-def python(*arguments: Any, check: bool = True, **options: Any) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, *map(str, arguments)]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=500, **options)
-    assert not check or done.returncode == 0, done.stdout + done.stderr
-    return done
-
-
-def torchrun(
-    processes: int, *arguments: Any, restarts: int = 0, check: bool = True
-) -> subprocess.CompletedProcess[str]:
-    options = ("--standalone", "--nproc-per-node", processes, "--max-restarts", restarts)
-    return python("-m", "torch.distributed.run", *options, *arguments, check=check)
 
 
 @pytest.fixture(scope="module")
@@ -75,8 +52,7 @@ def test_shares_are_consecutive_and_complete() -> None:
 
 
 SCRIPT = """
-import os, sys
-sys.path.insert(0, {here!r})
+import os
 from engine_cases import *
 torch.set_num_threads(1)
 rank = int(os.environ["RANK"])
@@ -91,7 +67,7 @@ def say(*words):
 def run_script(processes: int, folder: Path, body: str) -> list[list[str]]:
     """Run a script under torchrun and return the lines that each process said."""
     path = folder / "script.py"
-    path.write_text(SCRIPT.format(here=str(TESTS), out=folder) + body)
+    path.write_text(SCRIPT.format(out=folder) + body)
     torchrun(processes, path)
     return [(folder / f"said-{rank}").read_text().splitlines() for rank in range(processes)]
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 import atexit
 import os
 import pickle
+import secrets
+import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
@@ -67,17 +70,24 @@ class ProcessGroupEngine(Engine):
                     "there is no process group: start the script with torchrun, or call"
                     " torch.distributed.init_process_group first"
                 )
-            dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
-            atexit.register(_leave_group)
+            join_group()
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         # Scores and messages are on the CPU, whatever the default group was made for.
         on_cpu = _backends().get("cpu") == "gloo"
         self._host: Any = dist.group.WORLD if on_cpu else dist.new_group(backend="gloo")
-        self._sums = False
+        self._sums = self._warned = False
         self.bytes_sent = 0
 
     def evaluate(self, trainer: Evaluator, chunks: Sequence[Chunk]) -> list[Outcome]:
         """Return the outcomes of all chunks, this process having evaluated its share of them."""
+        if len(chunks) < self.size and self.rank == 0 and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"the population is {len(chunks)} chunks of {chunks[0].size} members, so that"
+                f" {self.size - len(chunks)} of {self.size} processes have nothing to do; set a smaller chunk_size",
+                RuntimeWarning,
+                stacklevel=2,
+            )
         outcomes: list[Outcome] = []
         failure: BaseException | None = None
         try:
@@ -202,6 +212,42 @@ def is_launched() -> bool:
     """Return whether the environment is that of one of several processes, as ``torchrun`` sets it."""
     needed = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     return dist.is_available() and all(name in os.environ for name in needed) and int(os.environ["WORLD_SIZE"]) > 1
+
+
+def join_group() -> None:
+    """Make the default process group from the environment that ``torchrun`` has set."""
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        dist.init_process_group(backend, store=_fresh_store(rank, size), rank=rank, world_size=size)
+    else:
+        dist.init_process_group(backend)
+    atexit.register(_leave_group)
+
+
+def _fresh_store(rank: int, size: int) -> dist.Store:
+    """Return a store that belongs to this start of the group alone.
+
+    torchrun's store outlives restarts, and with it the addresses of processes that are gone, which would be called in
+    vain (https://github.com/pytorch/pytorch/issues/135712). So it is only used to ask the first process for the port
+    of a new one, by a question that no earlier process can have answered.
+    """
+    host = os.environ["MASTER_ADDR"]
+    shared = dist.TCPStore(host, int(os.environ["MASTER_PORT"]), is_master=False)
+    if rank != 0:
+        question = secrets.token_hex(16)
+        shared.set(f"eggroll/question/{rank}", question)
+        own = dist.TCPStore(host, int(shared.get(f"eggroll/answer/{question}")), is_master=False)
+        own.add("joined", 1)
+        return own
+    own = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)
+    while own.add("joined", 0) < size - 1:
+        for other in range(1, size):
+            if shared.check([f"eggroll/question/{other}"]):
+                question = shared.get(f"eggroll/question/{other}").decode()
+                shared.set(f"eggroll/answer/{question}", str(own.port))
+        time.sleep(0.01)
+    return own
 
 
 def local_device(device: torch.device) -> torch.device:
