@@ -10,11 +10,11 @@ import contextlib
 import dataclasses
 import types
 import warnings
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
 
 from .memory import Budget, is_out_of_memory, live_bytes
@@ -42,6 +42,7 @@ class Call:
         spec: Their structure.
         dims: For each leaf its dimension of members, or None if they share it.
         size: ``n``.
+        exact: Whether it is compiled for its very number of members, as one that is made over and over should be.
     """
 
     module: nn.Module
@@ -52,9 +53,10 @@ class Call:
     spec: TreeSpec
     dims: Sequence[int | None]
     size: int
+    exact: bool = False
 
     def kind(self) -> Hashable:
-        """Return what calls have in common that differ in the tensors' values and the number of members alone."""
+        """Return what calls have in common that differ in the tensors' values alone, and, if not exact, in ``n``."""
         signature: list[Hashable] = []
         for leaf, dim in zip(self.leaves, self.dims, strict=True):
             if isinstance(leaf, Tensor):
@@ -63,7 +65,7 @@ class Call:
             else:
                 signature.append((type(leaf), repr(leaf)))
         ranks = tuple(value[0].shape[-1] if isinstance(value, tuple) else None for value in self.factors.values())
-        return self.module, str(self.spec), tuple(signature), ranks
+        return self.module, str(self.spec), tuple(signature), ranks, self.size if self.exact else None
 
     def part(self, start: int, stop: int) -> Call:
         """Return the call for members ``start, …, stop - 1``."""
@@ -131,6 +133,77 @@ def batched(call: Call) -> Callable[..., Result]:
     return forward
 
 
+# A graph, what it was called with, and what it returned.
+_Record = tuple[Callable[..., Sequence[Any]], tuple[Any, ...], Sequence[Any]]
+
+
+class Backend:
+    """A backend of ``torch.compile``: the default one, whose graphs can be watched.
+
+    Around a graph, ``torch.compile`` checks that all is as it was when it compiled, and finds the graph's inputs. For
+    a small model that takes several times as long as the graph. Who knows that nothing but some tensors has changed
+    since the last call can do without.
+    """
+
+    inner = "inductor"
+
+    def __init__(self) -> None:
+        self._records: list[_Record] | None = None
+
+    def __call__(self, graph: fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+        """Compile a graph."""
+        compiled = torch._dynamo.lookup_backend(self.inner)(graph, inputs)
+
+        def run(*args: Any) -> Any:
+            outputs = compiled(*args)
+            if self._records is not None:
+                self._records.append((compiled, args, outputs))
+            return outputs
+
+        return run
+
+    @contextlib.contextmanager
+    def recording(self) -> Iterator[list[_Record]]:
+        """Yield the calls of graphs inside the block."""
+        records: list[_Record] = []
+        self._records = records
+        try:
+            yield records
+        finally:
+            self._records = None
+
+
+def replay(records: Sequence[_Record], own: Sequence[Tensor], result: Any) -> Callable[[Sequence[Tensor]], Any] | None:
+    """Return what computes ``result`` again from other tensors in the place of ``own``.
+
+    Args:
+        records: The graphs that were called for it.
+        own: Tensors that the graph was called with.
+        result: What was made of the graph's outputs.
+
+    Returns:
+        The function, or None where more was done than to call one graph: the tensors are told by their identity.
+    """
+    if len(records) != 1:
+        return None
+    graph, inputs, outputs = records[0]
+    leaves, spec = tree_flatten(result)
+    inputs_at = [[i for i, value in enumerate(inputs) if value is tensor] for tensor in own]
+    outputs_at = [[i for i, value in enumerate(outputs) if value is leaf] for leaf in leaves]
+    if any(len(places) != 1 for places in (*inputs_at, *outputs_at)):
+        return None
+    into, out_of = [places[0] for places in inputs_at], [places[0] for places in outputs_at]
+
+    def again(tensors: Sequence[Tensor]) -> Any:
+        arguments = list(inputs)
+        for place, tensor in zip(into, tensors, strict=True):
+            arguments[place] = tensor
+        values = graph(*arguments)
+        return tree_unflatten([values[place] for place in out_of], spec)
+
+    return again
+
+
 class Forwards:
     """Carries out the calls of one model, and remembers between generations what it found out about them.
 
@@ -139,6 +212,7 @@ class Forwards:
         budget: What the tensors of a call may take.
 
     Attributes:
+        backend: What compiles them.
         reports: What the user should be warned of.
         one_by_one: Whether the model as a whole was found not to be batchable.
         refused: Calls of coalesced fitness functions that were found not to be, with the reason.
@@ -147,6 +221,7 @@ class Forwards:
     def __init__(self, *, compile: bool = False, budget: Budget | None = None) -> None:
         self.compile = compile
         self.budget = Budget() if budget is None else budget
+        self.backend = Backend()
         self.reports: list[str] = []
         self.one_by_one = False
         self.refused: dict[Hashable, str] = {}
@@ -203,7 +278,7 @@ class Forwards:
             )
             return None
         function = _with_own_cache(batched(call))
-        return self._tile(call, kind), torch.compile(function, fullgraph=True, dynamic=False)
+        return self._tile(call, kind), torch.compile(function, fullgraph=True, dynamic=False, backend=self.backend)
 
     def _run_eagerly(self, call: Call, kind: Hashable) -> Any:
         function, size = batched(call), self._tile(call, kind)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import dataclasses
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from .forward import PLAIN_TYPES, Call, Forwards
+from .forward import PLAIN_TYPES, Call, Forwards, replay
 from .interrupts import delayed_interrupt
 from .memory import is_out_of_memory, keep_freed_memory
 from .module_state import NotBatchable, Slot, parameter_slots, training_modes, unchanged_state
@@ -195,21 +197,88 @@ class Population:
             NotBatchable: The call cannot be made for all members at once.
             ValueError: A BatchNorm layer is in training mode.
         """
+        return self._run(self._call_of(module, args, kwargs, dims, members), training)
+
+    @contextlib.contextmanager
+    def repeated(self) -> Iterator[Callable[..., Any]]:
+        """Make calls over and over, as the steps of a simulation do, at less cost.
+
+        That a call changes nothing in the model is made sure of at the first call of each kind and at the end of the
+        block, instead of at every call; nothing else may change in it what the model computes, as autocast does. A
+        compiled model is compiled for each number of members that it is called for.
+
+        Yields:
+            ``each(*tensors, members=…)``: as :meth:`each` for ``members``, a range or tuple of their indices in this
+            population, all of them by default; the tensors have rows for these members only.
+
+        Raises:
+            ValueError: A call changed the model, or a tensor is of another number of members.
+
+        Example:
+            >>> import torch
+            >>> with Population.of(torch.nn.Linear(2, 3)).repeated() as each:
+            ...     results = [each(torch.zeros(1, 4, 2)) for _ in range(10)]
+            >>> results[-1].shape
+            torch.Size([1, 4, 3])
+        """
+        calls: dict[Any, Call] = {}
+        prepared: dict[Any, Callable[[Sequence[Tensor]], Any]] = {}
+        everybody = range(len(self))
+
+        def each(*tensors: Tensor, members: range | tuple[int, ...] = everybody) -> Any:
+            kind = members, tuple((t.shape, t.stride(), t.dtype, t.device) for t in tensors)
+            if kind in prepared:
+                try:
+                    with delayed_interrupt(), torch.no_grad():
+                        return prepared[kind](tensors)
+                except Exception:
+                    # The full call finds out what to do, as for want of memory.
+                    del prepared[kind]
+            dims = [0] * len(tensors)
+            if kind not in calls:
+                for shape in (list(t.shape) for t in tensors):
+                    if not shape or shape[0] != len(members):
+                        raise ValueError(f"expected one input for each of {len(members)} members, got shape {shape}")
+                calls[kind] = self._call_of(self.model, tensors, {}, dims, members, exact=True)
+            call = dataclasses.replace(calls[kind], leaves=list(tensors))
+            with self.forwards.backend.recording() as records:
+                result = self._call(tensors, {}, dims, members, call)
+            again = replay(records, tensors, result)
+            if again is not None:
+                prepared[kind] = again
+            return result
+
+        try:
+            with training_modes(self.model, self._training), unchanged_state(self.model):
+                yield each
+        except NotBatchable as error:
+            raise _lost(error) from None
+
+    def _call_of(
+        self,
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        dims: Sequence[int | None],
+        members: Sequence[int] | None,
+        exact: bool = False,
+    ) -> Call:
         leaves, spec = tree_flatten((args, kwargs))
         slots = self._slots_in(module)
         factors: Any = {name: self._members[name] for _, _, name in slots}
-        if members is None:
-            members = range(len(self))
-        elif list(members) != list(range(len(self))):
+        members = range(len(self)) if members is None else members
+        if list(members) != list(range(len(self))):
             index = torch.as_tensor(members)
             factors = {name: tree_map(lambda t: t[index.to(t.device)], value) for name, value in factors.items()}
         centres = {name: self._centres[name] for name in factors}
-        call = Call(module, slots, centres, factors, leaves, spec, dims, len(members))
+        return Call(module, slots, centres, factors, leaves, spec, dims, len(members), exact)
+
+    def _run(self, call: Call, training: dict[nn.Module, bool] | None = None) -> Any:
         with (
             # An interrupted vmap would leave its transforms, and its weights in the model.
             delayed_interrupt(),
-            training_modes(module, self._training if training is None else training),
-            unchanged_state(module),
+            training_modes(call.module, self._training if training is None else training),
+            unchanged_state(call.module),
         ):
             try:
                 with torch.no_grad(), warnings.catch_warnings():
@@ -236,30 +305,43 @@ class Population:
         for module, original in zip(clone.modules(), self.model.modules(), strict=True):
             module.training = self._training.get(original, original.training)
 
-    def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any], dims: Sequence[int | None]) -> Any:
+    def _call(
+        self,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        dims: Sequence[int | None],
+        members: Sequence[int] | None = None,
+        call: Call | None = None,
+    ) -> Any:
         if self.forwards.one_by_one:
-            return self._call_one_by_one(args, kwargs, dims)
+            return self._call_one_by_one(args, kwargs, dims, members)
         try:
-            return self.run(self.model, args, kwargs, dims)
+            return self._run(self._call_of(self.model, args, kwargs, dims, members) if call is None else call)
         except NotBatchable as error:
             if error.stateful:
                 raise _lost(error) from None
-            result = self._call_one_by_one(args, kwargs, dims)
+            result = self._call_one_by_one(args, kwargs, dims, members)
             self.forwards.one_by_one = True
             warn_once(self._warned, f"the model is run once for each member, not batched: {error}")
             return result
 
-    def _call_one_by_one(self, args: tuple[Any, ...], kwargs: dict[str, Any], dims: Sequence[int | None]) -> Any:
+    def _call_one_by_one(
+        self,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        dims: Sequence[int | None],
+        members: Sequence[int] | None = None,
+    ) -> Any:
         if self._scratch is None:
             self._scratch = copy.deepcopy(self.model)
         scratch = self._scratch
         leaves, spec = tree_flatten((args, kwargs))
         rows = []
         self._copy_modes(scratch)
-        for i in range(len(self)):
+        for i, member in enumerate(range(len(self)) if members is None else members):
             own = [leaf if dim is None else leaf.select(dim, i) for leaf, dim in zip(leaves, dims, strict=True)]
             own_args, own_kwargs = tree_unflatten(own, spec)
-            self.write_member(i, scratch)
+            self.write_member(member, scratch)
             try:
                 with torch.no_grad(), unchanged_state(scratch):
                     rows.append(tree_flatten(scratch(*own_args, **own_kwargs)))

@@ -18,8 +18,10 @@ from helpers import goes_on
 
 from eggroll_trainer import EGGROLLTrainer, Population
 from eggroll_trainer.noise import derive_seed
+from eggroll_trainer.rl import lockstep
 from eggroll_trainer.rl.policies import Agent, GRUPolicy, LinearPolicy, MLPPolicy, actions_of
 from eggroll_trainer.rl.rollout import EpisodeReturn
+from eggroll_trainer.rl.simulators import GymnasiumSimulator
 
 N = 6
 
@@ -198,3 +200,55 @@ def test_a_model_that_does_not_fit_its_actions() -> None:
 def test_an_unknown_environment() -> None:
     with pytest.raises(ValueError, match="NoSuchTask-v9"):
         EpisodeReturn("NoSuchTask-v9").spaces()
+
+
+@pytest.mark.parametrize("kind", [MLPPolicy, GRUPolicy])
+@pytest.mark.parametrize("episodes", [1, 2])
+def test_forwards_of_those_that_still_play_change_nothing(
+    kind: Any, episodes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(smallest: int) -> tuple[torch.Tensor, torch.Tensor]:
+        monkeypatch.setattr(lockstep, "_SMALLEST", smallest)
+        policy = policy_of(kind, env())
+        fitness = EpisodeReturn("CartPole-v1", episodes=episodes, max_steps=100)
+        trainer = trainer_of(policy, fitness, population_size=32, sigma=2.0)
+        scores = trainer._evaluate(0, 32)
+        return scores, fitness.pop_statistics()
+
+    everybody, statistics = run(10**9)
+    few, same = run(2)
+    assert everybody.unique().numel() > 4, "members must end at different times"
+    # Only roundings may differ, which do not turn the choice between left and right.
+    assert torch.equal(few, everybody)
+    torch.testing.assert_close(same, statistics, rtol=1e-5, atol=1e-5)
+    again, _ = run(2)
+    assert torch.equal(few, again)
+
+
+def test_few_that_still_play_share_a_forward_of_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lockstep, "_SMALLEST", 2)
+    with GymnasiumSimulator("CartPole-v1", 32) as simulator:
+        calls: list[tuple[int, ...]] = []
+
+        def forward(members: Any, x: torch.Tensor) -> torch.Tensor:
+            calls.append(tuple(members))
+            assert len(x) == 2 * len(calls[-1])
+            # Two members balance the pole, the others let it fall.
+            angle = x.view(-1, 2, 4)[..., 2] + 0.5 * x.view(-1, 2, 4)[..., 3]
+            skill = torch.tensor([1.0 if i % 8 == 1 else -1.0 for i in members])[:, None]
+            return torch.stack([-angle * skill, angle * skill], -1).view(-1, 2)
+
+        play = lockstep.Lockstep(simulator, forward, None, 2, device=torch.device("cpu"), name="CartPole-v1")
+        returns, steps = play.play(range(32), 60, bonus=True)
+    assert steps == returns.sum()
+    assert calls[0] == tuple(range(16)) and {len(c) for c in calls} == {16, 4} and {1, 9} <= set(calls[-1])
+
+
+def test_policies_that_are_compiled_earn_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lockstep, "_SMALLEST", 2)
+    scores = []
+    for compile in (False, True):
+        policy = policy_of(MLPPolicy, env("Hopper-v5"), hidden=(8,))
+        trainer = trainer_of(policy, EpisodeReturn("Hopper-v5", max_steps=60), compile=compile, population_size=8)
+        scores.append(trainer._evaluate(0, 8))
+    torch.testing.assert_close(*scores, rtol=1e-3, atol=0)

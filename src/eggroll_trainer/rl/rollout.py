@@ -10,12 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from eggroll_trainer import Population, batched
-from eggroll_trainer.fitness.turns import one_thread
 from eggroll_trainer.noise import derive_seed
 
 from .base import Simulator
+from .lockstep import Lockstep, Members
 from .normalization import ObservationNormalizer, Statistics
-from .policies import actions_of, output_size
 from .simulators import make_simulator
 
 
@@ -77,14 +76,17 @@ class EpisodeReturn:
         state = None
         if hasattr(population.model, "initial_state"):
             own = population.model.initial_state(self.episodes)  # type: ignore[operator]
-            state = own.expand(len(population), *own.shape)
-
-        def forward(x: Tensor, *state: Tensor) -> Any:
-            return population.each(x.view(len(population), self.episodes, -1), *state)
+            state = own.expand(len(population), *own.shape).contiguous()
 
         device = next(population.model.parameters()).device
         seen = None if normalizer is None else Statistics(normalizer.mean.cpu().numpy())
-        returns, steps = self._play(forward, state, seeds, limit, device=device, bonus=self.survival_bonus, seen=seen)
+        with population.repeated() as each:
+
+            def forward(members: Members, x: Tensor, *state: Tensor) -> Any:
+                return each(x.view(len(members), self.episodes, -1), *state, members=members)
+
+            rollout = Lockstep(self._simulator(len(seeds)), forward, state, self.episodes, device=device, name=self.env)
+            returns, steps = rollout.play(seeds, limit, bonus=self.survival_bonus, seen=seen)
         observed = torch.zeros(0, dtype=torch.float64) if seen is None else seen.as_tensor()
         self._statistics = torch.cat([torch.tensor([float(steps)], dtype=torch.float64), observed])
         return torch.from_numpy(returns).view(len(population), self.episodes).mean(1)
@@ -99,8 +101,15 @@ class EpisodeReturn:
         """
         seeds = [derive_seed("evaluation", seed, episode) % 2**31 for episode in range(episodes)]
         state = policy.initial_state(episodes) if hasattr(policy, "initial_state") else None  # type: ignore[operator]
+        device = next(policy.parameters()).device
+
+        def forward(_: Members, *inputs: Tensor) -> Any:
+            return policy(*inputs)
+
+        # As if of one member, which is always called for all its episodes.
+        rollout = Lockstep(self._simulator(episodes), forward, state, episodes, device=device, name=self.env)
         with torch.no_grad():
-            return self._play(policy, state, seeds, None, device=next(policy.parameters()).device, bonus=True)[0]
+            return rollout.play(seeds, None, bonus=True)[0]
 
     def pop_statistics(self) -> Tensor:
         """Return the steps of the last chunk, and count, mean and squared deviations of its observations.
@@ -140,58 +149,6 @@ class EpisodeReturn:
         for simulator in self._simulators.values():
             simulator.close()
         self._simulators = {}
-
-    def _play(
-        self,
-        forward: Callable[..., Any],
-        state: Tensor | None,
-        seeds: Sequence[int],
-        limit: int | None,
-        *,
-        device: torch.device,
-        bonus: bool,
-        seen: Statistics | None = None,
-    ) -> tuple[np.ndarray[Any, Any], int]:
-        """Play an episode for each seed and return their returns, and the number of all steps together.
-
-        Args:
-            forward: From observations ``[episodes, O]`` to outputs, and with a state to both.
-            state: The recurrent state at the start, or None.
-            seeds: Of the episodes.
-            limit: Steps after which an episode is cut off.
-            device: Where observations go.
-            bonus: Whether the survival bonus counts.
-            seen: What counts the observations in.
-        """
-        simulator = self._simulator(len(seeds))
-        observations = simulator.reset(seeds)
-        active = np.ones(len(seeds), bool)
-        returns = np.zeros(len(seeds))
-        time = steps = 0
-        with one_thread():
-            while active.any() and (limit is None or time < limit):
-                rows = observations.reshape(len(seeds), -1)
-                if seen is not None:
-                    seen.add(rows if active.all() else rows[active])
-                x = torch.from_numpy(rows).float().to(device)
-                result = forward(x) if state is None else forward(x, state)
-                outputs, state = result if isinstance(result, tuple) else (result, None)
-                actions = actions_of(self._checked(outputs, len(seeds), simulator), simulator.action_space)
-                observations, rewards, terminated, truncated, survival = simulator.step(actions, active)
-                returns[active] += (rewards if bonus else rewards - survival)[active]
-                time, steps = time + 1, steps + int(active.sum())
-                active &= ~(terminated | truncated)
-        return returns, steps
-
-    def _checked(self, outputs: Any, count: int, simulator: Simulator) -> np.ndarray[Any, Any]:
-        expected = output_size(simulator.action_space)
-        if not isinstance(outputs, Tensor) or outputs.numel() != count * expected or outputs.shape[-1] != expected:
-            got = f"shape {list(outputs.shape)}" if isinstance(outputs, Tensor) else type(outputs).__name__
-            raise ValueError(
-                f"the policy must return {expected} outputs for each observation, as {self.env} has the action space"
-                f" {simulator.action_space}; for {count} observations it returned {got}"
-            )
-        return outputs.reshape(count, expected).float().cpu().numpy()
 
     def _simulator(self, count: int) -> Simulator:
         if count not in self._simulators:

@@ -1,0 +1,134 @@
+"""Episodes of all members played in lockstep, with one forward a step for those that still play."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from eggroll_trainer.fitness.turns import one_thread
+
+from .base import Simulator
+from .normalization import Statistics
+from .policies import actions_of, output_size
+
+Array = np.ndarray[Any, Any]
+# Indices of members.
+Members = range | tuple[int, ...]
+
+# The forward is made for fewer members where no more than one in so many still plays: a compiled model is compiled for
+# each number of them. Below the smallest it takes as long for fewer.
+_SHRINK, _SMALLEST = 4, 16
+
+
+class Lockstep:
+    """Plays one episode in each environment of a simulator, all of them step by step.
+
+    When most members' episodes have ended, the forward is made for the rest alone. Which members share a forward, and
+    so how it rounds, follows from their number and the course of their episodes.
+
+    Args:
+        simulator: The simulator.
+        forward: From members, their observations ``[n·episodes, O]`` and, where there is one, their state ``[n, …]``,
+            to outputs, or to outputs and state.
+        state: The state at the start, ``[N, …]``, or None.
+        episodes: Episodes of each member, in consecutive environments.
+        device: Where observations go.
+        name: What to call the environment in messages.
+    """
+
+    def __init__(
+        self,
+        simulator: Simulator,
+        forward: Callable[..., Any],
+        state: Tensor | None,
+        episodes: int,
+        *,
+        device: torch.device,
+        name: Any,
+    ) -> None:
+        self._simulator, self._forward, self._state = simulator, forward, state
+        self._episodes, self._device, self._name = episodes, device, name
+        self._outputs = output_size(simulator.action_space)
+        self._members: Members = range(simulator.count // episodes)
+
+    def play(
+        self, seeds: Sequence[int], limit: int | None, *, bonus: bool, seen: Statistics | None = None
+    ) -> tuple[Array, int]:
+        """Play an episode for each seed and return their returns, and the number of all steps together.
+
+        Args:
+            seeds: Of the episodes.
+            limit: Steps after which an episode is cut off.
+            bonus: Whether the survival bonus counts.
+            seen: What counts the observations in.
+
+        Raises:
+            ValueError: The policy's outputs do not fit the actions.
+        """
+        observations = self._simulator.reset(seeds)
+        active, returns = np.ones(len(seeds), bool), np.zeros(len(seeds))
+        time = steps = 0
+        playing = len(seeds)
+        with one_thread():
+            while playing and (limit is None or time < limit):
+                rows = observations.reshape(len(seeds), -1)
+                if seen is not None:
+                    seen.add(rows if playing == len(seeds) else rows[active])
+                observations, rewards, terminated, truncated, survival = self._simulator.step(
+                    self._act(rows, active), active
+                )
+                # Rows that are not active are zero.
+                returns += rewards if bonus else rewards - survival
+                time, steps = time + 1, steps + playing
+                ended: Array = np.logical_or(terminated, truncated)
+                if ended.any():
+                    active &= ~ended
+                    playing = int(np.count_nonzero(active))
+                    self._shrink(active)
+        return returns, steps
+
+    def _act(self, observations: Array, active: Array) -> Array:
+        """Return the actions in all environments; they are zero where no forward was made."""
+        everybody = isinstance(self._members, range)
+        own = observations if everybody else observations[self._rows]
+        x = torch.from_numpy(own).float().to(self._device)
+        result = (
+            self._forward(self._members, x) if self._state is None else self._forward(self._members, x, self._state)
+        )
+        outputs, self._state = result if isinstance(result, tuple) else (result, None)
+        actions = actions_of(self._checked(outputs, len(x)), self._simulator.action_space)
+        if everybody:
+            return actions
+        padded = np.zeros((len(observations), *actions.shape[1:]), actions.dtype)
+        padded[self._rows] = actions
+        return padded
+
+    def _shrink(self, active: Array) -> None:
+        """Go on with fewer members, those that play among them, if few do."""
+        size = len(self._members) // _SHRINK
+        if size < _SMALLEST or np.count_nonzero(active) > size * self._episodes:
+            return
+        live: Array = np.any(active.reshape(-1, self._episodes), axis=1)
+        if np.count_nonzero(live) > size:
+            return
+        members = np.asarray(self._members)
+        # Filled up with some whose episodes have ended, so that sizes are few.
+        chosen = np.sort(np.argsort(~live[members], kind="stable")[:size])
+        self._members = tuple(members[chosen].tolist())
+        self._rows = (members[chosen, None] * self._episodes + np.arange(self._episodes)).ravel()
+        if self._state is not None:
+            self._state = self._state[torch.from_numpy(chosen).to(self._device)]
+
+    def _checked(self, outputs: Any, count: int) -> Array:
+        expected = self._outputs
+        if not isinstance(outputs, Tensor) or outputs.numel() != count * expected or outputs.shape[-1] != expected:
+            got = f"shape {list(outputs.shape)}" if isinstance(outputs, Tensor) else type(outputs).__name__
+            raise ValueError(
+                f"the policy must return {expected} outputs for each observation, as {self._name} has the action space"
+                f" {self._simulator.action_space}; for {count} observations it returned {got}"
+            )
+        return outputs.reshape(count, expected).float().cpu().numpy()
