@@ -16,14 +16,14 @@ def torchrun_command(processes: int, *arguments: Any, restarts: int = 0) -> list
     return ["-m", "torch.distributed.run", *options, *arguments]
 
 
-def start(*arguments: Any) -> subprocess.Popen[str]:
+def start(*arguments: Any, errors: int = subprocess.PIPE) -> subprocess.Popen[str]:
     """Start Python with these arguments."""
     return subprocess.Popen(
         [sys.executable, *map(str, arguments)],
         # Ray's workers look for modules where the script is, and here.
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{TESTS}:{TESTS / 'distributed'}"},
         stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        stderr=errors,
         text=True,
     )
 
