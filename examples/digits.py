@@ -3,6 +3,11 @@
     python examples/digits.py            # fitness: minus the cross-entropy
     python examples/digits.py accuracy   # fitness: the share of right answers, which has no gradient
 
+The same on several processes, or on Ray's workers, with the same result:
+
+    torchrun --nproc-per-node 2 examples/digits.py
+    python examples/digits.py --engine ray
+
 The 1,797 images of 8×8 pixels ship with scikit-learn; a fifth is held out for the test.
 """
 
@@ -51,6 +56,8 @@ class Args:
     """Of Adam; falls to zero along a cosine."""
     rank: int = 1
     seed: int = 0
+    engine: Literal["local", "torch", "ray"] | None = None
+    """Who evaluates the population; what torchrun has started, else this process, if None."""
     plot: Path = Path("digits.png")
     """Where the plot goes."""
 
@@ -106,7 +113,7 @@ def batches(count: int, args: Args) -> Tensor:
     return order[: args.generations * args.batch_size].view(args.generations, args.batch_size)
 
 
-def train_by_evolution(digits: Digits, args: Args) -> tuple[nn.Module, dict[str, list[float]]]:
+def train_by_evolution(digits: Digits, args: Args) -> tuple[EGGROLLTrainer, dict[str, list[float]]]:
     model = make_network(args.seed)
     index = batches(len(digits.train_images), args)
 
@@ -141,6 +148,7 @@ def train_by_evolution(digits: Digits, args: Args) -> tuple[nn.Module, dict[str,
             end_factor=(args.final_sigma or args.sigma) / args.sigma,
             total_iters=args.generations,
         ),
+        engine=args.engine,
     )
     curves: dict[str, list[float]] = {"train": [], "test": []}
 
@@ -149,7 +157,7 @@ def train_by_evolution(digits: Digits, args: Args) -> tuple[nn.Module, dict[str,
         curves["test"].append(accuracy(model, digits.test_images, digits.test_labels))
 
     trainer.train(args.generations, callback=record)
-    return model, {**trainer.history, **curves}
+    return trainer, {**trainer.history, **curves}
 
 
 def train_by_backpropagation(digits: Digits, args: Args) -> nn.Module:
@@ -180,19 +188,20 @@ def plot(history: dict[str, list[float]], reference: float, args: Args) -> None:
     plt.close(figure)
 
 
-def main(args: Args) -> tuple[float, float]:
+def main(args: Args) -> None:
     digits = Digits.load(args.seed)
     start = time.perf_counter()
-    model, history = train_by_evolution(digits, args)
+    trainer, history = train_by_evolution(digits, args)
     seconds = time.perf_counter() - start
+    if not trainer.is_main:
+        return
     reference = accuracy(train_by_backpropagation(digits, args), digits.test_images, digits.test_labels)
-    score = accuracy(model, digits.test_images, digits.test_labels)
+    score = accuracy(trainer.model, digits.test_images, digits.test_labels)
     plot(history, reference, args)
-    print(f"network:          {sum(p.numel() for p in model.parameters()):,} weights")
+    print(f"network:          {sum(p.numel() for p in trainer.model.parameters()):,} weights")
     print(f"test accuracy:    {score:.2%} by evolution ({args.fitness.replace('_', '-')}), in {seconds:.0f} s")
     print(f"                  {reference:.2%} by backpropagation, as many batches")
     print(f"plot:             {args.plot}")
-    return score, reference
 
 
 if __name__ == "__main__":

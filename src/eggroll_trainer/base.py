@@ -329,7 +329,7 @@ class ESTrainer(RunState, ABC):
         if callback is not None and not callable(callback):
             raise TypeError(f"callback must be callable, got {type(callback).__name__}")
         with contextlib.ExitStack() as stack:
-            progress = stack.enter_context(Progress(num_generations, verbose and self.engine.rank == 0))
+            progress = stack.enter_context(Progress(num_generations, verbose and self.is_main))
             if checkpoints is not None:
                 self.engine.from_main(lambda: checkpoints.begin(self))
                 stack.enter_context(exit_on_sigterm())
@@ -550,7 +550,7 @@ class ESTrainer(RunState, ABC):
             }
 
         live = self.engine.from_main(call)
-        if self.engine.rank != 0:
+        if not self.is_main:
             self.seed = live["seed"]
             self.population_size, self.chunk_size = live["sizes"]
             for group, options in zip(self.param_groups, live["options"], strict=True):

@@ -64,6 +64,11 @@ class RunState(OptimizerFace):
     _best_untrained: dict[str, Tensor]
     _warned: set[str]
 
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the only process, or the first of those that run the script: the one to print and write."""
+        return self.engine.rank == 0
+
     def state_dict(self) -> dict[str, Any]:
         """Return everything that the rest of the run depends on, as copies: tensors, numbers and strings."""
         state = {
@@ -111,7 +116,7 @@ class RunState(OptimizerFace):
 
         Of several processes the first one writes.
         """
-        if self.engine.rank == 0:
+        if self.is_main:
             write_checkpoint(self.state_dict(), path)
 
     def load(self, path: str | PathLike[str]) -> None:

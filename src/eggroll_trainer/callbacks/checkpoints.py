@@ -78,7 +78,7 @@ class Checkpoints:
         state = trainer.engine.from_main(self._newest)
         if state is not None:
             trainer.load_state_dict(state)
-        if self.log is not None and trainer.engine.rank == 0:
+        if self.log is not None and trainer.is_main:
             self.log.truncate(trainer.generation)
         return state is not None
 
@@ -100,7 +100,7 @@ class Checkpoints:
 
     def after_generation(self, trainer: ESTrainer) -> None:
         """Log the generation, and write a checkpoint if it is time; where that fails, warn and go on."""
-        if trainer.engine.rank != 0:
+        if not trainer.is_main:
             return
         try:
             if self.log is not None:
@@ -120,7 +120,7 @@ class Checkpoints:
             OSError: It cannot be written; the older ones are as they were.
         """
         path = self._path(trainer.generation)
-        if trainer.engine.rank != 0 or trainer.generation == 0 or path.exists():
+        if not trainer.is_main or trainer.generation == 0 or path.exists():
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         trainer.save(path)

@@ -64,8 +64,7 @@ class Run:
         self.trainer = make_trainer(settings, self.policy, self.fitness)
         self.checkpoints = Checkpoints(self.folder / "checkpoints", every=settings.save_every)
         self.metrics: list[dict[str, Any]] = []
-        engine = self.trainer.engine
-        self.is_main = engine.rank == 0
+        engine, self.is_main = self.trainer.engine, self.trainer.is_main
         engine.from_main(self._open)
         if settings.resume:
             self.checkpoints.restore(self.trainer)
