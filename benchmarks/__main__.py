@@ -15,23 +15,25 @@ import datetime
 import json
 from pathlib import Path
 
-from . import report, suites
+from . import report, scaling, suites
 from .measure import surroundings
+
+SUITES = {**suites.SUITES, "processes": scaling.processes, "ray": scaling.ray}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("suites", nargs="*", metavar="suite", help=f"of {', '.join(suites.SUITES)}; all by default")
+    parser.add_argument("suites", nargs="*", metavar="suite", help=f"of {', '.join(SUITES)}; all by default")
     parser.add_argument("--quick", action="store_true", help="few repeats, small sizes")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder for the results")
     args = parser.parse_args()
-    unknown = set(args.suites) - suites.SUITES.keys()
+    unknown = set(args.suites) - SUITES.keys()
     if unknown:
         parser.error(f"unknown: {', '.join(unknown)}")
     results = {"surroundings": surroundings(), "suites": {}}
-    for name in args.suites or suites.SUITES:
+    for name in args.suites or SUITES:
         print(f"{name} …", flush=True)
-        table = suites.SUITES[name](args.quick)
+        table = SUITES[name](args.quick)
         results["suites"][name] = table.as_dict()
         print(report.markdown_table(table.as_dict()), flush=True)
     args.out.mkdir(parents=True, exist_ok=True)

@@ -264,6 +264,74 @@ except TimeoutError as error:
     assert "the fitness of members 12-23 of generation 3 took longer" in out and "2 times" in out
 
 
+def test_a_straggler_is_given_out_twice_and_workers_come_and_go(tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    body = f"""
+import os, time
+from pathlib import Path
+from engine_cases import *
+from eggroll_trainer.distributed import RayEngine
+torch.set_num_threads(1)
+folder = Path({str(tmp_path)!r}) / "late"
+folder.mkdir()
+
+@batched
+def late(population):
+    if population.generation == 2 and population.first == 12 and not [*folder.iterdir()]:
+        (folder / str(os.getpid())).touch()
+        time.sleep(60)
+    return at_once(population)
+
+engine = RayEngine(2)
+trainer = make(EGGROLLTrainer, engine, fitness_fn=late)
+trainer.train(2, verbose=False)
+start = time.monotonic()
+trainer.train(1, verbose=False)
+print("late", time.monotonic() - start < 30, len([*folder.iterdir()]))
+for engine.workers in (1, 3):
+    trainer.step()
+    print("workers", len(engine._actors))
+print("checksum", trainer.checksum())
+"""
+    (tmp_path / "script.py").write_text(body)
+    out = python(tmp_path / "script.py").split("\n")
+    twin = make(EGGROLLTrainer, LocalEngine())
+    twin.train(5, verbose=False)
+    assert {"late True 1", "workers 1", "workers 3", f"checksum {twin.checksum()}"} <= set(out)
+
+
+def test_a_hang_in_native_code_restarts_the_group(tmp_path: Path) -> None:
+    body = f"""
+from pathlib import Path
+from engine_cases import *
+from eggroll_trainer.callbacks import Checkpoints
+from eggroll_trainer.distributed import ProcessGroupEngine
+torch.set_num_threads(1)
+mark = Path({str(tmp_path / "mark")!r})
+
+@batched
+def stuck(population):
+    if population.generation == 3 and population.first == 36 and not mark.exists():
+        mark.touch()
+        # One operation that takes minutes and does not look for signals.
+        3 ** 10**9
+    return at_once(population)
+
+engine = ProcessGroupEngine(timeout=1)
+trainer = make(EGGROLLTrainer, engine, fitness_fn=stuck)
+checkpoints = Checkpoints({str(tmp_path / "run")!r}, every=1)
+checkpoints.restore(trainer)
+trainer.train(5 - trainer.generation, verbose=False, checkpoints=checkpoints)
+if trainer.is_main:
+    print("checksum", trainer.checksum())
+"""
+    (tmp_path / "script.py").write_text(body)
+    out = python(*torchrun_command(2, tmp_path / "script.py", restarts=1))
+    twin = make(EGGROLLTrainer, LocalEngine())
+    twin.train(5, verbose=False)
+    assert (tmp_path / "mark").exists() and f"checksum {twin.checksum()}" in out
+
+
 def test_a_run_is_repeated_from_its_scores(tmp_path: Path) -> None:
     for name in ("everything", "coalesced", "custom", "cheetah"):
         trainer, checkpoints = CASES[name](LocalEngine()), Checkpoints(tmp_path / name, every=4)

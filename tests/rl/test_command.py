@@ -19,12 +19,7 @@ SMALL = ("--population-size", "8", "--eval-every", "2", "--eval-episodes", "2", 
 
 
 def command(*arguments: object) -> list[str]:
-    return [
-        sys.executable,
-        "-c",
-        "import sys; from eggroll_trainer.cli import main; sys.exit(main())",
-        *map(str, arguments),
-    ]
+    return [sys.executable, "-m", "eggroll_trainer", *map(str, arguments)]
 
 
 def run(*arguments: object, check: bool = True) -> subprocess.CompletedProcess[str]:
@@ -72,6 +67,31 @@ def test_ctrl_c_leaves_a_run_to_resume(tmp_path: Path) -> None:
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130 and "--resume" in errors
+    steps = curve(tmp_path / "a")[-1]["steps"]
+    run(*arguments, "--steps", steps + 1600, "--resume")
+    assert curve(tmp_path / "a")[-1]["steps"] == steps + 1600
+
+
+def test_processes_share_a_run(tmp_path: Path) -> None:
+    arguments = ("rl", "Pendulum-v1", "--steps", 3200, *SMALL, "--no-video", "--chunk-size", 2)
+    run(*arguments, "--out", tmp_path / "one")
+    shared = command(*arguments, "--out", tmp_path / "two")
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run([shared[0], *launcher, *shared[1:]], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("run: ") == 1
+    assert curve(tmp_path / "two") == curve(tmp_path / "one")
+
+
+def test_sigterm_leaves_a_run_to_resume(tmp_path: Path) -> None:
+    arguments = ("rl", "Pendulum-v1", *SMALL, "--no-video", "--out", tmp_path / "a")
+    process = subprocess.Popen(command(*arguments, "--steps", 10**9), stderr=subprocess.PIPE, text=True)
+    while not [*(tmp_path / "a" / "checkpoints").glob("checkpoint-*")]:
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.terminate()
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 143 and "Traceback" not in errors
     steps = curve(tmp_path / "a")[-1]["steps"]
     run(*arguments, "--steps", steps + 1600, "--resume")
     assert curve(tmp_path / "a")[-1]["steps"] == steps + 1600

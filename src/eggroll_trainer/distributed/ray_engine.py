@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import time
 from collections import deque
@@ -77,7 +78,8 @@ class RayEngine(LocalEngine):
         waiting, failures = deque(chunks), dict.fromkeys(chunks, 0)
         outcomes: dict[Chunk, Outcome] = {}
         durations: list[float] = []
-        self._grow()
+        starts_failed = 0
+        self._adapt()
         while len(outcomes) < len(chunks):
             self._give_out(waiting, outcomes, durations, state)
             done, _ = ray.wait(list(self._running), num_returns=1, timeout=_LOOK_EVERY)
@@ -86,9 +88,12 @@ class RayEngine(LocalEngine):
                 task = self._running.pop(reference)
                 try:
                     scores, shown = ray.get(reference)
-                except RayActorError:
+                except RayActorError as error:
                     lost.append(task)
                     self._actors.remove(task.actor)
+                    starts_failed += task.chunk is None
+                    if starts_failed > self.retries:
+                        raise RuntimeError(f"Ray's workers die while they start, {starts_failed} times") from error
                     continue
                 except RayTaskError as error:
                     if task.served == self._served:
@@ -108,15 +113,22 @@ class RayEngine(LocalEngine):
         self._actors, self._running, self._sent = [], {}, None
 
     def __del__(self) -> None:
-        if ray is not None and ray.is_initialized():
-            self.close()
+        # The interpreter may have taken Ray apart already, and its workers with it.
+        with contextlib.suppress(Exception):
+            if ray.is_initialized():
+                self.close()
 
-    def _grow(self) -> None:
-        """Start workers until there are as many as wanted, or as the cluster has room for."""
+    def _adapt(self) -> None:
+        """Start or end workers until there are as many as wanted, or as the cluster has room for."""
         wanted = self.workers
         if wanted is None:
             cpus = ray.cluster_resources().get("CPU", 1)
             wanted = max(1, int(cpus // max(self.worker_options["num_cpus"], 1e-3)))
+        self._actors, surplus = self._actors[:wanted], self._actors[wanted:]
+        for one_too_many in surplus:
+            ray.kill(one_too_many)
+        kept = {id(actor) for actor in self._actors}
+        self._running = {r: task for r, task in self._running.items() if id(task.actor) in kept}
         for _ in range(wanted - len(self._actors)):
             actor: Any = ray.remote(**self.worker_options)(_Worker).remote(self.threads)
             self._actors.append(actor)
@@ -180,7 +192,7 @@ class RayEngine(LocalEngine):
                 )
             waiting.appendleft(task.chunk)
         if lost:
-            self._grow()
+            self._adapt()
 
 
 class _Task(NamedTuple):

@@ -59,6 +59,8 @@ class Settings:
     """Write a checkpoint every so many generations, and at the end."""
     threads: int | None = None
     """Threads of the simulator; torch's number if left out."""
+    chunk_size: int | None = None
+    """Members evaluated at a time, which is what several processes share; up to 1024 if left out."""
     engine: Literal["local", "torch", "ray"] | None = None
     """Who evaluates the population; what torchrun has started, else this process, if left out."""
     compile: bool = True

@@ -220,6 +220,7 @@ def make_trainer(settings: Settings, policy: nn.Module, fitness: EpisodeReturn) 
         "optimizer": {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}[settings.optimizer],
         "seed": settings.seed,
         "compile": settings.compile,
+        "chunk_size": settings.chunk_size,
         "engine": settings.engine,
     }
     if settings.rank == 0:

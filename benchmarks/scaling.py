@@ -1,0 +1,116 @@
+"""How generations scale with the processes that share them, and what a model of the costs predicts."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+from typing import Any
+
+from .measure import ROOT
+from .suites import Table
+
+
+def run(*command: Any) -> str:
+    """Run Python with one thread a process and return the last line that it prints."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, *map(str, command)], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+    )
+    return done.stdout.strip().splitlines()[-1]
+
+
+def apart(size: int, generations: int) -> float:
+    """Return the mean seconds of a generation of two runs of half as many members, at the same time."""
+    command = [sys.executable, "-m", "benchmarks.one_rank", "local", str(size // 2), str(generations)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    both = [subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    return statistics.mean(json.loads(process.communicate()[0])["seconds"] for process in both)
+
+
+def one_rank(processes: int, exchange: str, size: int, generations: int, *options: str) -> dict[str, Any]:
+    command = ("-m", "benchmarks.one_rank", exchange, size, generations, *options)
+    if processes == 1:
+        return json.loads(run(*command))
+    return json.loads(run("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes, *command))
+
+
+def processes(quick: bool) -> Table:
+    """W1 shared among processes of one thread each."""
+    size, generations, rounds = (2048, 2, 1) if quick else (4096, 12, 5)
+    table = Table(
+        f"Processes: W1, N = {size}, one thread each",
+        "Generations shared among processes of torch.distributed (gloo) on one machine: seconds of a generation,"
+        f" medians of {rounds} starts of {generations} generations, the kinds in turn; bytes that each process hands"
+        " over in a generation. The model: chunks of the busiest process times noise, forward and update, plus the"
+        f" step. Two runs of {size // 2} members that have nothing to do with each other show what the machine allows.",
+        ["what", "processes", "seconds", "times as fast", "model's seconds", "bytes"],
+    )
+    kinds = [(1, "local"), (2, "scores"), (2, "sums"), (2, "auto"), (4, "sums")]
+    results: dict[tuple[int, str], list[dict[str, Any]]] = {kind: [] for kind in kinds}
+    unrelated = []
+    for _ in range(rounds):
+        for kind in kinds:
+            results[kind].append(one_rank(*kind, size, generations))
+        unrelated.append(apart(size, generations))
+    alone = results[1, "local"]
+    part = {
+        name: statistics.median(r[name] for r in alone) for name in ("noise", "noise and forward", "update", "step")
+    }
+    base = statistics.median(r["seconds"] for r in alone)
+    for (count, exchange), measured in results.items():
+        seconds = statistics.median(r["seconds"] for r in measured)
+        chunks = size // 1024
+        # On two cores, four processes take turns.
+        mine = -(-chunks // min(count, os.cpu_count() or 1))
+        updates = (chunks if exchange == "scores" else mine) * part["update"]
+        drawn_again = (chunks - mine) * part["noise"] if exchange == "scores" else 0.0
+        table.rows.append(
+            {
+                "what": "one process" if count == 1 else f"exchange of {exchange}",
+                "processes": count,
+                "seconds": f"{seconds:.3f}",
+                "times as fast": f"{base / seconds:.2f}",
+                "model's seconds": f"{mine * part['noise and forward'] + drawn_again + updates + part['step']:.3f}",
+                "bytes": f"{measured[0]['bytes']:,.0f}",
+            }
+        )
+    limit = statistics.median(unrelated)
+    table.rows.append(
+        {
+            "what": "two runs apart, half the members each",
+            "processes": 2,
+            "seconds": f"{limit:.3f}",
+            "times as fast": f"{base / limit:.2f}",
+        }
+    )
+    table.text += " Measured for a chunk of 1,024 members: " + ", ".join(
+        f"{name} {1e3 * seconds:.1f} ms" for name, seconds in part.items()
+    )
+    table.bars = {f"{row['processes']} × {row['what']}": float(row["seconds"]) * 1e3 for row in table.rows}
+    return table
+
+
+def ray(quick: bool) -> Table:
+    """A fitness of a millisecond a member on Ray's workers."""
+    rounds = 1 if quick else 3
+    table = Table(
+        "Ray: a fitness of 1 ms a member, N = 1024",
+        f"Seconds of a generation in chunks of 64, medians of {rounds} starts of 6 generations, one thread a worker.",
+        ["what", "seconds", "times as fast as one worker"],
+    )
+    seconds: dict[int, list[float]] = {0: [], 1: [], 2: []}
+    for _ in range(rounds):
+        for workers, measured in seconds.items():
+            measured.append(float(run("-m", "benchmarks.one_ray", workers)))
+    one = statistics.median(seconds[1])
+    for workers, measured in seconds.items():
+        median = statistics.median(measured)
+        name = f"{workers} worker{'s' * (workers > 1)}" if workers else "this process alone"
+        table.rows.append(
+            {"what": name, "seconds": f"{median:.3f}", "times as fast as one worker": f"{one / median:.2f}"}
+        )
+        table.bars[name] = median * 1e3
+    return table
