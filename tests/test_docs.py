@@ -1,0 +1,73 @@
+"""The Python blocks of the README and the pages, as they stand."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from helpers import make
+
+ROOT = Path(__file__).parents[1]
+
+
+def blocks(page: str) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(), re.DOTALL | re.MULTILINE)
+
+
+def run(page: str, **names: object) -> dict[str, object]:
+    found = blocks(page)
+    assert found
+    for block in found:
+        exec(compile(block, page, "exec"), names)
+    return names
+
+
+def test_every_page_with_code_is_run_here() -> None:
+    pages = {str(path.relative_to(ROOT)) for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]}
+    assert {page for page in pages if blocks(page)} == {
+        "README.md",
+        "docs/distributed.md",
+        "docs/reinforcement-learning.md",
+    }
+
+
+def test_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    names = run("README.md")
+    trainer, model = names["trainer"], names["best_model"]
+    assert trainer.history["fitness"][-1] > trainer.history["fitness"][0]  # type: ignore[attr-defined]
+    assert isinstance(model, torch.nn.Module) and (tmp_path / "run.pt").exists()
+    assert trainer.engine.rank == 0  # type: ignore[attr-defined]
+
+
+def test_reinforcement_learning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("gymnasium")
+    monkeypatch.chdir(tmp_path)
+    run("docs/reinforcement-learning.md")
+
+
+def test_distributed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ray = pytest.importorskip("ray")
+    monkeypatch.chdir(tmp_path)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        with warnings.catch_warnings():
+            # Ray's own.
+            warnings.simplefilter("ignore")
+            ray.init(num_cpus=1, include_dashboard=False)
+        group_engine, checkpoints, log, ray_engine = blocks("docs/distributed.md")
+        names: dict[str, object] = {"trainer": make()}
+        for block in (group_engine, checkpoints, ray_engine):
+            exec(block, names)
+        assert names["trainer"].generation == 1000  # type: ignore[attr-defined]
+        names["trainer"] = make()
+        exec(log, names)
+        assert names["trainer"].generation == 40  # type: ignore[attr-defined]
+    finally:
+        ray.shutdown()
+        dist.destroy_process_group()
