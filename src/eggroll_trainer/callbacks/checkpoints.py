@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..checkpoint import read_checkpoint
+from ..interrupts import delayed_interrupt
 from ..validation import check_int
 from .score_log import ScoreLog
 
@@ -89,8 +90,9 @@ class Checkpoints:
             FileExistsError: The folder holds a run, which the trainer does not go on with.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        logged = self.log is not None and self.log.is_begun()
-        if trainer.generation == 0 and (logged or self.paths()):
+        logged = trainer.generation == 0 and self.log is not None and self.log.is_begun()
+        paths = self.paths()
+        if logged or (paths and paths[-1] > self._path(trainer.generation)):
             raise FileExistsError(
                 f"{self.folder} holds a run already: go on with it by checkpoints.restore(trainer), or take another"
                 " folder"
@@ -103,10 +105,12 @@ class Checkpoints:
         if not trainer.is_main:
             return
         try:
-            if self.log is not None:
-                self.log.append(trainer)
-            if trainer.generation % self.every == 0:
-                self.save(trainer)
+            # A signal between the two would leave a checkpoint whose generation is not logged.
+            with delayed_interrupt():
+                if self.log is not None:
+                    self.log.append(trainer)
+                if trainer.generation % self.every == 0:
+                    self.save(trainer)
         except OSError as error:
             warnings.warn(
                 f"generation {trainer.generation} was not written to {self.folder}, and training goes on: {error}",

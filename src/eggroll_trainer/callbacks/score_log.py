@@ -59,7 +59,11 @@ class ScoreLog:
 
     def is_begun(self) -> bool:
         """Return whether a generation was logged."""
-        return self.path.exists() and len(self.path.read_text().splitlines()) > 1
+        if not self.path.exists():
+            return False
+        with open(self.path) as file:
+            file.readline()
+            return bool(file.readline())
 
     def begin(self, trainer: ESTrainer) -> None:
         """Write the first line, if no generation was logged and the trainer is at its beginning."""
