@@ -1,0 +1,76 @@
+"""Keep the evaluations of runs of `eggroll rl` as data, and draw them.
+
+python -m benchmarks.curves runs/HalfCheetah-v5-0 runs/HalfCheetah-v5-1 …    # adds to docs/data, and draws
+python -m benchmarks.curves                                                  # draws what is there
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from .measure import ROOT
+
+DATA, PICTURE = ROOT / "docs" / "data", ROOT / "docs" / "images" / "mujoco.png"
+KEPT = ("generation", "steps", "mean_return", "eval_return", "eval_std")
+
+
+def keep(run: Path) -> None:
+    """Write a run's evaluations to the data, with the seconds of training up to each."""
+    seconds, lines = 0.0, []
+    for line in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()):
+        seconds += line["seconds"]
+        if "eval_return" in line:
+            values = {key: line[key] if isinstance(line[key], int) else round(line[key], 1) for key in KEPT}
+            lines.append(json.dumps({**values, "seconds": round(seconds, 1)}))
+    (DATA / f"{run.name}.jsonl").write_text("\n".join(lines) + "\n")
+
+
+def read() -> dict[str, dict[str, list[dict[str, Any]]]]:
+    """Return the evaluations by task and seed."""
+    runs: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    for path in sorted(DATA.glob("*.jsonl")):
+        task, _, seed = path.stem.rpartition("-")
+        runs.setdefault(task, {})[seed] = [json.loads(line) for line in path.read_text().splitlines()]
+    return runs
+
+
+def draw(runs: dict[str, dict[str, list[dict[str, Any]]]]) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    columns = 2 if len(runs) > 1 else 1
+    rows = -(-len(runs) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(5 * columns, 3 * rows), layout="constrained", squeeze=False)
+    for axis in axes.flat[len(runs) :]:
+        axis.axis("off")
+    for axis, (task, seeds) in zip(axes.flat, runs.items(), strict=False):
+        for seed, lines in seeds.items():
+            axis.plot([line["steps"] / 1e6 for line in lines], [line["eval_return"] for line in lines], label=seed)
+        axis.set(title=task, xlabel="million environment steps", ylabel="return of the centre")
+        axis.legend(title="seed")
+        axis.grid(alpha=0.3)
+    figure.savefig(PICTURE, dpi=90)
+    plt.close(figure)
+
+
+def main() -> None:
+    for run in sys.argv[1:]:
+        keep(Path(run))
+    runs = read()
+    draw(runs)
+    for task, seeds in runs.items():
+        for seed, lines in seeds.items():
+            last = lines[-1]
+            print(
+                f"{task} {seed}: {last['eval_return']:.0f} ± {last['eval_std']:.0f} at {last['steps'] / 1e6:.1f}M,"
+                f" {last['seconds']:.0f} s"
+            )
+
+
+if __name__ == "__main__":
+    main()
