@@ -46,6 +46,7 @@ class RunState(OptimizerFace):
     """
 
     model: nn.Module
+    fitness_fn: Any
     device: torch.device
     engine: Engine
     population_size: int
@@ -183,7 +184,8 @@ class RunState(OptimizerFace):
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the attributes for a pickle or a deep copy; schedulers are made anew, and the engine is local."""
-        state = {key: value for key, value in self.__dict__.items() if key not in ("step", "_forwards", "engine")}
+        left_out = ("step", "engine", "_forwards", "_kept", "_sampled")
+        state = {key: value for key, value in self.__dict__.items() if key not in left_out}
         return {**state, "_schedules": plain_copy(self._schedules.state_dict())}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -247,10 +247,10 @@ from eggroll_trainer.distributed import RayEngine
 torch.set_num_threads(1)
 folder = Path({str(tmp_path)!r})
 (folder / "once").mkdir(), (folder / "always").mkdir()
-trainer = make(EGGROLLTrainer, RayEngine(2, timeout=5), fitness_fn=Hangs(folder / "once", 1))
+trainer = make(EGGROLLTrainer, RayEngine(2, timeout=6), fitness_fn=Hangs(folder / "once", 1))
 trainer.train(4, verbose=False)
 print("checksum", trainer.checksum())
-trainer = make(EGGROLLTrainer, RayEngine(2, timeout=2, retries=1), fitness_fn=Hangs(folder / "always", 9))
+trainer = make(EGGROLLTrainer, RayEngine(2, timeout=6, retries=1), fitness_fn=Hangs(folder / "always", 9))
 try:
     trainer.train(4, verbose=False)
 except TimeoutError as error:
@@ -288,6 +288,8 @@ trainer.train(2, verbose=False)
 start = time.monotonic()
 trainer.train(1, verbose=False)
 print("late", time.monotonic() - start < 30, len([*folder.iterdir()]))
+# Another function takes the place of the first in the workers as well.
+trainer.fitness_fn = at_once
 for engine.workers in (1, 3):
     trainer.step()
     print("workers", len(engine._actors))

@@ -61,8 +61,9 @@ class RayEngine(LocalEngine):
         self.worker_options = {"num_cpus": self.threads, **(worker_options or {})}
         if not ray.is_initialized():
             ray.init()
-        # The trainer that was sent out last, and the reference to its copy.
-        self._sent: tuple[Evaluator, Any] | None = None
+        # What was sent out last: the trainer, its fitness function and settings, and the reference to its copy.
+        self._sent: tuple[Evaluator, Any, dict[str, Any]] | None = None
+        self._copy: Any = None
         self._actors: list[Any] = []
         # What is under way, be it of an earlier generation that did not wait for it.
         self._running: dict[Any, _Task] = {}
@@ -70,11 +71,10 @@ class RayEngine(LocalEngine):
 
     def evaluate(self, trainer: Evaluator, chunks: Sequence[Chunk]) -> list[Outcome]:
         """Return the outcomes of all chunks."""
-        if self._sent is None or self._sent[0] is not trainer:
-            self._sent = trainer, ray.put(trainer)
+        self._send(trainer)
         self._served += 1
         # In a list, so that Ray hands the references on instead of what they refer to.
-        state = [self._sent[1], ray.put(trainer.working_state())]
+        state = [self._copy, ray.put(trainer.working_state())]
         waiting, failures = deque(chunks), dict.fromkeys(chunks, 0)
         outcomes: dict[Chunk, Outcome] = {}
         durations: list[float] = []
@@ -110,13 +110,22 @@ class RayEngine(LocalEngine):
         """End the workers."""
         for actor in self._actors:
             ray.kill(actor)
-        self._actors, self._running, self._sent = [], {}, None
+        self._actors, self._running, self._sent, self._copy = [], {}, None, None
 
     def __del__(self) -> None:
         # The interpreter may have taken Ray apart already, and its workers with it.
         with contextlib.suppress(Exception):
             if ray.is_initialized():
                 self.close()
+
+    def _send(self, trainer: Evaluator) -> None:
+        """Put a copy of the trainer where workers find it, unless they have one that is like it."""
+        fitness_fn, settings = trainer.fitness_fn, trainer.settings()
+        if self._sent is not None:
+            same = self._sent[0] is trainer and self._sent[1] is fitness_fn
+            if same and self._sent[2] == settings:
+                return
+        self._sent, self._copy = (trainer, fitness_fn, settings), ray.put(trainer)
 
     def _adapt(self) -> None:
         """Start or end workers until there are as many as wanted, or as the cluster has room for."""

@@ -28,7 +28,7 @@ class ExactSum:
         totals: The integers. Those of several processes may be added.
 
     Raises:
-        ValueError: A bound is not finite.
+        ValueError: A bound is more than terms of the sum's dtype can be.
 
     Example:
         >>> total = ExactSum({"w": torch.zeros(1, dtype=torch.float64)}, {"w": 3.0})
@@ -40,7 +40,7 @@ class ExactSum:
 
     def __init__(self, like: Mapping[str, Tensor], bounds: Mapping[str, float]) -> None:
         self._like = like
-        self._exponents = {name: _exponent(bounds[name]) for name in like}
+        self._exponents = {name: _exponent(bounds[name], wide_dtype(x)) for name, x in like.items()}
         self.totals = {name: torch.zeros_like(_with_float64(x), dtype=torch.int64) for name, x in like.items()}
 
     def add(self, terms: Mapping[str, Tensor]) -> None:
@@ -58,9 +58,9 @@ class ExactSum:
         }
 
 
-def _exponent(bound: float) -> int:
-    if not math.isfinite(bound):
-        raise ValueError(f"the terms of a sum must have a finite bound, got {bound}")
+def _exponent(bound: float, dtype: torch.dtype) -> int:
+    if not bound <= torch.finfo(dtype).max:
+        raise ValueError(f"a sum in {dtype} may overflow if its terms are only bounded by {bound}")
     # float64 ends at 2**1023.
     return min(1000, _BITS - math.frexp(bound)[1]) if bound > 0 else 0
 
