@@ -1,4 +1,4 @@
-"""HalfCheetah learns to run: a linear policy, rewarded by MuJoCo's own task.
+"""HalfCheetah learns to run: a small network, rewarded by MuJoCo's own task.
 
     python examples/halfcheetah.py                  # 12 million steps
     python examples/halfcheetah.py --steps 1000000
@@ -14,7 +14,7 @@ import torch
 import tyro
 
 from eggroll_trainer import EGGROLLTrainer
-from eggroll_trainer.rl.policies import LinearPolicy
+from eggroll_trainer.rl.policies import MLPPolicy
 from eggroll_trainer.rl.rollout import EpisodeReturn
 
 
@@ -23,16 +23,22 @@ class Args:
     steps: int = 12_000_000
     """Environment steps of all members together."""
     population_size: int = 64
-    sigma: float = 0.05
+    sigma: float = 0.02
     learning_rate: float = 0.4
     """With z-scores, in units of sigma per generation and weight."""
+    first_length: int = 150
+    """Steps of the first generations' episodes. They grow to the task's 1,000 over 70 % of the training: short ones tell
+    who runs faster as well, and leave time for more generations."""
     seed: int = 0
 
 
 def main(args: Args) -> float:
-    episodes = EpisodeReturn("HalfCheetah-v5")
+    def length(steps: int) -> int:
+        return round(args.first_length * (1000 / args.first_length) ** min(1.0, steps / (0.7 * args.steps)))
+
+    episodes = EpisodeReturn("HalfCheetah-v5", max_steps=length)
     torch.manual_seed(args.seed)
-    policy = LinearPolicy(*episodes.spaces())
+    policy = MLPPolicy(*episodes.spaces())
     trainer = EGGROLLTrainer(
         policy.parameters(),
         policy,
