@@ -27,14 +27,16 @@ class Args:
     learning_rate: float = 0.4
     """With z-scores, in units of sigma per generation and weight."""
     first_length: int = 150
-    """Steps of the first generations' episodes. They grow to the task's 1,000 over 70 % of the training: short ones tell
-    who runs faster as well, and leave time for more generations."""
+    """Steps of the first generations' episodes. Short ones tell who runs faster as well as the task's 1,000, and leave
+    time for more generations."""
+    last_length: int = 400
+    """What they grow to over 70 % of the training."""
     seed: int = 0
 
 
 def main(args: Args) -> float:
     def length(steps: int) -> int:
-        return round(args.first_length * (1000 / args.first_length) ** min(1.0, steps / (0.7 * args.steps)))
+        return round(args.first_length * (args.last_length / args.first_length) ** min(1.0, steps / (0.7 * args.steps)))
 
     episodes = EpisodeReturn("HalfCheetah-v5", max_steps=length)
     torch.manual_seed(args.seed)

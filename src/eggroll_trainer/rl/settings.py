@@ -84,7 +84,7 @@ _LOCOMOTION: dict[str, object] = {
 _WIDER: dict[str, object] = {**_LOCOMOTION, "policy": "mlp", "sigma": 0.02, "first_max_steps": 150}
 TASKS: dict[str, dict[str, object]] = {
     "CartPole-v1": {"steps": 300_000, "policy": "linear", "population_size": 64, "sigma": 0.1, "learning_rate": 1.0},
-    "HalfCheetah-v5": {**_WIDER, "steps": 12_000_000},
+    "HalfCheetah-v5": {**_WIDER, "steps": 12_000_000, "max_steps": 400},
     "Hopper-v5": {**_LOCOMOTION, "steps": 10_000_000, "population_size": 32, "survival_bonus": False},
     "Walker2d-v5": {**_LOCOMOTION, "steps": 30_000_000, "sigma": 0.02, "survival_bonus": False},
     "Swimmer-v5": {**_LOCOMOTION, "steps": 3_000_000, "population_size": 16},
