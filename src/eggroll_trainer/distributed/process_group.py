@@ -8,6 +8,7 @@ import pickle
 import secrets
 import time
 import warnings
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
@@ -27,6 +28,8 @@ Exchange = Literal["auto", "scores", "sums"]
 # What an exchange of sums is reckoned to cost: a reduction sends and receives each byte about once.
 _BYTES_PER_SECOND = 1e9
 _SECONDS_OF_LATENCY = 1e-3
+
+_engines: weakref.WeakSet[ProcessGroupEngine] = weakref.WeakSet()
 
 
 class ProcessGroupEngine(Engine):
@@ -72,9 +75,9 @@ class ProcessGroupEngine(Engine):
                 )
             join_group()
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
-        # Scores and messages are on the CPU, whatever the default group was made for.
-        on_cpu = _backends().get("cpu") == "gloo"
-        self._host: Any = dist.group.WORLD if on_cpu else dist.new_group(backend="gloo")
+        # Scores and messages are on the CPU, whatever the default group, None here, was made for.
+        self._host: Any = None if _backends().get("cpu") == "gloo" else dist.new_group(backend="gloo")
+        _engines.add(self)
         self._sums = self._warned = False
         self.bytes_sent = 0
 
@@ -264,6 +267,9 @@ def _backends() -> dict[str, str]:
 
 
 def _leave_group() -> None:
+    # A group to which somebody refers lives on until the interpreter ends, where its threads would abort the process.
+    for engine in _engines:
+        engine._host = None
     if dist.is_initialized():
         dist.destroy_process_group()
 
