@@ -171,6 +171,25 @@ except StopIteration as error:
     assert first[0] == second[0] == "3" and first[2:] == second[2:]
 
 
+def test_nothing_keeps_the_group_alive(tmp_path: Path) -> None:
+    # Its threads would abort a process that ends, now and then.
+    said = run_script(
+        2,
+        tmp_path,
+        """
+import weakref
+import torch.distributed as dist
+from eggroll_trainer.distributed import process_group
+trainer = make(EGGROLLTrainer, None)
+trainer.step()
+group = weakref.ref(dist.group.WORLD)
+process_group._leave_group()
+say(group() is None)
+""",
+    )
+    assert said == [["True"], ["True"]]
+
+
 def test_bytes_that_travel(tmp_path: Path) -> None:
     said = run_script(
         2,

@@ -22,6 +22,11 @@ from ..memory import is_out_of_memory
 from ..validation import check_int
 from .engine import Chunk, Engine, Evaluator, Outcome
 
+if dist.is_available():
+    # Its functions have the default group of the moment as a default argument. Imported later, as torch._dynamo does,
+    # they would keep the group beyond its end, until its threads abort the process.
+    import torch.distributed.nn.functional  # noqa: F401
+
 T = TypeVar("T")
 Exchange = Literal["auto", "scores", "sums"]
 
