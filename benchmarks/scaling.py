@@ -39,7 +39,7 @@ def one_rank(processes: int, exchange: str, size: int, generations: int, *option
 
 def processes(quick: bool) -> Table:
     """W1 shared among processes of one thread each."""
-    size, generations, rounds = (2048, 2, 1) if quick else (4096, 12, 5)
+    size, generations, rounds = (2048, 2, 1) if quick else (4096, 12, 4)
     table = Table(
         f"Processes: W1, N = {size}, one thread each",
         "Generations shared among processes of torch.distributed (gloo) on one machine: seconds of a generation,"
