@@ -25,6 +25,7 @@ def keep(run: Path) -> None:
         if "eval_return" in line:
             values = {key: line[key] if isinstance(line[key], int) else round(line[key], 1) for key in KEPT}
             lines.append(json.dumps({**values, "seconds": round(seconds, 1)}))
+    DATA.mkdir(exist_ok=True)
     (DATA / f"{run.name}.jsonl").write_text("\n".join(lines) + "\n")
 
 
