@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from eggroll_trainer import EGGROLLTrainer, VanillaESTrainer
 from eggroll_trainer.callbacks import Checkpoints
-from eggroll_trainer.interrupts import exit_on_sigterm
+from eggroll_trainer.interrupts import delayed_interrupt, exit_on_sigterm
 from eggroll_trainer.keyed import KeyedESTrainer
 
 from .policies import GRUPolicy, LinearPolicy, MLPPolicy, Policy
@@ -90,9 +90,12 @@ class Run:
         try:
             with exit_on_sigterm(), self._writers() as write, bar:
                 while self.steps < settings.steps:
-                    line = self._generation()
-                    write(line)
-                    self.checkpoints.after_generation(self.trainer)
+                    line = self._step()
+                    # A generation that is over is written down, also if somebody wants to end the run meanwhile.
+                    with delayed_interrupt():
+                        self._evaluate(line)
+                        write(line)
+                        self.checkpoints.after_generation(self.trainer)
                     bar.update(line["steps"] - bar.n)
                     bar.set_postfix_str(
                         f"mean {line['mean_return']:.0f}, best {line['best_return']:.0f}, centre"
@@ -108,14 +111,15 @@ class Run:
         if self.is_main:
             torch.save(self.policy.state_dict(), self.folder / "policy.pt")
 
-    def _generation(self) -> dict[str, Any]:
+    def _step(self) -> dict[str, Any]:
+        """Run a generation and return its metrics."""
         settings, start, before = self.settings, time.perf_counter(), self.steps
         if settings.final_learning_rate is not None:
             done = min(1.0, before / settings.steps)
             self.trainer.learning_rate = (1 - done) * settings.learning_rate + done * settings.final_learning_rate
         result = self.trainer.step()
         seconds = time.perf_counter() - start
-        line = {
+        return {
             "generation": result["generation"],
             "steps": self.steps,
             "mean_return": result["mean_fitness"],
@@ -125,12 +129,15 @@ class Run:
             "seconds": seconds,
             "steps_per_second": (self.steps - before) / seconds,
         }
+
+    def _evaluate(self, line: dict[str, Any]) -> None:
+        """Add the return of the centre policy to a generation's metrics if it is time, and keep them."""
+        settings = self.settings
         last = self.steps >= settings.steps
-        if self.is_main and (last or result["generation"] % settings.eval_every == 0):
+        if self.is_main and (last or line["generation"] % settings.eval_every == 0):
             returns = self.fitness.evaluate(self.policy, settings.eval_episodes, settings.seed * 2**32 + self.steps)
             line |= {"eval_return": float(returns.mean()), "eval_std": float(returns.std())}
         self.metrics.append(line)
-        return line
 
     def _last(self, key: str) -> float:
         return next((line[key] for line in reversed(self.metrics) if key in line), float("nan"))
