@@ -12,12 +12,13 @@ from typing import Any
 from .measure import ROOT
 from .suites import Table
 
+ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
+
 
 def run(*command: Any) -> str:
     """Run Python with one thread a process and return the last line that it prints."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, *map(str, command)], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+        [sys.executable, *map(str, command)], cwd=ROOT, env=ONE_THREAD, capture_output=True, text=True, check=True
     )
     return done.stdout.strip().splitlines()[-1]
 
@@ -25,8 +26,7 @@ def run(*command: Any) -> str:
 def apart(size: int, generations: int) -> float:
     """Return the mean seconds of a generation of two runs of half as many members, at the same time."""
     command = [sys.executable, "-m", "benchmarks.one_rank", "local", str(size // 2), str(generations)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    both = [subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    both = [subprocess.Popen(command, cwd=ROOT, env=ONE_THREAD, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     return statistics.mean(json.loads(process.communicate()[0])["seconds"] for process in both)
 
 

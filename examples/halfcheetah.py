@@ -15,7 +15,7 @@ import tyro
 
 from eggroll_trainer import EGGROLLTrainer
 from eggroll_trainer.rl.policies import MLPPolicy
-from eggroll_trainer.rl.rollout import EpisodeReturn
+from eggroll_trainer.rl.rollout import EpisodeReturn, growing
 
 
 @dataclasses.dataclass
@@ -35,9 +35,7 @@ class Args:
 
 
 def main(args: Args) -> float:
-    def length(steps: int) -> int:
-        return round(args.first_length * (args.last_length / args.first_length) ** min(1.0, steps / (0.7 * args.steps)))
-
+    length = growing(args.first_length, args.last_length, steps=round(0.7 * args.steps))
     episodes = EpisodeReturn("HalfCheetah-v5", max_steps=length)
     torch.manual_seed(args.seed)
     policy = MLPPolicy(*episodes.spaces())

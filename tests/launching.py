@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +18,10 @@ def torchrun_command(processes: int, *arguments: Any, restarts: int = 0) -> list
     return ["-m", "torch.distributed.run", *options, *arguments]
 
 
-def start(*arguments: Any, errors: int = subprocess.PIPE) -> subprocess.Popen[str]:
-    """Start Python with these arguments."""
-    return subprocess.Popen(
+@contextlib.contextmanager
+def start(*arguments: Any, errors: int = subprocess.PIPE) -> Iterator[subprocess.Popen[str]]:
+    """Start Python with these arguments; a test that fails leaves nothing running."""
+    process = subprocess.Popen(
         [sys.executable, *map(str, arguments)],
         # Ray's workers look for modules where the script is, and here.
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{TESTS}:{TESTS / 'distributed'}"},
@@ -26,12 +29,22 @@ def start(*arguments: Any, errors: int = subprocess.PIPE) -> subprocess.Popen[st
         stderr=errors,
         text=True,
     )
+    with process:
+        try:
+            yield process
+        finally:
+            if process.poll() is None:
+                # torchrun takes its processes along, as it could not if it were killed.
+                process.terminate()
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.communicate(timeout=60)
+                process.kill()
 
 
 def python(*arguments: Any) -> str:
     """Run Python with these arguments and return what it printed."""
-    process = start(*arguments)
-    out, errors = process.communicate(timeout=500)
+    with start(*arguments) as process:
+        out, errors = process.communicate(timeout=500)
     assert process.returncode == 0, out + errors
     return out
 

@@ -264,9 +264,7 @@ class ESTrainer(RunState, ABC):
             ValueError: No member has a finite fitness.
             TypeError: The fitness function does not return a number.
         """
-        with delayed_interrupt(), thread_modes.neutral():
-            self._check_live()
-            self._begin_generation()
+        self._start_generation()
         # The fitness function runs under the caller's modes.
         with thread_modes.kept():
             scores, statistics = self._evaluate_all()
@@ -286,11 +284,8 @@ class ESTrainer(RunState, ABC):
         if generation.seed != self._seed:
             self.seed = generation.seed
         self.population_size = len(generation.scores)
-        for group, options in zip(self.param_groups, generation.options, strict=True):
-            group.update(options)
-        with delayed_interrupt(), thread_modes.neutral():
-            self._check_live()
-            self._begin_generation()
+        self._set_options(generation.options)
+        self._start_generation()
         # What torch notes when ``step`` is called, and its schedulers look for.
         self._opt_called = True
         return self._advance(generation.scores, generation.statistics)
@@ -505,10 +500,15 @@ class ESTrainer(RunState, ABC):
             with delayed_interrupt(), thread_modes.neutral():
                 self._begin_generation()
 
+    def _start_generation(self) -> None:
+        with delayed_interrupt(), thread_modes.neutral():
+            self._check_live()
+            self._begin_generation()
+
     def evaluate_chunk(self, chunk: Chunk) -> Outcome:
         """Evaluate some members of the current generation in this process: for engines."""
         scores = self._evaluate(*chunk)
-        return Outcome(scores, None if self._learner is None else self._learner.pop_statistics())
+        return Outcome(scores, None if self._learner is None else self._learner.pop_statistics().cpu())
 
     def _advance(self, scores: Tensor, statistics: list[Tensor]) -> dict[str, Any]:
         """End the generation with the members' scores, and return its metrics."""
@@ -553,8 +553,7 @@ class ESTrainer(RunState, ABC):
         if not self.is_main:
             self.seed = live["seed"]
             self.population_size, self.chunk_size = live["sizes"]
-            for group, options in zip(self.param_groups, live["options"], strict=True):
-                group.update(options)
+            self._set_options(live["options"])
 
     def _evaluate(self, first: int, count: int) -> Tensor:
         """Return the fitness of members ``first, …, first + count - 1``, ``[count]``."""

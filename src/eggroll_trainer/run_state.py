@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from abc import abstractmethod
+from collections.abc import Sequence
 from os import PathLike
 from typing import Any, NamedTuple, cast
 
@@ -161,9 +163,8 @@ class RunState(OptimizerFace):
             "generation": self.generation,
             "population_size": self.population_size,
             "options": self._options(),
-            "parameters": {name: _to_numpy(p.detach()) for name, p in self._centre.parameters.items()},
             "learner": learner_state(self._learner),
-            "untrained": {k: _to_numpy(v.detach()) for k, v in untrained(self.model, self._centre.parameters).items()},
+            "tensors": {name: _to_numpy(value.detach()) for name, value in self._tensors().items()},
         }
 
     @torch.no_grad()
@@ -171,13 +172,9 @@ class RunState(OptimizerFace):
         """Take over the :meth:`working_state` of the trainer that this one is a copy of, to evaluate its chunks."""
         self._seed, self.generation = state["seed"], state["generation"]
         self.population_size = state["population_size"]
-        for group, options in zip(self.param_groups, state["options"], strict=True):
-            group.update(options)
-        values = untrained(self.model, self._centre.parameters)
-        for name, p in self._centre.parameters.items():
-            _copy_from_numpy(p, state["parameters"][name])
-        for name, value in values.items():
-            _copy_from_numpy(value, state["untrained"][name])
+        self._set_options(state["options"])
+        for name, value in self._tensors().items():
+            _copy_from_numpy(value, state["tensors"][name])
         set_learner_state(self._learner, state["learner"])
         self._restart_noise()
         self._begin_generation()
@@ -201,9 +198,18 @@ class RunState(OptimizerFace):
         """Return the live options of the parameter groups."""
         return [{k: v for k, v in group.items() if k not in ("params", "names")} for group in self.param_groups]
 
+    def _set_options(self, options: Sequence[dict[str, Any]]) -> None:
+        """Take over what :meth:`_options` returned."""
+        for group, own in zip(self.param_groups, options, strict=True):
+            group.update(own)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """Return the model's parameters and buffers, trained or not."""
+        return {**self._centre.parameters, **untrained(self.model, self._centre.parameters)}
+
+    @abstractmethod
     def settings(self) -> dict[str, Any]:
         """Return the arguments, besides those in the parameter groups, that the numbers of a run depend on."""
-        raise NotImplementedError
 
     def _restore(self, state: dict[str, Any]) -> None:
         self._centre.load_state_dict(state["centre"])
@@ -235,12 +241,15 @@ class RunState(OptimizerFace):
         for name, value in untrained(self.model, self._centre.parameters).items():
             value.copy_(values.get(name, value))
 
+    @abstractmethod
     def _restart_noise(self) -> None:
         """Forget what is kept of random streams."""
 
+    @abstractmethod
     def _begin_generation(self) -> None:
         """Get ready for the evaluation of chunks."""
 
+    @abstractmethod
     def _restart_forwards(self) -> None:
         """Forget what is known of the model's forwards."""
 

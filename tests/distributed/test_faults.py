@@ -79,19 +79,18 @@ def wait_until(condition: Callable[[], Any], seconds: float = 120) -> None:
 def test_killed_processes_of_torchrun(kills: int, tmp_path: Path) -> None:
     folder, choose, killed = tmp_path / "run", random.Random(kills), 0
     # Three chunks in a row: 40 generations take about 2.4 s for two kills, 24 s for twenty.
-    with open(tmp_path / "errors", "w+") as errors:
-        # No pipe: nobody reads what so many restarts have to say.
-        command = torchrun_command(2, run_of(folder, nap=0.01 * kills), restarts=kills)
-        process = start(*command, errors=errors.fileno())
-    for i in range(kills):
-        # Each start of the group adds two processes.
-        wait_until(lambda count=2 * (i + 1): len(pids(folder)) >= count or process.poll() is not None)  # type: ignore[misc]
-        time.sleep(choose.uniform(0, 0.8))
-        if process.poll() is None and len(pids(folder)) == 2 * (i + 1):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(choose.choice(pids(folder)[-2:]), signal.SIGKILL)
-                killed += 1
-    out, _ = process.communicate(timeout=300)
+    command = torchrun_command(2, run_of(folder, nap=0.01 * kills), restarts=kills)
+    # No pipe: nobody reads what so many restarts have to say.
+    with open(tmp_path / "errors", "w+") as errors, start(*command, errors=errors.fileno()) as process:
+        for i in range(kills):
+            # Each start of the group adds two processes.
+            wait_until(lambda count=2 * (i + 1): len(pids(folder)) >= count or process.poll() is not None)  # type: ignore[misc]
+            time.sleep(choose.uniform(0, 0.8))
+            if process.poll() is None and len(pids(folder)) == 2 * (i + 1):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(choose.choice(pids(folder)[-2:]), signal.SIGKILL)
+                    killed += 1
+        out, _ = process.communicate(timeout=300)
     assert process.returncode == 0, (tmp_path / "errors").read_text()
     assert f"checksum {quiet().checksum()}" in out
     assert killed >= kills // 2 and len(pids(folder)) > 2
@@ -131,11 +130,11 @@ print("checksum", trainer.checksum())
 def test_sigterm_leaves_a_checkpoint_and_the_next_start_resumes(processes: int, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     script = run_of(folder)
-    process = start(script) if processes == 1 else start(*torchrun_command(2, script))
     checkpoints = Checkpoints(folder)
-    wait_until(lambda: len(checkpoints.paths()) >= 2)
-    process.send_signal(signal.SIGTERM)
-    out, errors = process.communicate(timeout=60)
+    with start(*([script] if processes == 1 else torchrun_command(2, script))) as process:
+        wait_until(lambda: len(checkpoints.paths()) >= 2)
+        process.send_signal(signal.SIGTERM)
+        out, errors = process.communicate(timeout=60)
     assert "checksum" not in out
     if processes == 1:
         assert process.returncode == 143 and "Traceback" not in errors

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from launching import start
 
 pytest.importorskip("gymnasium")
 
@@ -56,17 +57,22 @@ def test_killed_and_resumed_is_the_same_curve(tmp_path: Path) -> None:
     assert curve(tmp_path / "killed") == curve(tmp_path / "whole")
 
 
+def stopped(number: int, folder: Path, arguments: tuple[object, ...], status: int) -> str:
+    """Start a long run, send it a signal after its first checkpoint, and return what it said to stderr."""
+    with start("-m", "eggroll_trainer", *arguments, "--steps", 10**9) as process:
+        while not [*(folder / "checkpoints").glob("checkpoint-*")]:
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == status
+    return errors
+
+
 def test_ctrl_c_leaves_a_run_to_resume(tmp_path: Path) -> None:
     arguments = ("rl", "Pendulum-v1", *SMALL, "--no-video", "--out", tmp_path / "a")
-    process = subprocess.Popen(
-        command(*arguments, "--steps", 10**9), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
-    )
-    while not [*(tmp_path / "a" / "checkpoints").glob("checkpoint-*")]:
-        assert process.poll() is None
-        time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130 and "--resume" in errors
+    errors = stopped(signal.SIGINT, tmp_path / "a", arguments, 130)
+    assert "--resume" in errors
     steps = curve(tmp_path / "a")[-1]["steps"]
     run(*arguments, "--steps", steps + 1600, "--resume")
     assert curve(tmp_path / "a")[-1]["steps"] == steps + 1600
@@ -85,13 +91,8 @@ def test_processes_share_a_run(tmp_path: Path) -> None:
 
 def test_sigterm_leaves_a_run_to_resume(tmp_path: Path) -> None:
     arguments = ("rl", "Pendulum-v1", *SMALL, "--no-video", "--out", tmp_path / "a")
-    process = subprocess.Popen(command(*arguments, "--steps", 10**9), stderr=subprocess.PIPE, text=True)
-    while not [*(tmp_path / "a" / "checkpoints").glob("checkpoint-*")]:
-        assert process.poll() is None
-        time.sleep(0.01)
-    process.terminate()
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 143 and "Traceback" not in errors
+    errors = stopped(signal.SIGTERM, tmp_path / "a", arguments, 143)
+    assert "Traceback" not in errors
     steps = curve(tmp_path / "a")[-1]["steps"]
     run(*arguments, "--steps", steps + 1600, "--resume")
     assert curve(tmp_path / "a")[-1]["steps"] == steps + 1600

@@ -32,8 +32,8 @@ class Outcome(NamedTuple):
     """What the evaluation of a chunk gave.
 
     Attributes:
-        scores: ``[size]`` in float64.
-        statistics: What it has shown to a fitness function that learns along the way, else None.
+        scores: ``[size]`` in float64, on the CPU.
+        statistics: What it has shown to a fitness function that learns along the way, on the CPU; else None.
     """
 
     scores: Tensor

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import os
 import pickle
 import secrets
@@ -205,7 +206,7 @@ class _Report(NamedTuple):
         if failure is not None:
             return _Report(fingerprint, [], np.zeros(0), [], _portable(failure))
         scores = packed(torch.cat([outcome.scores for outcome in outcomes] or [torch.zeros(0)]))
-        statistics = [None if o.statistics is None else o.statistics.cpu().numpy() for o in outcomes]
+        statistics = [None if o.statistics is None else o.statistics.numpy() for o in outcomes]
         return _Report(fingerprint, [len(outcome.scores) for outcome in outcomes], scores, statistics, None)
 
     def outcomes(self) -> list[Outcome]:
@@ -281,12 +282,10 @@ def _leave_group() -> None:
 
 def _portable(error: BaseException) -> BaseException:
     """Return the exception, or one that says the same where other processes could not read it."""
-    try:
-        copied = pickle.loads(pickle.dumps(error))
-        if type(copied) is type(error):
+    # Whatever goes wrong, it is not portable.
+    with contextlib.suppress(Exception):
+        if type(pickle.loads(pickle.dumps(error))) is type(error):
             return error
-    except Exception:
-        pass
     return RuntimeError(f"{type(error).__name__}: {error}")
 
 

@@ -9,7 +9,6 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 import ray
 import torch
 from ray.exceptions import RayActorError, RayTaskError
@@ -87,7 +86,7 @@ class RayEngine(LocalEngine):
             for reference in done:
                 task = self._running.pop(reference)
                 try:
-                    scores, shown = ray.get(reference)
+                    outcome = ray.get(reference)
                 except RayActorError as error:
                     lost.append(task)
                     self._actors.remove(task.actor)
@@ -101,7 +100,7 @@ class RayEngine(LocalEngine):
                     continue
                 if task.served == self._served and task.chunk is not None:
                     durations.append(time.monotonic() - task.started)
-                    outcomes.setdefault(task.chunk, _outcome(scores, shown))
+                    outcomes.setdefault(task.chunk, outcome)
             lost += self._kill_late()
             self._take_back(trainer, lost, waiting, failures, outcomes)
         return [outcomes[chunk] for chunk in chunks]
@@ -152,7 +151,7 @@ class RayEngine(LocalEngine):
             chunk = waiting.popleft() if waiting else self._straggler(outcomes, durations)
             if chunk is None:
                 return
-            reference = actor.evaluate.remote(self._served, state, *chunk)
+            reference = actor.evaluate.remote(self._served, state, chunk)
             self._running[reference] = _Task(actor, chunk, self._served, time.monotonic())
 
     def _straggler(self, outcomes: Mapping[Chunk, Outcome], durations: list[float]) -> Chunk | None:
@@ -213,11 +212,6 @@ class _Task(NamedTuple):
     started: float
 
 
-def _outcome(scores: np.ndarray[Any, Any], shown: np.ndarray[Any, Any] | None) -> Outcome:
-    # Ray's arrays cannot be written to.
-    return Outcome(torch.from_numpy(scores.copy()), None if shown is None else torch.from_numpy(shown.copy()))
-
-
 class _Worker:
     """A process with a copy of the trainer."""
 
@@ -227,16 +221,14 @@ class _Worker:
         self.copied: Any = None
         self.served = -1
 
-    def ready(self) -> tuple[None, None]:
+    def ready(self) -> None:
         """Return when the worker has started."""
-        return None, None
 
-    def evaluate(self, served: int, state: list[Any], first: int, size: int) -> tuple[Any, Any]:
-        """Return scores and statistics of a chunk."""
+    def evaluate(self, served: int, state: list[Any], chunk: Chunk) -> Outcome:
+        """Return the outcome of a chunk."""
         if served != self.served:
             if state[0] != self.copied:
                 self.trainer, self.copied = ray.get(state[0]), state[0]
             self.trainer.set_working_state(ray.get(state[1]))
             self.served = served
-        outcome = self.trainer.evaluate_chunk(Chunk(first, size))
-        return outcome.scores.numpy(), None if outcome.statistics is None else outcome.statistics.cpu().numpy()
+        return self.trainer.evaluate_chunk(chunk)

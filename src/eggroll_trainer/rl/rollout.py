@@ -156,6 +156,22 @@ class EpisodeReturn:
         return self._simulators[count]
 
 
+def growing(first: int, last: int, steps: int) -> Callable[[int], int]:
+    """Return a ``max_steps`` for episodes that grow from ``first`` to ``last`` steps, by the same factor each step.
+
+    Args:
+        first: At the beginning.
+        last: At the end.
+        steps: Environment steps after which they have grown.
+
+    Example:
+        >>> length = growing(100, 400, steps=1_000_000)
+        >>> length(0), length(500_000), length(2_000_000)
+        (100, 200, 400)
+    """
+    return lambda taken: round(first * (last / first) ** min(1.0, taken / steps))
+
+
 def find_normalizer(model: nn.Module) -> ObservationNormalizer | None:
     """Return the model's normaliser of observations, if it has one."""
     return next((module for module in model.modules() if isinstance(module, ObservationNormalizer)), None)

@@ -22,7 +22,7 @@ from eggroll_trainer.interrupts import delayed_interrupt, exit_on_sigterm
 from eggroll_trainer.keyed import KeyedESTrainer
 
 from .policies import GRUPolicy, LinearPolicy, MLPPolicy, Policy
-from .rollout import EpisodeReturn
+from .rollout import EpisodeReturn, growing
 from .settings import Settings
 
 # What may differ when a run is resumed.
@@ -199,7 +199,7 @@ def episode_limit(settings: Settings) -> int | Callable[[int], int] | None:
     first, last = settings.first_max_steps, settings.max_steps or gymnasium.spec(settings.env).max_episode_steps
     if last is None:
         raise ValueError(f"first_max_steps needs max_steps, as {settings.env} has no limit of its own")
-    return lambda steps: round(first * (last / first) ** min(1.0, steps / (_GROWN * settings.steps)))
+    return growing(first, last, round(_GROWN * settings.steps))
 
 
 def make_policy(settings: Settings, observation_space: Any, action_space: Any) -> Policy:
