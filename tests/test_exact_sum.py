@@ -76,7 +76,7 @@ def test_no_perturbation_exceeds_its_bound(kind: str, rank: int | None) -> None:
 
 def test_normal_numbers_stay_below_their_bound() -> None:
     (values,) = Noise(1).draw(0, 0, 64, [Stream("w", 2**17)])
-    assert 4.5 < values.abs().max().item() < LARGEST_NORMAL
+    assert 4.3 < values.abs().max().item() < LARGEST_NORMAL
 
 
 def test_chunks_change_the_update_by_rounding_alone() -> None:

@@ -38,7 +38,8 @@ _SHARED = 2**22
 _WORDS = 624
 _STATE_HEADER = 24
 
-# Normal numbers come from uniform ones of at most 53 random bits, by Box and Muller: |z| ≤ √(2·53·ln 2) < 9.
+# On a CPU, normal numbers are quantiles of 16 random bits, |z| < 4.4; elsewhere they come from uniform ones of at most
+# 53 random bits, by Box and Muller: |z| ≤ √(2·53·ln 2) < 9.
 LARGEST_NORMAL = 9.0
 
 
@@ -219,16 +220,40 @@ def _fill_all(fills: Sequence[_Fill]) -> None:
 
 
 def _fill(fill: _Fill) -> None:
-    out = fill.out
-    generator = keyed_generator("noise", *fill.key, device=out.device)
-    if fill.kind == "gaussian":
-        out.normal_(generator=generator)
-        return
-    # One random bit an element: 64-bit words are taken as bytes, and each byte stands for eight signs.
-    words = torch.empty((out.numel() + 63) // 64, dtype=torch.int64, device=out.device)
-    words.random_(-(2**63), None, generator=generator)
-    signs = _signs_of_bytes(out.device).index_select(0, words.view(torch.uint8).int())
-    out.copy_(signs.view(-1)[: out.numel()].view(out.shape))
+    out = fill.out.view(-1)
+    if fill.kind == "rademacher":
+        # One random bit an element: 64-bit words are taken as bytes, and each byte stands for eight signs.
+        words = _words(fill.key, (out.numel() + 63) // 64, out.device)
+        signs = _signs_of_bytes(out.device).index_select(0, words.view(torch.uint8).int())
+        out.copy_(signs.view(-1)[: out.numel()])
+    elif out.is_cpu:
+        # 16 random bits an element, which is twice as fast as torch's own numbers (32 bits, a logarithm, a root and a
+        # sine), and the same on every CPU.
+        words = _words(fill.key, (out.numel() + 3) // 4, out.device)
+        torch.index_select(_normal_quantiles(), 0, words.view(torch.uint16)[: out.numel()].int(), out=out)
+    else:
+        out.normal_(generator=keyed_generator("noise", *fill.key, device=out.device))
+
+
+def _words(key: tuple[int | str, ...], count: int, device: torch.device) -> Tensor:
+    """Return ``count`` words of 64 random bits, as int64."""
+    if device.type == "cpu":
+        seed = int.from_bytes(hashlib.blake2b(_key_bytes("noise", *key), digest_size=16).digest(), "little")
+        return torch.from_numpy(np.random.SFC64(seed).random_raw(count).view(np.int64))
+    words = torch.empty(count, dtype=torch.int64, device=device)
+    return words.random_(-(2**63), None, generator=keyed_generator("noise", *key, device=device))
+
+
+@functools.cache
+def _normal_quantiles() -> Tensor:
+    """Return, for every 16 bits, the middle one of the normal numbers that they stand for: ``[65536]``.
+
+    They are symmetric, and scaled to unit variance; their kurtosis is 2.9992 where a normal number has 3.
+    """
+    with torch.inference_mode(False):
+        positive = torch.special.ndtri((torch.arange(2**15, dtype=torch.float64) + (2**15 + 0.5)) / 2**16)
+        positive /= positive.square().mean().sqrt()
+        return torch.cat([positive, -positive]).float()
 
 
 @functools.cache
