@@ -1,4 +1,4 @@
-"""Ant learns to walk: a linear policy, a run folder, a curve and a video.
+"""Ant learns to walk: a small network, a run folder, a curve and a video.
 
     python examples/ant.py --steps 20000000
     python examples/ant.py --resume            # goes on with it

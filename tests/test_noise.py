@@ -143,7 +143,7 @@ def test_gaussian_is_gaussian() -> None:
     noise = of_one(Noise(11), 0, "w", 0, 1000, 100)
     # Kolmogorov-Smirnov over 1e5 values; fails for a right generator with probability 1e-6.
     assert stats.kstest(noise.flatten().numpy(), "norm").pvalue > 1e-6
-    # Of 2^16 possible values, 1e5 draws meet all but 2^16·exp(-1e5/2^16) = 14,249, give or take less than 120: 6 of them.
+    # Of 2^16 possible values, 1e5 draws miss 2^16·exp(-1e5/2^16) = 14,249, with a deviation below 120; 6 of them.
     assert abs(2**16 - len(noise.unique()) - 14_249) < 6 * 120
 
 

@@ -121,6 +121,9 @@ def test_a_folder_that_is_taken(tmp_path: Path) -> None:
 
 
 def test_help_lists_the_options() -> None:
-    shown = run("rl", "HalfCheetah-v5", "--help").stdout
-    assert "--population-size" in shown and "12000000" in shown
+    # With the task's own defaults, wherever its name stands.
+    for arguments in (("HalfCheetah-v5", "--help"), ("--seed", 1, "HalfCheetah-v5", "--help")):
+        shown = run("rl", *arguments).stdout
+        assert "--population-size" in shown and "12000000" in shown
+    assert "ENV_ID" in run("rl", "--seed", 1, check=False).stderr
     assert run().stdout.startswith("usage: eggroll rl") and run("train", check=False).returncode == 2

@@ -6,7 +6,7 @@ import sys
 
 import tyro
 
-from .settings import Settings, settings_for
+from .settings import TASKS, Settings, settings_for
 from .training import Run, plot
 from .video import choose_renderer, record
 
@@ -14,8 +14,9 @@ from .video import choose_renderer, record
 def main(arguments: list[str]) -> int:
     """Run the command and return the exit status."""
     choose_renderer()
-    env = next((argument for argument in arguments if not argument.startswith("-")), None)
-    default = Settings("ENV_ID") if env is None else settings_for(env)
+    # Wherever the task stands among the options, and for --help as well.
+    task = next((argument for argument in arguments if argument in TASKS), None)
+    default = Settings(tyro.MISSING) if task is None else settings_for(task)
     settings = tyro.cli(Settings, args=arguments, default=default, prog="eggroll rl", description=__doc__)
     try:
         run = Run(settings)

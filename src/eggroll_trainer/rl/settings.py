@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import tyro
 
@@ -13,7 +13,7 @@ import tyro
 class Settings:
     """How a policy is trained in a Gymnasium environment."""
 
-    env: tyro.conf.Positional[str]
+    env: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="ENV_ID")]
     """Id of the environment, such as HalfCheetah-v5."""
     steps: int = 1_000_000
     """Environment steps to train for, of all members together; the generation that reaches them is the last."""
