@@ -21,7 +21,7 @@ from torch import Tensor
 NoiseKind = Literal["gaussian", "rademacher"]
 
 # Draws of one parameter come in blocks, one random stream each, whatever part of them is asked for: so a draw does not
-# depend on how a population is cut into chunks. Opening a stream takes as long as 4,000 numbers, so that a block has
+# depend on how a population is cut into chunks. Opening a stream takes as long as 16,000 numbers, so that a block has
 # many more of them, but small chunks should not draw much that others need.
 _BLOCK_NUMBERS = 2**16
 _BLOCK_NUMBERS_AT_MOST = 2**20
@@ -32,8 +32,8 @@ _BLOCK_DRAWS_AT_MOST = 512
 # new work for some milliseconds after they have finished.
 _SHARED = 2**22
 
-# torch's CPU generator is a Mersenne Twister, whose `manual_seed` keeps only 32 bits of a seed: too few, as a large
-# run opens billions of streams. The whole state is set instead; its serialised form is a header, 624 words in 64-bit
+# torch's CPU generator is a Mersenne Twister, whose `manual_seed` keeps only 32 bits of a seed: of a hundred thousand
+# streams some would be the same. The whole state is set instead; its serialised form is a header, 624 words in 64-bit
 # slots, and the cache of an unfinished normal pair.
 _WORDS = 624
 _STATE_HEADER = 24
