@@ -31,8 +31,10 @@ def eager_backend(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
     torch._dynamo.reset()
 
 
-def population(model: nn.Module, size: int, *, compile: bool = False, budget: int | None = None) -> Population:
-    trainer = EGGROLLTrainer(model=model, fitness_fn=fitness, population_size=size, sigma=0.3, seed=0)
+def population(
+    model: nn.Module, size: int, *, compile: bool = False, budget: int | None = None, **options: Any
+) -> Population:
+    trainer = EGGROLLTrainer(model=model, fitness_fn=fitness, population_size=size, sigma=0.3, seed=0, **options)
     forwards = forward.Forwards(compile=compile, budget=Budget(budget))
     return Population(model, trainer._perturbations(0, size), forwards=forwards)
 
@@ -240,6 +242,27 @@ class TestCompiled:
             assert torch.equal(result["rest"][0], torch.arange(3.0).double().expand(size, 3))
             assert result["rest"][1] is None and result["rest"][2][1:] == ["text", 3]
         assert bool(eager_backend) == (size > 1)
+
+    @pytest.mark.parametrize("budget", [None, 20_000])
+    @pytest.mark.parametrize("reuse", [1, 2, 3])
+    @pytest.mark.parametrize("rank", [1, 2])
+    def test_members_that_share_draws(
+        self, rank: int, reuse: int, budget: int | None, eager_backend: list[Any]
+    ) -> None:
+        model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 6)).double()
+        members = population(model, 42, compile=True, budget=budget, noise_reuse=reuse, rank=rank)
+        x = X[:5].double()
+        results = members(x)
+        for i in range(42):
+            torch.testing.assert_close(results[i], members.member(i)(x), rtol=0, atol=1e-12)
+        assert len(eager_backend) == 1
+
+    def test_called_in_inference_mode_first(self, eager_backend: list[Any]) -> None:
+        members = population(Several(), 6)
+        with torch.inference_mode():
+            first = members(X)
+        again = members(X)
+        assert torch.equal(first["y"], again["y"]) and not again["y"].is_inference()
 
     def test_traced_once(self, eager_backend: list[Any]) -> None:
         trainer = make(compile=True, fitness_fn=population_fitness, chunk_size=4, population_size=14)

@@ -20,7 +20,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
 from .memory import Budget, is_out_of_memory, live_bytes
 from .module_state import NotBatchable, Slot, swapped
 from .perturbation import BatchingRules, densify
-from .perturbation.sample import perturb
+from .perturbation.sample import SharedDraws, members_of, perturb
 
 # What a model may return or be called with besides tensors, and be batched all the same.
 PLAIN_TYPES = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, slice, type(...))
@@ -37,7 +37,8 @@ class Call:
         module: The module.
         slots: Where it keeps perturbed parameters.
         centres: The unperturbed parameters by name.
-        factors: For each of them the members' perturbations, with a leading dimension ``n``.
+        factors: For each of them the members' perturbations, with a leading dimension ``n``, or the draws that they
+            share.
         leaves: The leaves of its ``(args, kwargs)``.
         spec: Their structure.
         dims: For each leaf its dimension of members, or None if they share it.
@@ -64,13 +65,17 @@ class Call:
                 signature.append((tuple(shape), dim, leaf.dtype, leaf.device))
             else:
                 signature.append((type(leaf), repr(leaf)))
-        ranks = tuple(value[0].shape[-1] if isinstance(value, tuple) else None for value in self.factors.values())
+        ranks = tuple(_rank(value) for value in self.factors.values())
         return self.module, str(self.spec), tuple(signature), ranks, self.size if self.exact else None
 
-    def part(self, start: int, stop: int) -> Call:
-        """Return the call for members ``start, …, stop - 1``."""
-        if (start, stop) == (0, self.size):
-            return self
+    def parts(self, ranges: Sequence[tuple[int, int]]) -> list[Call]:
+        """Return the calls for members ``start, …, stop - 1`` of each of the ranges."""
+        if list(ranges) == [(0, self.size)]:
+            return [self]
+        own = dataclasses.replace(self, factors={name: members_of(value) for name, value in self.factors.items()})
+        return [own._part(start, stop) for start, stop in ranges]
+
+    def _part(self, start: int, stop: int) -> Call:
         leaves = [
             leaf if dim is None else leaf.narrow(dim, start, stop - start)
             for leaf, dim in zip(self.leaves, self.dims, strict=True)
@@ -90,6 +95,13 @@ class Call:
         """Return the accelerators that its tensors are on."""
         tensors = [*self.centres.values(), *(leaf for leaf in self.leaves if isinstance(leaf, Tensor))]
         return sorted({tensor.device for tensor in tensors} - {torch.device("cpu")}, key=str)
+
+
+def _rank(value: Any) -> int | None:
+    """Return the rank of a parameter's perturbations, or None where they are full-rank ones."""
+    if isinstance(value, SharedDraws):
+        return None if value.rows is None else value.noise.shape[1]
+    return value[0].shape[-1] if isinstance(value, tuple) else None
 
 
 # What a batched call returns: the tensors among the leaves of the result, the others by their index, the structure.
@@ -126,6 +138,7 @@ def batched(call: Call) -> Callable[..., Result]:
             structure.append((others, result_spec))
             return [leaf for leaf in results if isinstance(leaf, Tensor)]
 
+        factors = {name: members_of(value) for name, value in factors.items()}
         with BatchingRules():
             tensors = torch.vmap(member, in_dims, randomness="different")(counter, factors, own)
         return tensors, *structure[0]
@@ -260,7 +273,8 @@ class Forwards:
             with warnings.catch_warnings():
                 # What torch warns of while it compiles is for its own authors.
                 warnings.simplefilter("ignore")
-                return _joined([function(*call.part(i, i + size).tensors()) for i in starts], call.size)
+                parts = call.parts([(i, i + size) for i in starts])
+                return _joined([function(*part.tensors()) for part in parts], call.size)
         except Exception as error:
             if is_out_of_memory(error):
                 raise
@@ -283,7 +297,7 @@ class Forwards:
     def _run_eagerly(self, call: Call, kind: Hashable) -> Any:
         function, size = batched(call), self._tile(call, kind)
         with _uncompiled(call.module):
-            parts = [call.part(i, min(i + size, call.size)) for i in range(0, call.size, size)]
+            parts = call.parts([(i, min(i + size, call.size)) for i in range(0, call.size, size)])
             return _joined([function(*part.tensors()) for part in parts], call.size)
 
     def _tile(self, call: Call, kind: Hashable) -> int:
@@ -295,7 +309,10 @@ class Forwards:
             function = batched(call)
             # Dropout draws in it; who draws after it must not notice.
             with _uncompiled(call.module), torch.random.fork_rng(call.devices()):
-                one, two = (live_bytes(lambda n=n: function(*call.part(0, n).tensors())) for n in (1, 2))  # type: ignore[misc]
+                one, two = (
+                    live_bytes(lambda part=part: function(*part.tensors()))  # type: ignore[misc]
+                    for part in call.parts([(0, 1), (0, 2)])
+                )
             fitting = (self.budget.call_bytes(device) - one) // max(1, two - one)
             self._tiles[kind] = 1 << (max(1, fitting).bit_length() - 1)
         return min(self._tiles[kind], call.size)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import functools
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -63,7 +64,6 @@ class Population:
         self.model = model
         self.perturbations = perturbations
         self.first, self.generation, self.seed = first, generation, seed
-        self._members = perturbations.members()
         parameters = dict(model.named_parameters(remove_duplicate=False))
         self._names = {id(parameters[name]): name for name in perturbations.draws}
         self._centres = {name: draws.spec.centre for name, draws in perturbations.draws.items()}
@@ -265,9 +265,17 @@ class Population:
     ) -> Call:
         leaves, spec = tree_flatten((args, kwargs))
         slots = self._slots_in(module)
-        factors: Any = {name: self._members[name] for _, _, name in slots}
+        names = [name for _, _, name in slots]
         members = range(len(self)) if members is None else members
-        if list(members) != list(range(len(self))):
+        everybody = list(members) == list(range(len(self)))
+        factors: Any
+        if everybody and self.forwards.compile and not exact:
+            # The compiled code reads a draw where it is, for each of the members that share it.
+            with torch.inference_mode(False):
+                factors = {name: self.perturbations.draws[name].shared() for name in names}
+        else:
+            factors = {name: self._members[name] for name in names}
+        if not everybody:
             index = torch.as_tensor(members)
             factors = {name: tree_map(lambda t: t[index.to(t.device)], value) for name, value in factors.items()}
         centres = {name: self._centres[name] for name in factors}
@@ -294,6 +302,12 @@ class Population:
         while self.forwards.reports:
             warn_once(self._warned, self.forwards.reports.pop())
         return result
+
+    @functools.cached_property
+    def _members(self) -> dict[str, tuple[Tensor, Tensor] | Tensor]:
+        # Not tensors of a mode that the caller is in for the moment.
+        with torch.inference_mode(False), torch.no_grad():
+            return self.perturbations.members()
 
     def _slots_in(self, module: nn.Module) -> list[Slot]:
         """Return where ``module`` and those below it keep perturbed parameters."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -63,6 +64,29 @@ def effective_rank(shape: Sequence[int], rank: int | None) -> int | None:
     return rank
 
 
+class SharedDraws(NamedTuple):
+    """The draws of one parameter, before they are given out to the members that share each.
+
+    Attributes:
+        noise: Factors ``[d, R, O + I]``, or values ``[d, *shape]``.
+        scales: ``[reuse]``, what the noise is multiplied by for each of the members that share it.
+        rows: ``O``, or None for values.
+    """
+
+    noise: Tensor
+    scales: Tensor
+    rows: int | None
+
+    def members(self) -> tuple[Tensor, Tensor] | Tensor:
+        """Return every member's ``A [n, O, R]``, scaled, and ``B [n, I, R]``, or its scaled values ``[n, *shape]``."""
+        scales = self.scales.view(-1, *[1] * (self.noise.ndim - 1))
+        if self.rows is None:
+            return (self.noise[:, None] * scales).flatten(0, 1)
+        A, B = self.noise[..., : self.rows], self.noise[..., self.rows :]
+        B = B[:, None].expand(-1, len(self.scales), -1, -1).flatten(0, 1)
+        return (A[:, None] * scales).flatten(0, 1).mT, B.mT
+
+
 class LowRankDraws:
     """``d`` draws of the factors of one matrix.
 
@@ -94,13 +118,10 @@ class LowRankDraws:
         O = self.spec.centre.shape[0]
         return factors[..., :O], factors[..., O:]
 
-    def members(self) -> tuple[Tensor, Tensor]:
-        """Return every member's ``A [n, O, R]``, scaled by sign, sigma and rank, and ``B [n, I, R]``."""
-        A, B = self._split(self.factors.to(self.spec.centre.dtype))
-        reuse = len(self.signs)
-        signed = A[:, None] * (self.scale * self.signs.to(A.dtype))[:, None, None]
-        B = B if reuse == 1 else B.repeat_interleave(reuse, 0)
-        return signed.flatten(0, 1).mT, B.mT
+    def shared(self) -> SharedDraws:
+        """Return the factors in the parameter's dtype, with the scales of sign, sigma and rank."""
+        factors = self.factors.to(self.spec.centre.dtype)
+        return SharedDraws(factors, self.scale * self.signs.to(factors.dtype), self.spec.centre.shape[0])
 
     def dense(self, draw: int) -> Tensor:
         """Return the perturbation of a draw's first member as an array of the parameter's shape."""
@@ -136,11 +157,10 @@ class FullRankDraws:
         """Return some of the draws."""
         return FullRankDraws(self.values[draws], self.spec, self.signs)
 
-    def members(self) -> Tensor:
-        """Return every member's perturbation ``[n, *shape]``."""
+    def shared(self) -> SharedDraws:
+        """Return the values, in float32 or wider, with the scales of sign and sigma."""
         values = self.values.to(wide_dtype(self.spec.centre))
-        scales = self.spec.sigma * self.signs.to(values.dtype)
-        return (values[:, None] * scales.view(-1, *[1] * (self.values.ndim - 1))).flatten(0, 1)
+        return SharedDraws(values, self.spec.sigma * self.signs.to(values.dtype), None)
 
     def dense(self, draw: int) -> Tensor:
         """Return the perturbation of a draw's first member as an array of the parameter's shape."""
@@ -183,7 +203,7 @@ class Perturbations:
 
     def members(self) -> dict[str, tuple[Tensor, Tensor] | Tensor]:
         """Return, for each parameter, ``(A [n, O, R], B [n, I, R])`` or the full-rank ``[n, *shape]``."""
-        return {name: draws.members() for name, draws in self.draws.items()}
+        return {name: draws.shared().members() for name, draws in self.draws.items()}
 
     def dense(self, member: int) -> dict[str, Tensor]:
         """Return one member's perturbations in full, in float32 or wider."""
@@ -230,6 +250,11 @@ def sample(
         else:
             draws[spec.name] = LowRankDraws(value.view(-1, spec.rank, LowRankDraws.sides(shape)), spec, own_signs)
     return Perturbations(draws, signs, count)
+
+
+def members_of(value: SharedDraws | tuple[Tensor, Tensor] | Tensor) -> tuple[Tensor, Tensor] | Tensor:
+    """Return the perturbations of a parameter with a leading dimension of members, be they given out yet or not."""
+    return value.members() if isinstance(value, SharedDraws) else value
 
 
 def perturb(centre: Tensor, member: tuple[Tensor, Tensor] | Tensor) -> Tensor:
