@@ -270,7 +270,8 @@ class Population:
         everybody = list(members) == list(range(len(self)))
         factors: Any
         if everybody and self.forwards.compile and not exact:
-            # The compiled code reads a draw where it is, for each of the members that share it.
+            # The compiled code reads a draw where it is, for each of the members that share it. Calls that are made
+            # over and over find everything written out.
             with torch.inference_mode(False):
                 factors = {name: self.perturbations.draws[name].shared() for name in names}
         else:
