@@ -146,12 +146,28 @@ def test_discrete_actions_are_drawn_by_their_probabilities() -> None:
     assert abs(share - 0.8) < 0.0142
 
 
-def test_actions_fit_their_space() -> None:
-    box = spaces.Box(np.array([-1.0, 0.0], np.float32), np.array([1.0, 5.0], np.float32))
-    actions = actions_of(np.array([[-3.0, 2.0], [0.5, 9.0]], np.float32), box)
-    assert actions.tolist() == [[-1.0, 2.0], [0.5, 5.0]] and all(box.contains(a) for a in actions)
-    discrete = spaces.Discrete(3, start=5)
-    assert actions_of(np.array([[0.0, 2.0, 1.0]]), discrete).tolist() == [6]
+@pytest.mark.parametrize(
+    ("low", "high", "dtype", "expected"),
+    [
+        # -1 and 1 are the bounds.
+        ([-1.0, 0.0], [1.0, 5.0], np.float32, [[-1.0, 5.0], [0.5, 2.5]]),
+        ([-0.4, -3.0], [0.4, 3.0], np.float64, [[-0.4, 3.0], [0.2, 0.0]]),
+        ([0, 0], [255, 10], np.uint8, [[0, 10], [191, 5]]),
+        ([np.iinfo(np.int64).min, -9], [np.iinfo(np.int64).max, 9], np.int64, [[-(2**63), 9], [2**62, 0]]),
+        # Without bounds on both sides of all there is nothing to scale by.
+        ([-1.0, 0.0], [1.0, np.inf], np.float32, [[-1.0, 2.0], [0.5, 0.0]]),
+        ([np.finfo(np.float32).min] * 2, [np.finfo(np.float32).max] * 2, np.float32, [[-3.0, 2.0], [0.5, 0.0]]),
+    ],
+)
+def test_actions_fit_their_box(low: Any, high: Any, dtype: Any, expected: Any) -> None:
+    box = spaces.Box(np.array(low, dtype), np.array(high, dtype), dtype=dtype)
+    actions = actions_of(np.array([[-3.0, 2.0], [0.5, 0.0]], np.float32), box)
+    assert actions.dtype == dtype and all(box.contains(action) for action in actions)
+    np.testing.assert_allclose(actions, expected, rtol=1e-6)
+
+
+def test_actions_are_logits_where_they_are_few() -> None:
+    assert actions_of(np.array([[0.0, 2.0, 1.0]]), spaces.Discrete(3, start=5)).tolist() == [6]
 
 
 class Fails(gymnasium.Env[Any, Any]):

@@ -17,8 +17,9 @@ from .normalization import ObservationNormalizer
 class Policy(nn.Module):
     """What the policies have in common: observations are flattened and normalised, outputs become actions.
 
-    The outputs are, for a continuous action space, the action; for a discrete one, a logit for each action. With
-    ``sample=True`` actions are drawn: around the output with a deviation that is learnt as well, or by the logits.
+    The outputs are, for a continuous action space, the action, in units in which its bounds are ±1; for a discrete one,
+    a logit for each action. With ``sample=True`` actions are drawn: around the output with a deviation that is learnt
+    as well, or by the logits.
 
     Args:
         observation_space: Of one environment.
@@ -136,10 +137,20 @@ def output_size(space: spaces.Space[Any]) -> int:
 
 
 def actions_of(outputs: np.ndarray[Any, Any], space: spaces.Space[Any]) -> np.ndarray[Any, Any]:
-    """Return environments' actions from a policy's outputs ``[n, A]``: clipped to the range, or the largest logit."""
+    """Return environments' actions from a policy's outputs ``[n, A]``: scaled and clipped, or the largest logit.
+
+    Where all actions have bounds, -1 and 1 stand for them, so that a perturbation is as large in every task.
+    """
     if isinstance(space, spaces.Box):
-        actions = outputs.reshape(len(outputs), *space.shape).astype(space.dtype, copy=False)
-        return np.clip(actions, space.low, space.high)
+        actions = outputs.reshape(len(outputs), *space.shape)
+        low, high = space.low, space.high
+        with np.errstate(over="ignore"):
+            half = np.subtract(high, low, dtype=np.promote_types(space.dtype, np.float32)) / 2
+        # Some environments give the largest number there is for a bound.
+        if np.isfinite(half).all():
+            actions = low + half + half * actions
+        actions = np.clip(actions, low, high)
+        return (actions if space.dtype.kind == "f" else np.rint(actions)).astype(space.dtype, copy=False)
     assert isinstance(space, spaces.Discrete)
     return outputs.argmax(-1) + space.start
 
