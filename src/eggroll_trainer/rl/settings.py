@@ -26,7 +26,7 @@ class Settings:
     sigma: float = 0.05
     """Standard deviation of the perturbations."""
     learning_rate: float = 0.1
-    """Step size; with sgd, in units of sigma per generation and weight."""
+    """Step size; with sgd and z-scores, in units of sigma per generation and weight (ranks count 0.29 as much)."""
     final_learning_rate: float | None = None
     """What the learning rate falls to, linearly in environment steps; it stays as it is if left out."""
     optimizer: Literal["sgd", "adam"] = "sgd"
@@ -84,9 +84,15 @@ _LOCOMOTION: dict[str, object] = {
 _WIDER: dict[str, object] = {**_LOCOMOTION, "policy": "mlp", "sigma": 0.02, "first_max_steps": 150}
 TASKS: dict[str, dict[str, object]] = {
     "CartPole-v1": {"steps": 300_000, "policy": "linear", "population_size": 64, "sigma": 0.1, "learning_rate": 1.0},
-    "HalfCheetah-v5": {**_WIDER, "steps": 12_000_000, "max_steps": 400},
+    "HalfCheetah-v5": {
+        **_WIDER,
+        "steps": 12_000_000,
+        "max_steps": 400,
+        "shaping": "centered_ranks",
+        "learning_rate": 1.4,
+    },
     "Hopper-v5": {**_LOCOMOTION, "steps": 10_000_000, "population_size": 32, "survival_bonus": False},
-    "Walker2d-v5": {**_LOCOMOTION, "steps": 30_000_000, "sigma": 0.02, "survival_bonus": False},
+    "Walker2d-v5": {**_LOCOMOTION, "steps": 15_000_000, "sigma": 0.02, "survival_bonus": False},
     "Swimmer-v5": {**_LOCOMOTION, "steps": 3_000_000, "population_size": 16},
     "Ant-v5": {**_WIDER, "steps": 6_000_000},
     "Humanoid-v5": {**_WIDER, "steps": 100_000_000, "population_size": 256, "survival_bonus": False},
