@@ -59,7 +59,12 @@ def _key_bytes(*key: int | str) -> bytes:
 
 def derive_seed(*key: int | str) -> int:
     """Return a 64-bit seed that is a hash of the whole ``key``."""
-    return int.from_bytes(hashlib.blake2b(_key_bytes(*key), digest_size=8).digest(), "little")
+    return _hash(8, *key)
+
+
+def _hash(size: int, *key: int | str) -> int:
+    """Return a hash of the whole ``key``, of ``size`` bytes."""
+    return int.from_bytes(hashlib.blake2b(_key_bytes(*key), digest_size=size).digest(), "little")
 
 
 def keyed_generator(*key: int | str, device: torch.device | str = "cpu") -> torch.Generator:
@@ -238,8 +243,7 @@ def _fill(fill: _Fill) -> None:
 def _words(key: tuple[int | str, ...], count: int, device: torch.device) -> Tensor:
     """Return ``count`` words of 64 random bits, as int64."""
     if device.type == "cpu":
-        seed = int.from_bytes(hashlib.blake2b(_key_bytes("noise", *key), digest_size=16).digest(), "little")
-        return torch.from_numpy(np.random.SFC64(seed).random_raw(count).view(np.int64))
+        return torch.from_numpy(np.random.SFC64(_hash(16, "noise", *key)).random_raw(count).view(np.int64))
     words = torch.empty(count, dtype=torch.int64, device=device)
     return words.random_(-(2**63), None, generator=keyed_generator("noise", *key, device=device))
 

@@ -64,6 +64,11 @@ def effective_rank(shape: Sequence[int], rank: int | None) -> int | None:
     return rank
 
 
+def _split(factors: Tensor, O: int) -> tuple[Tensor, Tensor]:
+    """Return ``A [..., O]`` and ``B [..., I]`` of factors ``[..., O + I]``."""
+    return factors[..., :O], factors[..., O:]
+
+
 class SharedDraws(NamedTuple):
     """The draws of one parameter, before they are given out to the members that share each.
 
@@ -82,7 +87,7 @@ class SharedDraws(NamedTuple):
         scales = self.scales.view(-1, *[1] * (self.noise.ndim - 1))
         if self.rows is None:
             return (self.noise[:, None] * scales).flatten(0, 1)
-        A, B = self.noise[..., : self.rows], self.noise[..., self.rows :]
+        A, B = _split(self.noise, self.rows)
         B = B[:, None].expand(-1, len(self.scales), -1, -1).flatten(0, 1)
         return (A[:, None] * scales).flatten(0, 1).mT, B.mT
 
@@ -114,10 +119,6 @@ class LowRankDraws:
         """Return ``O + I``, the random numbers that one draw of rank 1 takes."""
         return shape[0] + math.prod(shape[1:])
 
-    def _split(self, factors: Tensor) -> tuple[Tensor, Tensor]:
-        O = self.spec.centre.shape[0]
-        return factors[..., :O], factors[..., O:]
-
     def shared(self) -> SharedDraws:
         """Return the factors in the parameter's dtype, with the scales of sign, sigma and rank."""
         factors = self.factors.to(self.spec.centre.dtype)
@@ -125,13 +126,13 @@ class LowRankDraws:
 
     def dense(self, draw: int) -> Tensor:
         """Return the perturbation of a draw's first member as an array of the parameter's shape."""
-        A, B = self._split(self.factors[draw].to(wide_dtype(self.spec.centre)))
+        A, B = _split(self.factors[draw].to(wide_dtype(self.spec.centre)), self.spec.centre.shape[0])
         return (self.scale * A.mT @ B).view(self.spec.centre.shape)
 
     def combine(self, coefficients: Tensor) -> Tensor:
         """Return ``Σ_d c_d · perturbation_d`` as one product over all draws; ``coefficients [d]``."""
         wide = wide_dtype(self.spec.centre)
-        A, B = self._split(self.factors.to(wide).flatten(0, 1))
+        A, B = _split(self.factors.to(wide).flatten(0, 1), self.spec.centre.shape[0])
         weights = (self.scale * coefficients).to(A).repeat_interleave(self.factors.shape[1])
         return (A.mT @ (weights[:, None] * B)).view(self.spec.centre.shape)
 
