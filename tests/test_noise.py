@@ -11,6 +11,7 @@ import torch
 from scipy import stats
 
 from eggroll_trainer import noise as noise_module
+from eggroll_trainer import random_bits
 from eggroll_trainer.noise import Noise, NoiseKind, Stream, derive_seed, forked_rng, keyed_generator
 
 KEY = {"generation": 3, "name": "layer.weight", "first": 5, "count": 40, "numel": 50}
@@ -67,7 +68,8 @@ def test_does_not_depend_on_how_members_are_cut(cut: int, numel: int, kind: Nois
 def test_does_not_depend_on_threads_nor_on_what_is_drawn_beside_it(
     kind: NoiseKind, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(noise_module, "_SHARED", 1000)
+    monkeypatch.setattr(random_bits, "_SHARED", 1000)
+    monkeypatch.setattr(noise_module, "_GROUP_NUMBERS", 2**21)
     streams = [Stream(f"w{i}", numel, kind) for i, numel in enumerate((1, 7, 300, 5000))]
     alone = [of_one(Noise(7), 0, stream.name, 3, 600, stream.numel, kind) for stream in streams]
     threads = torch.get_num_threads()
@@ -80,6 +82,30 @@ def test_does_not_depend_on_threads_nor_on_what_is_drawn_beside_it(
                 assert torch.equal(Noise(7).draw(0, 3, 600, streams)[3], alone[3])
     finally:
         torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_compiled_code_makes_the_same_numbers(kind: NoiseKind, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(random_bits, "_COMPILED", 1)
+    monkeypatch.setattr(random_bits, "_BATCH", 2**17)
+    # Blocks of "a" and "b" come to whole words of random bits, those of "c" don't.
+    streams = [Stream("a", 3, kind), Stream("b", 200, kind), Stream("c", 200_003, kind)]
+    for count in (600, 3):
+        compiled = Noise(7, compile=True).draw(0, 3, count, streams)
+        assert all(map(torch.equal, compiled, Noise(7).draw(0, 3, count, streams)))
+    assert not random_bits._FAILED
+
+
+def test_without_a_compiler_the_numbers_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*tensors: torch.Tensor) -> None:
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(random_bits, "_COMPILED", 1)
+    monkeypatch.setattr(random_bits, "_FAILED", set())
+    monkeypatch.setattr(random_bits, "_compiled", lambda function: fails)
+    streams = [Stream("a", 3), Stream("b", 200, "rademacher")]
+    assert all(map(torch.equal, Noise(7, compile=True).draw(0, 3, 600, streams), Noise(7).draw(0, 3, 600, streams)))
+    assert fails in random_bits._FAILED
 
 
 def test_does_not_depend_on_what_was_drawn_before() -> None:

@@ -124,6 +124,7 @@ class KeyedESTrainer(ESTrainer):
     def _begin_generation(self) -> None:
         # What is kept of a generation that failed may be of another sigma.
         self._kept = {}
+        self._noise.compile = self.compile
         if self._is_dense():
             super()._begin_generation()
 

@@ -9,28 +9,26 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
-from collections import deque
+import itertools
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
-NoiseKind = Literal["gaussian", "rademacher"]
+from .random_bits import NoiseKind, Part, fill
 
 # Draws of one parameter come in blocks, one random stream each, whatever part of them is asked for: so a draw does not
-# depend on how a population is cut into chunks. Opening a stream takes as long as 16,000 numbers, so that a block has
-# many more of them, but small chunks should not draw much that others need.
+# depend on how a population is cut into chunks. Opening a stream takes as long as some thousand numbers, so that a
+# block has many more of them, but small chunks should not draw much that others need.
 _BLOCK_NUMBERS = 2**16
 _BLOCK_NUMBERS_AT_MOST = 2**20
 _BLOCK_DRAWS = 64
 _BLOCK_DRAWS_AT_MOST = 512
 
-# So many numbers are worth a second thread: for less it would find its core taken by torch's own, which look out for
-# new work for some milliseconds after they have finished.
-_SHARED = 2**22
+# Streams are drawn together up to so many numbers, which stay together in memory.
+_GROUP_NUMBERS = 2**24
 
 # torch's CPU generator is a Mersenne Twister, whose `manual_seed` keeps only 32 bits of a seed: of a hundred thousand
 # streams some would be the same. The whole state is set instead; its serialised form is a header, 624 words in 64-bit
@@ -59,12 +57,12 @@ def _key_bytes(*key: int | str) -> bytes:
 
 def derive_seed(*key: int | str) -> int:
     """Return a 64-bit seed that is a hash of the whole ``key``."""
-    return _hash(8, *key)
+    return int.from_bytes(_digest(8, *key), "little")
 
 
-def _hash(size: int, *key: int | str) -> int:
-    """Return a hash of the whole ``key``, of ``size`` bytes."""
-    return int.from_bytes(hashlib.blake2b(_key_bytes(*key), digest_size=size).digest(), "little")
+def _digest(size: int, *key: int | str) -> bytes:
+    """Return ``size`` bytes that are a hash of the whole ``key``."""
+    return hashlib.blake2b(_key_bytes(*key), digest_size=size).digest()
 
 
 def keyed_generator(*key: int | str, device: torch.device | str = "cpu") -> torch.Generator:
@@ -128,7 +126,9 @@ class Stream(NamedTuple):
     def block(self) -> int:
         """Return how many draws a block has."""
         size = min(max(_BLOCK_NUMBERS // max(1, self.numel), _BLOCK_DRAWS), _BLOCK_DRAWS_AT_MOST)
-        return max(1, min(size, _BLOCK_NUMBERS_AT_MOST // max(1, self.numel)))
+        size = max(1, min(size, _BLOCK_NUMBERS_AT_MOST // max(1, self.numel)))
+        # A power of two, of which populations are often multiples.
+        return 1 << (size.bit_length() - 1)
 
 
 class Noise:
@@ -136,6 +136,7 @@ class Noise:
 
     Args:
         seed: Seed of the run.
+        compile: Whether to make it by compiled code where there is much of it: the same numbers, faster.
 
     Example:
         >>> noise = Noise(seed=0)
@@ -146,123 +147,98 @@ class Noise:
         True
     """
 
-    def __init__(self, seed: int) -> None:
-        self.seed = seed
+    def __init__(self, seed: int, *, compile: bool = False) -> None:
+        self.seed, self.compile = seed, compile
         # The last block of each parameter that was used in part: chunks smaller than a block come back for the rest.
-        self._partial: dict[str, tuple[tuple[int | str, ...], Tensor]] = {}
+        self._held: dict[str, tuple[_Block, Tensor]] = {}
 
     def draw(self, generation: int, first: int, count: int, streams: Sequence[Stream]) -> list[Tensor]:
         """Return draws ``first, …, first + count - 1`` of each stream, ``[count, numel]`` in float32.
 
+        They are not to be changed in place: some are kept.
+
         Args:
             generation: Index of the generation.
             first: Index of the first draw. A draw serves one member, or several if noise is reused.
-            count: How many consecutive draws.
-            streams: Whose numbers are drawn.
+            count: How many consecutive draws, at least 1.
+            streams: Whose numbers are drawn, each with a name of its own.
         """
-        outputs: list[Tensor] = []
-        fills: list[_Fill] = []
-        parts: list[tuple[Tensor, Tensor]] = []
-        partial = {}
-        for stream in streams:
-            out = torch.empty(count, stream.numel, dtype=torch.float32, device=stream.device)
-            outputs.append(out)
-            if out.numel() == 0:
-                continue
-            size = stream.block
-            for block in range(first // size, (first + count - 1) // size + 1):
-                start = block * size
-                low, high = max(first, start), min(first + count, start + size)
-                rows = out[low - first : high - first]
-                key = (self.seed, generation, stream.name, block, stream.numel, stream.kind)
-                if high - low == size:
-                    fills.append(_Fill(rows, key, stream.kind))
-                    continue
-                held = self._partial.get(stream.name)
-                if held is None or held[0] != key or held[1].device != out.device:
-                    held = (key, out.new_empty(size, stream.numel))
-                    fills.append(_Fill(held[1], key, stream.kind))
-                    partial[stream.name] = held
-                parts.append((rows, held[1][low - start : high - start]))
-        _fill_all(fills)
-        self._partial.update(partial)
-        for rows, values in parts:
-            rows.copy_(values)
-        return outputs
+        drawn: dict[str, Tensor] = {}
+        for group in _groups(streams, count):
+            new = [self._new_blocks(generation, first, count, stream) for stream in group]
+            sizes = [sum(block.numel for block in blocks) for blocks in new]
+            values = torch.empty(sum(sizes), dtype=torch.float32, device=group[0].device)
+            self._fill(values, [block for blocks in new for block in blocks])
+            for stream, blocks, own in zip(group, new, values.split(sizes), strict=True):
+                drawn[stream.name] = self._rows(first, count, stream, blocks, own)
+        return [drawn[stream.name] for stream in streams]
+
+    def _new_blocks(self, generation: int, first: int, count: int, stream: Stream) -> list[_Block]:
+        """Return the blocks that these draws are in, without the first one if it is held."""
+        indices = range(first // stream.block, -(-(first + count) // stream.block))
+        blocks = [_Block(self.seed, generation, stream, i) for i in indices]
+        held = self._held.get(stream.name)
+        return blocks[1:] if held is not None and held[0] == blocks[0] else blocks
+
+    def _rows(self, first: int, count: int, stream: Stream, new: Sequence[_Block], values: Tensor) -> Tensor:
+        """Return the draws, of the block that is held and of the new ones; the last of these is held from now on."""
+        size, stop = stream.block, first + count
+        start = new[0].number * size if new else stop
+        parts = [self._held[stream.name][1][first % size :][:count]] if first < start else []
+        if new:
+            rows = values.view(len(new) * size, stream.numel)
+            if stop % size:
+                # A copy, as a view would keep all that was drawn beside it.
+                last = rows[-size:].clone()
+                self._held[stream.name] = new[-1], last
+                rows = last if len(new) == 1 else rows
+            parts.append(rows[max(0, first - start) : stop - start])
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _fill(self, values: Tensor, blocks: Sequence[_Block]) -> None:
+        """Fill ``values`` with the noise of blocks of one kind, one behind the other."""
+        ends = [*itertools.accumulate((block.numel for block in blocks), initial=0)]
+        if not ends[-1]:
+            return
+        kind, parts = blocks[0].stream.kind, zip(ends, ends[1:], blocks, strict=False)
+        if values.is_cpu:
+            entropies = [Part(a, b, _digest(32, "noise", *block.key)) for a, b, block in parts]
+            fill(values, entropies, kind, compile=self.compile)
+            return
+        for a, b, block in parts:
+            generator = keyed_generator("noise", *block.key, device=values.device)
+            if kind == "gaussian":
+                values[a:b].normal_(generator=generator)
+            else:
+                values[a:b].random_(0, 2, generator=generator).mul_(2).sub_(1)
 
 
-class _Fill(NamedTuple):
-    """A contiguous tensor ``[size, numel]`` to be filled with the noise of its block."""
+class _Block(NamedTuple):
+    """Draws ``number·stream.block, …`` of a stream, which come of one stream of random bits."""
 
-    out: Tensor
-    key: tuple[int | str, ...]
-    kind: NoiseKind
+    seed: int
+    generation: int
+    stream: Stream
+    number: int
 
+    @property
+    def numel(self) -> int:
+        """Return how many numbers it has."""
+        return self.stream.block * self.stream.numel
 
-def _fill_all(fills: Sequence[_Fill]) -> None:
-    # A CPU draws normal numbers in one thread; meanwhile other threads can draw other blocks.
-    serial = [fill for fill in fills if fill.kind == "gaussian" and fill.out.is_cpu]
-    threads = min(torch.get_num_threads(), sum(fill.out.numel() for fill in serial) // _SHARED + 1)
-    for fill in fills:
-        if threads == 1 or fill.kind != "gaussian" or not fill.out.is_cpu:
-            _fill(fill)
-    if threads == 1:
-        return
-    # Large ones first, so that all threads end together.
-    waiting = deque(sorted(serial, key=lambda fill: -fill.out.numel()))
-
-    def work() -> None:
-        # In a new thread no mode of torch's is on.
-        with torch.inference_mode(serial[0].out.is_inference()), contextlib.suppress(IndexError):
-            while True:
-                _fill(waiting.popleft())
-
-    with ThreadPoolExecutor(threads - 1) as pool:
-        others = [pool.submit(work) for _ in range(threads - 1)]
-        work()
-        for other in others:
-            other.result()
+    @property
+    def key(self) -> tuple[int | str, ...]:
+        """Return what its random bits are a function of."""
+        return self.seed, self.generation, self.stream.name, self.number, self.stream.numel, self.stream.kind
 
 
-def _fill(fill: _Fill) -> None:
-    out = fill.out.view(-1)
-    if fill.kind == "rademacher":
-        # One random bit an element: 64-bit words are taken as bytes, and each byte stands for eight signs.
-        words = _words(fill.key, (out.numel() + 63) // 64, out.device)
-        signs = _signs_of_bytes(out.device).index_select(0, words.view(torch.uint8).int())
-        out.copy_(signs.view(-1)[: out.numel()])
-    elif out.is_cpu:
-        # 16 random bits an element, which is twice as fast as torch's own numbers (32 bits, a logarithm, a root and a
-        # sine), and the same on every CPU.
-        words = _words(fill.key, (out.numel() + 3) // 4, out.device)
-        torch.index_select(_normal_quantiles(), 0, words.view(torch.uint16)[: out.numel()].int(), out=out)
-    else:
-        out.normal_(generator=keyed_generator("noise", *fill.key, device=out.device))
-
-
-def _words(key: tuple[int | str, ...], count: int, device: torch.device) -> Tensor:
-    """Return ``count`` words of 64 random bits, as int64."""
-    if device.type == "cpu":
-        return torch.from_numpy(np.random.SFC64(_hash(16, "noise", *key)).random_raw(count).view(np.int64))
-    words = torch.empty(count, dtype=torch.int64, device=device)
-    return words.random_(-(2**63), None, generator=keyed_generator("noise", *key, device=device))
-
-
-@functools.cache
-def _normal_quantiles() -> Tensor:
-    """Return, for every 16 bits, the middle one of the normal numbers that they stand for: ``[65536]``.
-
-    They are symmetric, and scaled to unit variance; their kurtosis is 2.9992 where a normal number has 3.
-    """
-    with torch.inference_mode(False):
-        positive = torch.special.ndtri((torch.arange(2**15, dtype=torch.float64) + (2**15 + 0.5)) / 2**16)
-        positive /= positive.square().mean().sqrt()
-        return torch.cat([positive, -positive]).float()
-
-
-@functools.cache
-def _signs_of_bytes(device: torch.device) -> Tensor:
-    """Return, for every byte, its bits as ±1, the lowest first: ``[256, 8]``."""
-    with torch.inference_mode(False):
-        bits = torch.arange(256)[:, None] >> torch.arange(8) & 1
-        return (2.0 * bits - 1.0).to(device, torch.float32)
+def _groups(streams: Sequence[Stream], count: int) -> Iterator[list[Stream]]:
+    """Split into streams of one kind and device, not too large, whose noise is made together."""
+    alike: dict[tuple[str, str], list[Stream]] = {}
+    for stream in streams:
+        group = alike.setdefault((stream.kind, str(stream.device)), [])
+        if group and sum(other.numel for other in [*group, stream]) * count > _GROUP_NUMBERS:
+            yield group.copy()
+            group.clear()
+        group.append(stream)
+    yield from alike.values()

@@ -103,15 +103,18 @@ def check_scores(scores: Tensor, generation: int) -> CheckedScores:
     Raises:
         ValueError: No score is finite.
     """
-    finite = scores.isfinite()
+    values = scores.double().numpy()
+    finite = np.isfinite(values)
     if not finite.any():
         raise ValueError(
             f"no member of generation {generation} has a finite fitness (NaN or inf from all {len(scores)});"
             " the parameters were not changed. Lower sigma or learning_rate, or mend the fitness function."
         )
-    values = torch.where(finite, scores, scores[finite].min())
-    _, counts = torch.unique(values, return_counts=True)
-    return CheckedScores(values, int((~finite).sum()), int(counts[counts > 1].sum()))
+    values = np.where(finite, values, values[finite].min())
+    ordered = np.sort(values)
+    same = ordered[1:] == ordered[:-1]
+    tied = np.append(same, False) | np.append(False, same)
+    return CheckedScores(torch.from_numpy(values), int((~finite).sum()), int(tied.sum()))
 
 
 def metrics_of(
