@@ -166,6 +166,32 @@ def test_actions_fit_their_box(low: Any, high: Any, dtype: Any, expected: Any) -
     np.testing.assert_allclose(actions, expected, rtol=1e-6)
 
 
+@pytest.mark.parametrize("kind", [LinearPolicy, MLPPolicy, GRUPolicy])
+@pytest.mark.parametrize("normalize", [True, False])
+def test_a_policy_may_see_only_the_first_numbers_of_an_observation(kind: Any, normalize: bool) -> None:
+    environment = env("Hopper-v5")
+    policy = policy_of(kind, environment, normalize=normalize, observed=4)
+    for parameter in policy.parameters():
+        nn.init.normal_(parameter)
+    seen, unseen = torch.rand(3, 11), torch.rand(3, 11)
+    unseen[:, :4] = seen[:, :4]
+    state = [policy.initial_state(3)] if kind is GRUPolicy else []
+    with torch.no_grad():
+        actions, others = (policy(x, *state)[0] if state else policy(x) for x in (seen, unseen))
+        assert torch.equal(actions, others)
+        unseen[:, 3] += 1
+        others = policy(unseen, *state)[0] if state else policy(unseen)
+        assert not torch.equal(actions, others)
+    agent = Agent(policy, environment.action_space)
+    assert environment.action_space.contains(agent(environment.reset(seed=0)[0]))
+
+
+@pytest.mark.parametrize(("observed", "error"), [(0, ValueError), (12, ValueError), (2.5, TypeError)])
+def test_a_policy_cannot_see_what_is_not_there(observed: Any, error: type[Exception]) -> None:
+    with pytest.raises(error, match="observed must be"):
+        policy_of(MLPPolicy, env("Hopper-v5"), observed=observed)
+
+
 def test_actions_are_logits_where_they_are_few() -> None:
     assert actions_of(np.array([[0.0, 2.0, 1.0]]), spaces.Discrete(3, start=5)).tolist() == [6]
 

@@ -11,6 +11,8 @@ import torch
 from gymnasium import spaces
 from torch import Tensor, nn
 
+from eggroll_trainer.validation import check_int
+
 from .normalization import ObservationNormalizer
 
 
@@ -26,9 +28,11 @@ class Policy(nn.Module):
         action_space: Of one environment: ``Box`` or ``Discrete``.
         normalize: Whether to normalise observations by their running statistics.
         sample: Whether to draw actions, with torch's global generator.
+        observed: How many numbers of an observation the policy sees, from the first; all if None.
 
     Raises:
-        TypeError: A space is of another kind.
+        TypeError: A space is of another kind, or ``observed`` is not an integer.
+        ValueError: Observations have fewer numbers than ``observed``.
     """
 
     def __init__(
@@ -38,12 +42,20 @@ class Policy(nn.Module):
         *,
         normalize: bool = True,
         sample: bool = False,
+        observed: int | None = None,
     ) -> None:
         super().__init__()
-        self.inputs, self.outputs = observation_size(observation_space), output_size(action_space)
+        size, self.outputs = observation_size(observation_space), output_size(action_space)
+        self.inputs = size if observed is None else check_int("observed", observed, 1)
+        if self.inputs > size:
+            raise ValueError(f"observed must be at most {size}, the numbers of an observation, got {observed}")
         self.sample, self.discrete = sample, isinstance(action_space, spaces.Discrete)
-        self.normalizer: nn.Module = ObservationNormalizer(self.inputs) if normalize else nn.Identity()
+        self.normalizer: nn.Module = ObservationNormalizer(size) if normalize else nn.Identity()
         self.log_deviation = nn.Parameter(torch.full((self.outputs,), -1.0)) if sample and not self.discrete else None
+
+    def observe(self, observations: Tensor) -> Tensor:
+        """Return what the network takes, ``[..., inputs]``, of observations ``[..., O]``."""
+        return self.normalizer(observations)[..., : self.inputs]
 
     def act(self, outputs: Tensor) -> Tensor:
         """Return actions from the network's outputs, ``[..., outputs]``: drawn, or the outputs themselves."""
@@ -63,7 +75,7 @@ class MLPPolicy(Policy):
         action_space: Of one environment.
         hidden: Widths of the hidden layers.
         activation: What follows each of them.
-        options: ``normalize`` and ``sample`` of :class:`Policy`.
+        options: ``normalize``, ``sample`` and ``observed`` of :class:`Policy`.
     """
 
     def __init__(
@@ -81,7 +93,7 @@ class MLPPolicy(Policy):
 
     def forward(self, observations: Tensor) -> Tensor:
         """Return actions (or logits) ``[..., A]`` for observations ``[..., O]``."""
-        return self.act(self.body(self.normalizer(observations)))
+        return self.act(self.body(self.observe(observations)))
 
 
 class LinearPolicy(MLPPolicy):
@@ -100,7 +112,7 @@ class GRUPolicy(Policy):
         observation_space: Of one environment.
         action_space: Of one environment.
         hidden: Width of the recurrent state.
-        options: ``normalize`` and ``sample`` of :class:`Policy`.
+        options: ``normalize``, ``sample`` and ``observed`` of :class:`Policy`.
     """
 
     def __init__(
@@ -116,7 +128,7 @@ class GRUPolicy(Policy):
 
     def forward(self, observations: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """Return actions (or logits) ``[n, A]`` and the next state, for observations ``[n, O]`` and a state."""
-        state = self.cell(self.normalizer(observations), state)
+        state = self.cell(self.observe(observations), state)
         return self.act(self.head(state)), state
 
 

@@ -39,6 +39,8 @@ class Settings:
     """How returns become weights: zscore, centered_ranks, antithetic_sign or raw."""
     normalize: bool = True
     """Whether observations are normalised by their running statistics."""
+    observed: int | None = None
+    """How many numbers of an observation the policy sees, from the first; all if left out."""
     sample: bool = False
     """Whether the policy draws its actions."""
     survival_bonus: bool = True

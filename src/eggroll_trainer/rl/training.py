@@ -204,7 +204,11 @@ def episode_limit(settings: Settings) -> int | Callable[[int], int] | None:
 
 def make_policy(settings: Settings, observation_space: Any, action_space: Any) -> Policy:
     """Return the policy that the settings describe, the same every time."""
-    options: dict[str, Any] = {"normalize": settings.normalize, "sample": settings.sample}
+    options: dict[str, Any] = {
+        "normalize": settings.normalize,
+        "sample": settings.sample,
+        "observed": settings.observed,
+    }
     with torch.random.fork_rng():
         torch.manual_seed(settings.seed)
         if settings.policy == "linear":
