@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import json
 import os
 import statistics
@@ -23,9 +24,9 @@ def run(*command: Any) -> str:
     return done.stdout.strip().splitlines()[-1]
 
 
-def apart(size: int, generations: int) -> float:
+def apart(size: int, generations: int, *options: str) -> float:
     """Return the mean seconds of a generation of two runs of half as many members, at the same time."""
-    command = [sys.executable, "-m", "benchmarks.one_rank", "local", str(size // 2), str(generations)]
+    command = [sys.executable, "-m", "benchmarks.one_rank", "local", str(size // 2), str(generations), *options]
     both = [subprocess.Popen(command, cwd=ROOT, env=ONE_THREAD, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     return statistics.mean(json.loads(process.communicate()[0])["seconds"] for process in both)
 
@@ -48,49 +49,58 @@ def processes(quick: bool) -> Table:
         f" step. Two runs of {size // 2} members that have nothing to do with each other show what the machine allows.",
         ["what", "processes", "seconds", "times as fast", "model's seconds", "bytes"],
     )
-    kinds = [(1, "local"), (2, "scores"), (2, "sums"), (2, "auto"), (4, "sums")]
-    results: dict[tuple[int, str], list[dict[str, Any]]] = {kind: [] for kind in kinds}
-    unrelated = []
+    kinds = {"eager": [(1, "local"), (2, "scores"), (2, "sums"), (2, "auto"), (4, "sums")]}
+    kinds["compiled"] = [(1, "local"), (2, "sums")]
+    results: dict[tuple[str, tuple[int, str]], list[dict[str, Any]]] = collections.defaultdict(list)
+    unrelated = collections.defaultdict(list)
     for _ in range(rounds):
-        for kind in kinds:
-            results[kind].append(one_rank(*kind, size, generations))
-        unrelated.append(apart(size, generations))
-    alone = results[1, "local"]
-    part = {
-        name: statistics.median(r[name] for r in alone) for name in ("noise", "noise and forward", "update", "step")
-    }
-    base = statistics.median(r["seconds"] for r in alone)
-    for (count, exchange), measured in results.items():
-        seconds = statistics.median(r["seconds"] for r in measured)
-        chunks = size // 1024
-        # On two cores, four processes take turns.
-        mine = -(-chunks // min(count, os.cpu_count() or 1))
-        updates = (chunks if exchange == "scores" else mine) * part["update"]
-        drawn_again = (chunks - mine) * part["noise"] if exchange == "scores" else 0.0
+        for how, own in kinds.items():
+            options = ["compile"] * (how == "compiled")
+            for kind in own:
+                results[how, kind].append(one_rank(*kind, size, generations, *options))
+            unrelated[how].append(apart(size, generations, *options))
+    for how, own in kinds.items():
+        alone = results[how, (1, "local")]
+        base = statistics.median(r["seconds"] for r in alone)
+        part = {
+            name: statistics.median(r[name] for r in alone) for name in ("noise", "noise and forward", "update", "step")
+        }
+        table.text += f" Measured for a chunk of 1,024 members, {how}: " + ", ".join(
+            f"{name} {1e3 * seconds:.1f} ms" for name, seconds in part.items()
+        )
+        for count, exchange in own:
+            measured = results[how, (count, exchange)]
+            seconds = statistics.median(r["seconds"] for r in measured)
+            table.rows.append(
+                {
+                    "what": f"{how}, " + ("one process" if count == 1 else f"exchange of {exchange}"),
+                    "processes": count,
+                    "seconds": f"{seconds:.3f}",
+                    "times as fast": f"{base / seconds:.2f}",
+                    "model's seconds": f"{predicted(part, size // 1024, count, exchange):.3f}",
+                    "bytes": f"{measured[0]['bytes']:,.0f}",
+                }
+            )
+        limit = statistics.median(unrelated[how])
         table.rows.append(
             {
-                "what": "one process" if count == 1 else f"exchange of {exchange}",
-                "processes": count,
-                "seconds": f"{seconds:.3f}",
-                "times as fast": f"{base / seconds:.2f}",
-                "model's seconds": f"{mine * part['noise and forward'] + drawn_again + updates + part['step']:.3f}",
-                "bytes": f"{measured[0]['bytes']:,.0f}",
+                "what": f"{how}, two runs apart, half the members each",
+                "processes": 2,
+                "seconds": f"{limit:.3f}",
+                "times as fast": f"{base / limit:.2f}",
             }
         )
-    limit = statistics.median(unrelated)
-    table.rows.append(
-        {
-            "what": "two runs apart, half the members each",
-            "processes": 2,
-            "seconds": f"{limit:.3f}",
-            "times as fast": f"{base / limit:.2f}",
-        }
-    )
-    table.text += " Measured for a chunk of 1,024 members: " + ", ".join(
-        f"{name} {1e3 * seconds:.1f} ms" for name, seconds in part.items()
-    )
     table.bars = {f"{row['processes']} × {row['what']}": float(row["seconds"]) * 1e3 for row in table.rows}
     return table
+
+
+def predicted(part: dict[str, float], chunks: int, count: int, exchange: str) -> float:
+    """Return the seconds of a generation that the parts of a chunk's work come to."""
+    # On two cores, four processes take turns.
+    mine = -(-chunks // min(count, os.cpu_count() or 1))
+    updates = (chunks if exchange == "scores" else mine) * part["update"]
+    drawn_again = (chunks - mine) * part["noise"] if exchange == "scores" else 0.0
+    return mine * part["noise and forward"] + drawn_again + updates + part["step"]
 
 
 def ray(quick: bool) -> Table:
