@@ -6,7 +6,6 @@ twice as fast as torch's own (32 bits, a logarithm, a root and a sine); signs ta
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import warnings
 from collections import deque
@@ -61,6 +60,7 @@ def fill(out: Tensor, parts: Sequence[Part], kind: NoiseKind, *, compile: bool =
     compile = compile and total >= _COMPILED
     # Tables are looked up while the words are still in the cache.
     batches = list(_batches(parts, _PER_WORD[kind])) if compile else [[part] for part in parts]
+    # Compiled code has threads of its own.
     threads = 1 if compile else min(torch.get_num_threads(), len(batches), total // _SHARED + 1)
     if threads <= 1:
         for batch in batches:
@@ -70,9 +70,13 @@ def fill(out: Tensor, parts: Sequence[Part], kind: NoiseKind, *, compile: bool =
 
     def work() -> None:
         # In a new thread no mode of torch's is on.
-        with torch.inference_mode(out.is_inference()), contextlib.suppress(IndexError):
+        with torch.inference_mode(out.is_inference()):
             while True:
-                _fill_batch(out, waiting.popleft(), kind, False)
+                try:
+                    batch = waiting.popleft()
+                except IndexError:
+                    return
+                _fill_batch(out, batch, kind, False)
 
     with ThreadPoolExecutor(threads - 1) as pool:
         others = [pool.submit(work) for _ in range(threads - 1)]
