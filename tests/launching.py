@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -51,3 +52,15 @@ def python(*arguments: Any) -> str:
 
 def torchrun(processes: int, *arguments: Any) -> str:
     return python(*torchrun_command(processes, *arguments))
+
+
+def on_two_nodes(*arguments: Any) -> None:
+    """Run a script in a process on each of two nodes, as two agents of torchrun do, both on this machine."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    options = ("--nnodes", 2, "--nproc-per-node", 1, "--rdzv-backend", "c10d", "--rdzv-id", port)
+    command = ("-m", "torch.distributed.run", *options, "--rdzv-endpoint", f"localhost:{port}", *arguments)
+    with start(*command) as one, start(*command) as other:
+        outputs = [node.communicate(timeout=500) for node in (one, other)]
+    assert one.returncode == other.returncode == 0, outputs

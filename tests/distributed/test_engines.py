@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from engine_cases import CASES, make
-from launching import TESTS, python, torchrun
+from launching import TESTS, on_two_nodes, python, torchrun
 
 from eggroll_trainer import EGGROLLTrainer
 from eggroll_trainer.distributed import Chunk, Engine, LocalEngine, ProcessGroupEngine, make_engine
@@ -26,6 +26,12 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def test_processes_give_the_bits_of_one(processes: int, engine: str, expected: Any, tmp_path: Path) -> None:
     torchrun(processes, TESTS / "engine_cases.py", tmp_path / "out.json", engine)
     assert json.loads((tmp_path / "out.json").read_text()) == expected
+
+
+def test_two_nodes_give_the_bits_of_one(expected: Any, tmp_path: Path) -> None:
+    names = list(CASES)[:2]
+    on_two_nodes(TESTS / "engine_cases.py", tmp_path / "out.json", "auto", *names)
+    assert json.loads((tmp_path / "out.json").read_text()) == {name: expected[name] for name in names}
 
 
 @pytest.mark.parametrize("workers", [1, 2, pytest.param(3, marks=pytest.mark.slow)])
