@@ -164,7 +164,8 @@ class RunState(OptimizerFace):
             "population_size": self.population_size,
             "options": self._options(),
             "learner": learner_state(self._learner),
-            "tensors": {name: _to_numpy(value.detach()) for name, value in self._tensors().items()},
+            "trained": {name: _to_numpy(value.detach()) for name, value in self._centre.parameters.items()},
+            "untrained": {name: _to_numpy(value.detach()) for name, value in self._untrained().items()},
         }
 
     @torch.no_grad()
@@ -173,8 +174,9 @@ class RunState(OptimizerFace):
         self._seed, self.generation = state["seed"], state["generation"]
         self.population_size = state["population_size"]
         self._set_options(state["options"])
+        arrays = {**state["trained"], **state["untrained"]}
         for name, value in self._tensors().items():
-            _copy_from_numpy(value, state["tensors"][name])
+            _copy_from_numpy(value, arrays[name])
         set_learner_state(self._learner, state["learner"])
         self._restart_noise()
         self._begin_generation()
@@ -205,7 +207,10 @@ class RunState(OptimizerFace):
 
     def _tensors(self) -> dict[str, Tensor]:
         """Return the model's parameters and buffers, trained or not."""
-        return {**self._centre.parameters, **untrained(self.model, self._centre.parameters)}
+        return {**self._centre.parameters, **self._untrained()}
+
+    def _untrained(self) -> dict[str, Tensor]:
+        return untrained(self.model, self._centre.parameters)
 
     @abstractmethod
     def settings(self) -> dict[str, Any]:

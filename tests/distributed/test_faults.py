@@ -263,6 +263,36 @@ except TimeoutError as error:
     assert "the fitness of members 12-23 of generation 3 took longer" in out and "2 times" in out
 
 
+def test_frozen_weights_reach_rays_workers_when_they_change(tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    body = """
+from engine_cases import *
+from eggroll_trainer.distributed import RayEngine
+torch.set_num_threads(1)
+model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2), nn.BatchNorm1d(2).eval())
+engine = RayEngine(2)
+trainer = EGGROLLTrainer(model[0].parameters(), model, lambda m: m[1].bias[0] + m[2].running_mean[0], engine=engine,
+                         population_size=8, chunk_size=4, sigma=0.1, learning_rate=0.1)
+references = []
+for bias, mean in ((1.0, 0.0), (1.0, 0.0), (2.0, 0.0), (2.0, 0.5), (float("nan"), 0.5)):
+    with torch.no_grad():
+        model[1].bias.data[0] = bias  # which PyTorch does not count as a change
+        model[2].running_mean[0] = mean
+    try:
+        print("score", trainer.step()["mean_fitness"])
+    except ValueError:
+        print("score none")
+    references.append(engine._untrained)
+print("sent", len(set(references)), references[0] == references[1])
+"""
+    (tmp_path / "script.py").write_text(body)
+    out = python(tmp_path / "script.py").split("\n")
+    assert [line for line in out if line.startswith("score")] == [
+        f"score {score}" for score in (1.0, 1.0, 2.0, 2.5, "none")
+    ]
+    assert "sent 4 True" in out
+
+
 def test_a_straggler_is_given_out_twice_and_workers_come_and_go(tmp_path: Path) -> None:
     pytest.importorskip("ray")
     body = f"""

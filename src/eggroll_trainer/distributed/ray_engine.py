@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import ray
 import torch
 from ray.exceptions import RayActorError, RayTaskError
@@ -24,9 +25,9 @@ class RayEngine(LocalEngine):
     """Lets Ray's workers evaluate the chunks of a population: for fitness functions that are slow or uneven.
 
     The script runs in one process, which makes the steps; a copy of the trainer runs in every worker. A generation's
-    weights go to Ray's object store once. A chunk whose worker dies is evaluated again by another one, with the same
-    numbers; one that takes much longer than the others is given out twice, and the first to end counts. Workers join
-    and leave between generations as the cluster grows and shrinks.
+    trained weights go to Ray's object store once, others when they have changed. A chunk whose worker dies is evaluated
+    again by another one, with the same numbers; one that takes much longer than the others is given out twice, and the
+    first to end counts. Workers join and leave between generations as the cluster grows and shrinks.
 
     Args:
         workers: How many; as many as the cluster has room for if None, which is asked again every generation.
@@ -63,6 +64,8 @@ class RayEngine(LocalEngine):
         # What was sent out last: the trainer, its fitness function and settings, and the reference to its copy.
         self._sent: tuple[Evaluator, Any, dict[str, Any]] | None = None
         self._copy: Any = None
+        # A reference to the untrained tensors, which are sent when they change: most of a model may be frozen.
+        self._untrained: Any = None
         self._actors: list[Any] = []
         # What is under way, be it of an earlier generation that did not wait for it.
         self._running: dict[Any, _Task] = {}
@@ -72,8 +75,7 @@ class RayEngine(LocalEngine):
         """Return the outcomes of all chunks."""
         self._send(trainer)
         self._served += 1
-        # In a list, so that Ray hands the references on instead of what they refer to.
-        state = [self._copy, ray.put(trainer.working_state())]
+        state = self._put_state(trainer)
         waiting, failures = deque(chunks), dict.fromkeys(chunks, 0)
         outcomes: dict[Chunk, Outcome] = {}
         durations: list[float] = []
@@ -109,7 +111,7 @@ class RayEngine(LocalEngine):
         """End the workers."""
         for actor in self._actors:
             ray.kill(actor)
-        self._actors, self._running, self._sent, self._copy = [], {}, None, None
+        self._actors, self._running, self._sent, self._copy, self._untrained = [], {}, None, None, None
 
     def __del__(self) -> None:
         # The interpreter may have taken Ray apart already, and its workers with it.
@@ -125,6 +127,15 @@ class RayEngine(LocalEngine):
             if same and self._sent[2] == settings:
                 return
         self._sent, self._copy = (trainer, fitness_fn, settings), ray.put(trainer)
+
+    def _put_state(self, trainer: Evaluator) -> list[Any]:
+        """Return references to the copy of the trainer, to what changes in it, and to its untrained tensors."""
+        state = trainer.working_state()
+        untrained = state.pop("untrained")
+        if self._untrained is None or not _equal(ray.get(self._untrained), untrained):
+            self._untrained = ray.put(untrained)
+        # In a list, so that Ray hands the references on instead of what they refer to.
+        return [self._copy, ray.put(state), self._untrained]
 
     def _adapt(self) -> None:
         """Start or end workers until there are as many as wanted, or as the cluster has room for."""
@@ -203,6 +214,10 @@ class RayEngine(LocalEngine):
             self._adapt()
 
 
+def _equal(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    return one.keys() == other.keys() and all(np.array_equal(one[name], other[name]) for name in one)
+
+
 class _Task(NamedTuple):
     """What a worker does: a chunk of the evaluation ``served``, or, without one, its start."""
 
@@ -229,6 +244,7 @@ class _Worker:
         if served != self.served:
             if state[0] != self.copied:
                 self.trainer, self.copied = ray.get(state[0]), state[0]
-            self.trainer.set_working_state(ray.get(state[1]))
+            changing, untrained = ray.get(state[1:])
+            self.trainer.set_working_state({**changing, "untrained": untrained})
             self.served = served
         return self.trainer.evaluate_chunk(chunk)
