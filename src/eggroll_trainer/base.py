@@ -444,14 +444,14 @@ class ESTrainer(RunState, ABC):
             draws[name] = FullRankDraws(values, spec, one.to(parameter.device))
         return Perturbations(draws, one, count)
 
-    def _direction(self, scores: Tensor) -> dict[str, Tensor]:
-        """Return ``Δθ`` for every parameter from the finite scores ``[N]``."""
+    def _gradient(self, scores: Tensor) -> dict[str, Tensor]:
+        """Return ``-Δθ`` for every parameter, in new tensors, from the finite scores ``[N]``."""
         assert self._sampled is not None
         sampled, self._sampled = self._sampled, None
         with forked_rng(self.seed, self.generation, "compute_update", device=self.device):
             update = self.compute_update(sampled, scores.to(sampled))
         validation.check_flat("compute_update", update, (len(self._centre),))
-        return self._centre.unflatten(update)
+        return self._centre.unflatten(-update)
 
     def _chunk_members(self) -> int:
         """Return how many members are evaluated at a time."""
@@ -523,11 +523,11 @@ class ESTrainer(RunState, ABC):
         best = int(checked.values.argmax())
         with delayed_interrupt(), thread_modes.neutral():
             improved = self._member_parameters(best) if float(checked.values[best]) > self.best_fitness else None
-            direction = self._direction(checked.values)
+            gradient = self._gradient(checked.values)
         learning_rates = [group["lr"] for group in self.param_groups]
         metrics = metrics_of(checked, self.generation + 1, self.best_fitness, self.learning_rate, self.sigma)
         with delayed_interrupt(), thread_modes.neutral(), self._schedules.stepped(metrics["mean_fitness"]):
-            metrics["update_norm"] = self._centre.step(direction, learning_rates)
+            metrics["update_norm"] = self._centre.step(gradient, learning_rates)
             if improved is not None:
                 self._best, self.best_fitness = improved, metrics["best_fitness"]
                 self._best_untrained = self._learnt()

@@ -143,10 +143,11 @@ class KeyedESTrainer(ESTrainer):
             self._kept[start] = perturbations
         return perturbations
 
-    def _direction(self, scores: Tensor) -> dict[str, Tensor]:
+    def _gradient(self, scores: Tensor) -> dict[str, Tensor]:
         if self._is_dense():
-            return super()._direction(scores)
-        weights = shape(scores, self._shaper, self.group_size) / self.population_size**0.5
+            return super()._gradient(scores)
+        # Negated here, where it costs nothing.
+        weights = -shape(scores, self._shaper, self.group_size) / self.population_size**0.5
         chunks = self._chunks()
         if len(chunks) == 1:
             # Nothing to add, so nothing to round.

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
-import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, get_args
 
@@ -17,15 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .random_bits import NoiseKind, Part, fill
-
-# Draws of one parameter come in blocks, one random stream each, whatever part of them is asked for: so a draw does not
-# depend on how a population is cut into chunks. Opening a stream takes as long as some thousand numbers, so that a
-# block has many more of them, but small chunks should not draw much that others need.
-_BLOCK_NUMBERS = 2**16
-_BLOCK_NUMBERS_AT_MOST = 2**20
-_BLOCK_DRAWS = 64
-_BLOCK_DRAWS_AT_MOST = 512
+from .random_bits import NoiseKind, Part, random_numbers
 
 # Streams are drawn together up to so many numbers, which stay together in memory.
 _GROUP_NUMBERS = 2**24
@@ -36,9 +27,8 @@ _GROUP_NUMBERS = 2**24
 _WORDS = 624
 _STATE_HEADER = 24
 
-# On a CPU, normal numbers are quantiles of 16 random bits, |z| < 4.4; elsewhere they come from uniform ones of at most
-# 53 random bits, by Box and Muller: |z| ≤ √(2·53·ln 2) < 9.
-LARGEST_NORMAL = 9.0
+# Normal numbers are quantiles of 16 random bits.
+LARGEST_NORMAL = 4.4
 
 
 def check_noise_kind(kind: object) -> NoiseKind:
@@ -122,14 +112,6 @@ class Stream(NamedTuple):
     kind: NoiseKind = "gaussian"
     device: torch.device | str = "cpu"
 
-    @property
-    def block(self) -> int:
-        """Return how many draws a block has."""
-        size = min(max(_BLOCK_NUMBERS // max(1, self.numel), _BLOCK_DRAWS), _BLOCK_DRAWS_AT_MOST)
-        size = max(1, min(size, _BLOCK_NUMBERS_AT_MOST // max(1, self.numel)))
-        # A power of two, of which populations are often multiples.
-        return 1 << (size.bit_length() - 1)
-
 
 class Noise:
     """Independent draws of zero mean and unit variance for the parameters of a model.
@@ -149,13 +131,9 @@ class Noise:
 
     def __init__(self, seed: int, *, compile: bool = False) -> None:
         self.seed, self.compile = seed, compile
-        # The last block of each parameter that was used in part: chunks smaller than a block come back for the rest.
-        self._held: dict[str, tuple[_Block, Tensor]] = {}
 
     def draw(self, generation: int, first: int, count: int, streams: Sequence[Stream]) -> list[Tensor]:
         """Return draws ``first, …, first + count - 1`` of each stream, ``[count, numel]`` in float32.
-
-        They are not to be changed in place: some are kept.
 
         Args:
             generation: Index of the generation.
@@ -165,71 +143,17 @@ class Noise:
         """
         drawn: dict[str, Tensor] = {}
         for group in _groups(streams, count):
-            new = [self._new_blocks(generation, first, count, stream) for stream in group]
-            sizes = [sum(block.numel for block in blocks) for blocks in new]
-            values = torch.empty(sum(sizes), dtype=torch.float32, device=group[0].device)
-            self._fill(values, [block for blocks in new for block in blocks])
-            for stream, blocks, own in zip(group, new, values.split(sizes), strict=True):
-                drawn[stream.name] = self._rows(first, count, stream, blocks, own)
+            parts = [
+                Part(self._entropy(generation, stream), first * stream.numel, (first + count) * stream.numel)
+                for stream in group
+            ]
+            values = random_numbers(parts, group[0].kind, group[0].device, compile=self.compile)
+            for stream, own in zip(group, values, strict=True):
+                drawn[stream.name] = own.view(count, stream.numel)
         return [drawn[stream.name] for stream in streams]
 
-    def _new_blocks(self, generation: int, first: int, count: int, stream: Stream) -> list[_Block]:
-        """Return the blocks that these draws are in, without the first one if it is held."""
-        indices = range(first // stream.block, -(-(first + count) // stream.block))
-        blocks = [_Block(self.seed, generation, stream, i) for i in indices]
-        held = self._held.get(stream.name)
-        return blocks[1:] if held is not None and held[0] == blocks[0] else blocks
-
-    def _rows(self, first: int, count: int, stream: Stream, new: Sequence[_Block], values: Tensor) -> Tensor:
-        """Return the draws, of the block that is held and of the new ones; the last of these is held from now on."""
-        size, stop = stream.block, first + count
-        start = new[0].number * size if new else stop
-        parts = [self._held[stream.name][1][first % size :][:count]] if first < start else []
-        if new:
-            rows = values.view(len(new) * size, stream.numel)
-            if stop % size:
-                # A copy, as a view would keep all that was drawn beside it.
-                last = rows[-size:].clone()
-                self._held[stream.name] = new[-1], last
-                rows = last if len(new) == 1 else rows
-            parts.append(rows[max(0, first - start) : stop - start])
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-    def _fill(self, values: Tensor, blocks: Sequence[_Block]) -> None:
-        """Fill ``values`` with the noise of blocks of one kind, one behind the other."""
-        ends = [*itertools.accumulate((block.numel for block in blocks), initial=0)]
-        if not ends[-1]:
-            return
-        kind, parts = blocks[0].stream.kind, zip(ends, ends[1:], blocks, strict=False)
-        if values.is_cpu:
-            entropies = [Part(a, b, _digest(32, "noise", *block.key)) for a, b, block in parts]
-            fill(values, entropies, kind, compile=self.compile)
-            return
-        for a, b, block in parts:
-            generator = keyed_generator("noise", *block.key, device=values.device)
-            if kind == "gaussian":
-                values[a:b].normal_(generator=generator)
-            else:
-                values[a:b].random_(0, 2, generator=generator).mul_(2).sub_(1)
-
-
-class _Block(NamedTuple):
-    """Draws ``number·stream.block, …`` of a stream, which come of one stream of random bits."""
-
-    seed: int
-    generation: int
-    stream: Stream
-    number: int
-
-    @property
-    def numel(self) -> int:
-        """Return how many numbers it has."""
-        return self.stream.block * self.stream.numel
-
-    @property
-    def key(self) -> tuple[int | str, ...]:
-        """Return what its random bits are a function of."""
-        return self.seed, self.generation, self.stream.name, self.number, self.stream.numel, self.stream.kind
+    def _entropy(self, generation: int, stream: Stream) -> bytes:
+        return _digest(16, "noise", self.seed, generation, stream.name, stream.numel, stream.kind)
 
 
 def _groups(streams: Sequence[Stream], count: int) -> Iterator[list[Stream]]:

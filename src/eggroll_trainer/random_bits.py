@@ -1,7 +1,9 @@
-"""Random numbers made of random bits on a CPU: the same on every CPU, and however many threads make them.
+"""Random numbers of random bits: any part of a stream, the same on every device, and however many threads make it.
 
-The bits are those of SFC64, a generator of a 256-bit state. Normal numbers are quantiles of 16 bits each, which is
-twice as fast as torch's own (32 bits, a logarithm, a root and a sine); signs take a bit each.
+The words of a stream are those of SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number generators",
+2014): word ``i`` is ``mix(start + i·step)`` modulo 2⁶⁴, with a ``start`` and an odd ``step`` of the stream's own.
+Normal numbers are quantiles of 16 bits each, which is twice as fast as torch's own (32 bits, a logarithm, a root and a
+sine); signs take a bit each.
 """
 
 from __future__ import annotations
@@ -9,7 +11,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal, NamedTuple
 
@@ -18,12 +20,16 @@ import torch
 from torch import Tensor
 
 NoiseKind = Literal["gaussian", "rademacher"]
+Words = np.ndarray[Any, np.dtype[np.uint64]]
 
 # Numbers that come of a word of 64 bits.
 _PER_WORD: dict[NoiseKind, int] = {"gaussian": 4, "rademacher": 64}
 
-# Numbers that are made at a time, whose bits are there together.
-_BATCH = 2**20
+# Numbers are made in rows of so many, each of one stream: one operation then makes those of many streams.
+_ROW = 256
+
+# Rows that are made at a time where nothing is compiled, so that their words are still in the cache when they are used.
+_BATCH_ROWS = 512
 
 # So many numbers are worth a second thread: for less it would find its core taken by torch's own, which look out for
 # new work for some milliseconds after they have finished.
@@ -32,52 +38,103 @@ _SHARED = 2**22
 # So many are worth a call of compiled code, which takes a tenth of a millisecond and a few seconds the first time.
 _COMPILED = 2**18
 
+# How SplitMix64 mixes a word: twice a shift and a multiplier, then a shift.
+_ROUNDS = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
+_LAST_SHIFT = 31
+
 
 class Part(NamedTuple):
-    """Numbers ``start, …, stop - 1`` of a tensor, to be made of one stream of bits.
+    """Numbers ``start, …, stop - 1`` of a stream.
 
     Attributes:
-        start: The first.
+        entropy: 16 bytes, the stream's.
+        start: The first number.
         stop: One after the last.
-        entropy: 32 bytes, the stream's.
     """
 
+    entropy: bytes
     start: int
     stop: int
-    entropy: bytes
 
 
-def fill(out: Tensor, parts: Sequence[Part], kind: NoiseKind, *, compile: bool = False) -> None:
-    """Fill parts of a tensor with random numbers of zero mean and unit variance.
+def random_numbers(
+    parts: Sequence[Part], kind: NoiseKind, device: torch.device | str = "cpu", *, compile: bool = False
+) -> list[Tensor]:
+    """Return random numbers of zero mean and unit variance, ``[stop - start]`` in float32 for each part.
 
     Args:
-        out: ``[n]`` in float32, on a CPU.
-        parts: The parts, in ascending order.
+        parts: At least one.
         kind: ``"gaussian"``, or ``"rademacher"`` for ±1 with equal probability.
-        compile: Whether to make many numbers by compiled code: the same ones, in several threads.
+        device: Where they are made and returned.
+        compile: Whether to make many numbers by compiled code: the same ones, faster.
     """
-    total = sum(part.stop - part.start for part in parts)
-    compile = compile and total >= _COMPILED
-    # Tables are looked up while the words are still in the cache.
-    batches = list(_batches(parts, _PER_WORD[kind])) if compile else [[part] for part in parts]
-    # Compiled code has threads of its own.
-    threads = 1 if compile else min(torch.get_num_threads(), len(batches), total // _SHARED + 1)
-    if threads <= 1:
-        for batch in batches:
-            _fill_batch(out, batch, kind, compile)
-        return
-    waiting = deque(batches)
+    per_word = _PER_WORD[kind]
+    row_words = _ROW // per_word
+    starts, steps, counts, slices, end = [], [], [], [], 0
+    for part in parts:
+        start, step = _start_and_step(part.entropy)
+        word, skipped = divmod(part.start, per_word)
+        size = part.stop - part.start
+        # Where the stream would have to start for its words to come in the right row.
+        starts.append((start + (word - end * row_words) * step) % 2**64)
+        steps.append(step)
+        counts.append(-(-(skipped + size) // _ROW))
+        slices.append(slice(end * _ROW + skipped, end * _ROW + skipped + size))
+        end += counts[-1]
+    # Of unsigned words, products and sums are modulo 2⁶⁴.
+    row_steps: Words = np.repeat(np.array(steps, np.uint64), counts)
+    row_starts: Words = np.multiply(row_steps, np.arange(0, end * row_words, row_words, dtype=np.uint64))
+    row_starts += np.repeat(np.array(starts, np.uint64), counts)
+    out = torch.empty(end * _ROW, dtype=torch.float32, device=device)
+    _fill(out, row_starts, row_steps, kind, compile and len(out) >= _COMPILED)
+    return [out[own] for own in slices]
+
+
+def _start_and_step(entropy: bytes) -> tuple[int, int]:
+    start, step = int.from_bytes(entropy[:8], "little"), int.from_bytes(entropy[8:], "little") | 1
+    # A step with few changes between neighbouring bits mixes badly; the generator's authors replace it like this.
+    return start, step ^ 0xAAAAAAAAAAAAAAAA if (step ^ step >> 1).bit_count() < 24 else step
+
+
+def _fill(out: Tensor, starts: Words, steps: Words, kind: NoiseKind, compile: bool) -> None:
+    """Fill ``[rows·256]`` with the numbers of rows, whose words begin with ``starts`` and differ by ``steps``."""
+    if compile or not out.is_cpu:
+        function: Callable[..., None] = _gaussian if kind == "gaussian" else _rademacher
+        tables = [_normal_quantiles(out.device)] if kind == "gaussian" else []
+        words = [torch.from_numpy(array.view(np.int64)).to(out.device) for array in (starts, steps)]
+        if compile and _run_compiled(function, *words, *tables, out):
+            return
+        if not out.is_cpu:
+            function(*words, *tables, out)
+            return
+    _fill_by_numpy(out, starts, steps, kind)
+
+
+# On a CPU, without compiled code.
+
+
+def _fill_by_numpy(out: Tensor, starts: Words, steps: Words, kind: NoiseKind) -> None:
+    batches = deque(slice(first, first + _BATCH_ROWS) for first in range(0, len(starts), _BATCH_ROWS))
 
     def work() -> None:
         # In a new thread no mode of torch's is on.
         with torch.inference_mode(out.is_inference()):
             while True:
                 try:
-                    batch = waiting.popleft()
+                    rows = batches.popleft()
                 except IndexError:
                     return
-                _fill_batch(out, batch, kind, False)
+                words = torch.from_numpy(_words_by_numpy(starts[rows], steps[rows], _ROW // _PER_WORD[kind])).view(-1)
+                own = out[rows.start * _ROW : rows.stop * _ROW]
+                if kind == "gaussian":
+                    torch.index_select(_normal_quantiles(out.device), 0, words.view(torch.uint16).int(), out=own)
+                else:
+                    torch.index_select(_signs_of_bytes(), 0, words.view(torch.uint8).int(), out=own.view(-1, 8))
 
+    threads = min(torch.get_num_threads(), len(batches), len(out) // _SHARED + 1)
+    if threads <= 1:
+        work()
+        return
     with ThreadPoolExecutor(threads - 1) as pool:
         others = [pool.submit(work) for _ in range(threads - 1)]
         work()
@@ -85,61 +142,42 @@ def fill(out: Tensor, parts: Sequence[Part], kind: NoiseKind, *, compile: bool =
             other.result()
 
 
-def _batches(parts: Sequence[Part], per_word: int) -> Iterator[list[Part]]:
-    """Split into runs of parts whose numbers, and whose words, lie one behind the other."""
-    batch: list[Part] = []
-    for part in parts:
-        if batch:
-            size = batch[-1].stop - batch[0].start
-            if batch[-1].stop != part.start or size % per_word or size + part.stop - part.start > _BATCH:
-                yield batch
-                batch = []
-        batch.append(part)
-    if batch:
-        yield batch
+def _words_by_numpy(starts: Words, steps: Words, size: int) -> Words:
+    """Return the words of each row, ``[rows, size]``."""
+    words: Words = np.multiply(steps[:, None], np.arange(size, dtype=np.uint64))
+    words += starts[:, None]
+    shifted = np.empty_like(words)
+    for shift, multiplier in _ROUNDS:
+        words ^= np.right_shift(words, np.uint64(shift), out=shifted)
+        words *= np.uint64(multiplier)
+    words ^= np.right_shift(words, np.uint64(_LAST_SHIFT), out=shifted)
+    return words
 
 
-def _fill_batch(out: Tensor, batch: Sequence[Part], kind: NoiseKind, compile: bool) -> None:
-    out = out[batch[0].start : batch[-1].stop]
-    words = torch.from_numpy(_words(batch, _PER_WORD[kind]))
-    if kind == "gaussian":
-        table, short = _normal_quantiles(), words.view(torch.int16)[: len(out)]
-        if not (compile and _run_compiled(_quantiles_of, short, table, out)):
-            torch.index_select(table, 0, short.view(torch.uint16).int(), out=out)
-    elif len(out) % 64:
-        signs = torch.empty(64 * len(words))
-        _look_up_signs(words, signs)
-        out.copy_(signs[: len(out)])
-    elif not (compile and _run_compiled(_signs_of, words.view(torch.int32), out)):
-        _look_up_signs(words, out)
+# Elsewhere, and compiled: the same numbers. Memory that is there to write into is faster than new one.
 
 
-def _words(batch: Sequence[Part], per_word: int) -> np.ndarray[Any, Any]:
-    """Return the words of 64 random bits that the numbers of a batch are made of, as int64."""
-    generator, words = np.random.SFC64(0), []
-    for part in batch:
-        # Hashed already: what the constructor does to its seed takes as long as 4,000 numbers.
-        state: Any = {"state": np.frombuffer(part.entropy, np.uint64)}
-        generator.state = {"bit_generator": "SFC64", "state": state, "has_uint32": 0, "uinteger": 0}
-        words.append(generator.random_raw(-(-(part.stop - part.start) // per_word)))
-    return (words[0] if len(words) == 1 else np.concatenate(words)).view(np.int64)
+def _gaussian(starts: Tensor, steps: Tensor, table: Tensor, out: Tensor) -> None:
+    short = _words(starts, steps, _ROW // _PER_WORD["gaussian"]).view(torch.int16)
+    out.copy_(table[short.int() & 0xFFFF].view(-1))
 
 
-def _look_up_signs(words: Tensor, out: Tensor) -> None:
-    """Write the signs of each word's bits, the lowest first; a byte stands for eight of them."""
-    torch.index_select(_signs_of_bytes(), 0, words.view(torch.uint8).int(), out=out.view(-1, 8))
+def _rademacher(starts: Tensor, steps: Tensor, out: Tensor) -> None:
+    halves = _words(starts, steps, _ROW // _PER_WORD["rademacher"]).view(torch.int32)
+    bits = halves[..., None] >> torch.arange(32, dtype=torch.int32, device=out.device) & 1
+    out.copy_((2 * bits - 1).view(-1))
 
 
-# What is compiled gives the same numbers as the tables. It writes into `out`, as new memory takes longer.
+def _words(starts: Tensor, steps: Tensor, size: int) -> Tensor:
+    """Return the words of each row, ``[rows, size]`` in int64, whose shifts keep the sign and are masked therefore."""
+    words = starts[:, None] + steps[:, None] * torch.arange(size, device=starts.device)
+    for shift, multiplier in _ROUNDS:
+        words = (words ^ _shifted(words, shift)) * (multiplier - 2**64)
+    return words ^ _shifted(words, _LAST_SHIFT)
 
 
-def _quantiles_of(words: Tensor, table: Tensor, out: Tensor) -> None:
-    out.copy_(table[words.int() & 0xFFFF])
-
-
-def _signs_of(words: Tensor, out: Tensor) -> None:
-    bits = words[:, None] >> torch.arange(32, dtype=torch.int32) & 1
-    out.view(-1, 32).copy_(2 * bits - 1)
+def _shifted(words: Tensor, shift: int) -> Tensor:
+    return words >> shift & (1 << 64 - shift) - 1
 
 
 def _run_compiled(function: Callable[..., None], *tensors: Tensor) -> bool:
@@ -167,20 +205,21 @@ def _compiled(function: Callable[..., None]) -> Callable[..., None]:
 
 
 @functools.cache
-def _normal_quantiles() -> Tensor:
+def _normal_quantiles(device: torch.device) -> Tensor:
     """Return, for every 16 bits, the middle one of the normal numbers that they stand for: ``[65536]``.
 
     They are symmetric, and scaled to unit variance; their kurtosis is 2.9992 where a normal number has 3.
     """
-    with torch.inference_mode(False):
+    # Reckoned on a CPU, to be the same everywhere.
+    with torch.inference_mode(False), torch.device("cpu"):
         positive = torch.special.ndtri((torch.arange(2**15, dtype=torch.float64) + (2**15 + 0.5)) / 2**16)
         positive /= positive.square().mean().sqrt()
-        return torch.cat([positive, -positive]).float()
+        return torch.cat([positive, -positive]).float().to(device)
 
 
 @functools.cache
 def _signs_of_bytes() -> Tensor:
-    """Return, for every byte, its bits as ±1, the lowest first: ``[256, 8]``."""
-    with torch.inference_mode(False):
+    """Return, for every byte, its bits as ±1, the lowest first: ``[256, 8]``, on a CPU."""
+    with torch.inference_mode(False), torch.device("cpu"):
         bits = torch.arange(256)[:, None] >> torch.arange(8) & 1
         return (2.0 * bits - 1.0).float()

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..perturbation.sample import wide_dtype
+
+# Numbers whose change is measured at a time.
+_PIECE = 2**18
 
 OptimizerFactory = Callable[..., torch.optim.Optimizer]
 
@@ -103,17 +106,17 @@ class Centre:
         self._publish()
 
     @torch.no_grad()
-    def step(self, direction: Mapping[str, Tensor], learning_rates: Sequence[float]) -> float:
-        """Make one step along ``direction`` and return its Euclidean length.
+    def step(self, gradient: Mapping[str, Tensor], learning_rates: Sequence[float]) -> float:
+        """Make one step against ``gradient`` and return its Euclidean length.
 
         If anything raises, weights and optimizer are as they were.
 
         Args:
-            direction: Estimate of the ascent direction for every parameter.
+            gradient: The negated estimate of the ascent direction, for every parameter; the optimizer may change it.
             learning_rates: For each group.
 
         Raises:
-            ValueError: The direction, or the weights after the step, are not finite.
+            ValueError: The gradient, or the weights after the step, are not finite.
         """
         self._follow()
         before = {name: master.clone() for name, master in self.masters.items()}
@@ -123,11 +126,11 @@ class Centre:
             for group, learning_rate in zip(self.optimizer.param_groups, learning_rates, strict=True):
                 group["lr"] = learning_rate
             for name, master in self.masters.items():
-                master.grad = -direction[name].to(master)
+                master.grad = gradient[name].to(master)
             self.optimizer.step()
-            length = _length(torch._foreach_sub(list(self.masters.values()), list(before.values())))
+            length = _length(_differences(self.masters.values(), before.values()))
             if not math.isfinite(length):
-                if not math.isfinite(_length(list(direction.values()))):
+                if not math.isfinite(_length(gradient.values())):
                     raise ValueError(
                         "the update is not finite, and the parameters were not changed: scale the fitness down, or"
                         " shape it"
@@ -187,8 +190,16 @@ def _members(groups: Sequence[Mapping[str, Any]]) -> list[list[int]]:
     return [[id(p) for p in group["params"]] for group in groups]
 
 
-def _length(values: Sequence[Tensor]) -> float:
+def _differences(new: Iterable[Tensor], old: Iterable[Tensor]) -> Iterator[Tensor]:
+    """Yield what has changed in pieces, each of which is in the cache while it is used."""
+    for a, b in zip(new, old, strict=True):
+        size = _PIECE if a.device.type == "cpu" else max(1, a.numel())
+        for own, other in zip(a.reshape(-1).split(size), b.reshape(-1).split(size), strict=True):
+            yield own - other
+
+
+def _length(values: Iterable[Tensor]) -> float:
     """Return the Euclidean length of tensors taken together."""
     # In one piece, so that an accelerator is waited for once; the sum of their squares is taken in float64.
-    norms = torch._foreach_norm([value.flatten() for value in values])
+    norms = [torch.linalg.vector_norm(value) for value in values]
     return torch.stack([norm.double().to(norms[0].device) for norm in norms]).square().sum().sqrt().item()
