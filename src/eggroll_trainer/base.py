@@ -26,10 +26,11 @@ from .interrupts import delayed_interrupt, exit_on_sigterm
 from .memory import Budget, is_out_of_memory
 from .noise import forked_rng
 from .perturbation.sample import Draws, FullRankDraws, ParameterSpec, Perturbations, wide_dtype
-from .population import Population, warn_once
+from .population import Population
 from .run_state import Generation, RunState
 from .update.centre import Centre, OptimizerFactory
 from .update.schedule import LRSchedulerFactory, Schedules
+from .warned import Warned
 
 # Members evaluated at a time, at most, where the user sets no chunk size: more gain nothing.
 _CHUNK_MEMBERS_CPU, _CHUNK_MEMBERS = 1024, 8192
@@ -166,7 +167,7 @@ class ESTrainer(RunState, ABC):
         self._schedulers = (lr_scheduler, sigma_scheduler)
         self._schedules = Schedules(self, *self._schedulers)
         self._initial = self._centre.flat()
-        self._warned: set[str] = set()
+        self._warned = Warned()
         self._budget = Budget(memory_budget)
         self._restart_forwards()
         # What has turned out to fit, where something did not.
@@ -491,12 +492,14 @@ class ESTrainer(RunState, ABC):
                     scores[chunk.first : chunk.first + chunk.size] = outcome.scores
                     if outcome.statistics is not None:
                         statistics.append(outcome.statistics)
+                    for message, kind in outcome.warnings:
+                        self._warn_once(message, kind)
                 return scores, statistics
             except Exception as error:
                 if not is_out_of_memory(error) or self.chunk_size is not None or size == self._chunk_unit():
                     raise
             self._most_members = size // 2
-            warn_once(self._warned, f"memory ran out with {size} members at a time: half as many from now on", "memory")
+            self._warn_once(f"memory ran out with {size} members at a time: half as many from now on", "memory")
             with delayed_interrupt(), thread_modes.neutral():
                 self._begin_generation()
 
@@ -507,16 +510,17 @@ class ESTrainer(RunState, ABC):
 
     def evaluate_chunk(self, chunk: Chunk) -> Outcome:
         """Evaluate some members of the current generation in this process: for engines."""
+        self._warned.quiet = not self.is_main
         scores = self._evaluate(*chunk)
-        return Outcome(scores, None if self._learner is None else self._learner.pop_statistics().cpu())
+        statistics = None if self._learner is None else self._learner.pop_statistics().cpu()
+        return Outcome(scores, statistics, self._warned.take())
 
     def _advance(self, scores: Tensor, statistics: list[Tensor]) -> dict[str, Any]:
         """End the generation with the members' scores, and return its metrics."""
         last = Generation(self.generation + 1, self._seed, plain_copy(self._options()), scores, statistics)
         checked = check_scores(scores, self.generation + 1)
         if checked.num_nonfinite:
-            warn_once(
-                self._warned,
+            self._warn_once(
                 "a fitness that is not finite counts as the worst finite one of its generation; see num_nonfinite in"
                 " the metrics",
             )

@@ -20,6 +20,7 @@ from .memory import is_out_of_memory, keep_freed_memory
 from .module_state import NotBatchable, Slot, parameter_slots, training_modes, unchanged_state
 from .perturbation import densify
 from .perturbation.sample import FullRankDraws, ParameterSpec, Perturbations, perturb
+from .warned import Warned
 
 
 class Population:
@@ -55,7 +56,7 @@ class Population:
         perturbations: Perturbations,
         *,
         first: int = 0,
-        warned: set[str] | None = None,
+        warned: Warned | None = None,
         forwards: Forwards | None = None,
         generation: int = 0,
         seed: int = 0,
@@ -70,7 +71,7 @@ class Population:
         self._slots: dict[nn.Module, list[Slot]] = {}
         self._training: dict[nn.Module, bool] = {}
         self._scratch: nn.Module | None = None
-        self._warned: set[str] = set() if warned is None else warned
+        self._warned = Warned() if warned is None else warned
         self.forwards = Forwards() if forwards is None else forwards
 
     @classmethod
@@ -301,7 +302,7 @@ class Population:
                     raise
                 raise NotBatchable(f"{type(error).__name__}: {error}") from error
         while self.forwards.reports:
-            warn_once(self._warned, self.forwards.reports.pop())
+            self._warned.once(self.forwards.reports.pop())
         return result
 
     @functools.cached_property
@@ -337,7 +338,7 @@ class Population:
                 raise _lost(error) from None
             result = self._call_one_by_one(args, kwargs, dims, members)
             self.forwards.one_by_one = True
-            warn_once(self._warned, f"the model is run once for each member, not batched: {error}")
+            self._warned.once(f"the model is run once for each member, not batched: {error}")
             return result
 
     def _call_one_by_one(
@@ -371,14 +372,6 @@ def _lost(error: NotBatchable) -> ValueError:
         f"{error}: it would be lost between calls. Pass it in and return it, or write the fitness function for one"
         " model, without @batched."
     )
-
-
-def warn_once(warned: set[str], message: str, kind: str | None = None) -> None:
-    """Warn, unless the same, or something of the same kind, has been said to the owner of ``warned`` before."""
-    kind = message if kind is None else kind
-    if kind not in warned:
-        warned.add(kind)
-        warnings.warn(message, RuntimeWarning, stacklevel=2)
 
 
 def _take(value: tuple[Tensor, Tensor] | Tensor, index: int) -> tuple[Tensor, Tensor] | Tensor:

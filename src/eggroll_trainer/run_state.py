@@ -17,9 +17,9 @@ from .fitness.learning import Learner, learner_state, set_learner_state
 from .fitness.scores import METRICS
 from .interrupts import delayed_interrupt
 from .optimizer_face import OptimizerFace
-from .population import warn_once
 from .update.centre import Centre
 from .update.schedule import LRSchedulerFactory, Schedules
+from .warned import Warned
 
 
 class Generation(NamedTuple):
@@ -65,12 +65,17 @@ class RunState(OptimizerFace):
     _initial_untrained: dict[str, Tensor]
     _best: Tensor | None
     _best_untrained: dict[str, Tensor]
-    _warned: set[str]
+    _warned: Warned
 
     @property
     def is_main(self) -> bool:
         """Whether this is the only process, or the first of those that run the script: the one to print and write."""
         return self.engine.rank == 0
+
+    def _warn_once(self, message: str, kind: str | None = None) -> None:
+        """Warn of what all processes notice, or have been told of."""
+        if self.is_main:
+            self._warned.once(message, kind)
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything that the rest of the run depends on, as copies: tensors, numbers and strings."""
@@ -103,8 +108,7 @@ class RunState(OptimizerFace):
         before = self.state_dict()
         changed = check_same_run(state_dict, before)
         if changed:
-            warn_once(
-                self._warned,
+            self._warn_once(
                 f"going on with {', '.join(changed)}: the numbers will not be those of an uninterrupted run",
             )
         with delayed_interrupt():

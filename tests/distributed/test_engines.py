@@ -177,6 +177,47 @@ except StopIteration as error:
     assert first[0] == second[0] == "3" and first[2:] == second[2:]
 
 
+# Only the last members' inputs make the model one that cannot be batched, and only the first member has no score.
+WARNS = """
+import warnings
+
+class Moody(nn.Linear):
+    def forward(self, x):
+        return super().forward(x) + (self.weight.sum().item() if x.sum() < 0 else 0.0)
+
+@batched
+def fitness(population):
+    last = population.members.start > 0
+    scores = population(-torch.ones(1) if last else torch.ones(1)).flatten()
+    return scores if last else scores.clone().index_fill_(0, torch.tensor([0]), torch.nan)
+
+def given(engine):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer = EGGROLLTrainer(model=Moody(1, 1), fitness_fn=fitness, engine=engine, population_size=8, chunk_size=4)
+        for _ in range(3):
+            trainer.step()
+    return [str(warning.message).split(",")[0] for warning in caught if "eggroll" in warning.filename]
+"""
+GIVEN = [
+    "the model is run once for each member",
+    "a fitness that is not finite counts as the worst finite one of its generation; see num_nonfinite in the metrics",
+]
+
+
+def test_the_first_process_gives_the_warnings_of_all(tmp_path: Path) -> None:
+    said = run_script(2, tmp_path, WARNS + "for warning in ['begin', *given(None)]:\n    say(warning)")
+    assert said == [["begin", *GIVEN], ["begin"]]
+
+
+def test_the_script_gives_the_warnings_of_rays_workers(tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    body = "from engine_cases import *\n" + WARNS + "for warning in given('ray'):\n    print('given', warning)"
+    (tmp_path / "script.py").write_text(body)
+    lines = python(tmp_path / "script.py").splitlines()
+    assert [line for line in lines if line.startswith("given")] == [f"given {warning}" for warning in GIVEN]
+
+
 def test_nothing_keeps_the_group_alive(tmp_path: Path) -> None:
     # Its threads would abort a process that ends, now and then.
     said = run_script(

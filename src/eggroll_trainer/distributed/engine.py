@@ -34,10 +34,12 @@ class Outcome(NamedTuple):
     Attributes:
         scores: ``[size]`` in float64, on the CPU.
         statistics: What it has shown to a fitness function that learns along the way, on the CPU; else None.
+        warnings: Messages and kinds of the warnings that the first process is to give.
     """
 
     scores: Tensor
     statistics: Tensor | None
+    warnings: tuple[tuple[str, str], ...] = ()
 
 
 class Evaluator(Protocol):

@@ -227,6 +227,12 @@ class _Task(NamedTuple):
     started: float
 
 
+class _WorkersEngine(LocalEngine):
+    """That of a copy of the trainer, which leaves warnings to the script's process."""
+
+    rank = 1
+
+
 class _Worker:
     """A process with a copy of the trainer."""
 
@@ -244,6 +250,7 @@ class _Worker:
         if served != self.served:
             if state[0] != self.copied:
                 self.trainer, self.copied = ray.get(state[0]), state[0]
+                self.trainer.engine = _WorkersEngine()
             changing, untrained = ray.get(state[1:])
             self.trainer.set_working_state({**changing, "untrained": untrained})
             self.served = served

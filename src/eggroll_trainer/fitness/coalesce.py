@@ -20,7 +20,8 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..forward import PLAIN_TYPES
 from ..module_state import NotBatchable
-from ..population import Population, warn_once
+from ..population import Population
+from ..warned import Warned
 from . import thread_modes, turns, workers
 from .member_state import Differentiated, MemberState, Origin
 from .randomness import RandomStates
@@ -172,7 +173,7 @@ class Coalescer:
     """
 
     def __init__(
-        self, population: Population, function: Callable[[nn.Module], Any], warned: set[str], *, seeds: bool = False
+        self, population: Population, function: Callable[[nn.Module], Any], warned: Warned, *, seeds: bool = False
     ) -> None:
         self.population, self.function, self.warned = population, function, warned
         self.origin = Origin(population)
@@ -213,7 +214,7 @@ class Coalescer:
                 self._abort(members)
                 raise
         for kind, message in self._reports:
-            warn_once(self.warned, message, kind)
+            self.warned.once(message, kind)
         return [member.value for member in members]
 
     def blueprint(self, base: nn.Module) -> Blueprint:
@@ -344,5 +345,5 @@ class Coalescer:
                     self.stage.clear(thread_modes.current())
                     self._random.leave(member.random)
                 if member.failure is not None:
-                    warn_once(self.warned, f"a fitness function raised while it was abandoned: {member.failure!r}")
+                    self.warned.once(f"a fitness function raised while it was abandoned: {member.failure!r}")
             member.end()

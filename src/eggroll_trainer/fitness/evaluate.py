@@ -9,7 +9,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..population import Population, warn_once
+from ..population import Population
+from ..warned import Warned
 from . import thread_modes
 from .coalesce import Coalescer
 from .environments import Outside
@@ -55,7 +56,7 @@ def evaluate(
     *,
     generation: int,
     coalesce: bool = True,
-    warned: set[str],
+    warned: Warned,
 ) -> Tensor:
     """Return the fitness of every member, ``[N]`` in float64.
 
@@ -94,8 +95,8 @@ def evaluate(
             except Differentiated:
                 reason = _DIFFERENTIATES
                 # Not to be tried again.
-                warned.add(reason)
-        warn_once(warned, f"the fitness function is run for one member at a time: {reason}")
+                warned.note(reason)
+        warned.once(f"the fitness function is run for one member at a time: {reason}")
     return torch.tensor(_one_by_one(population, score, annotate), dtype=torch.float64)
 
 
