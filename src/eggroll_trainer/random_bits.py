@@ -19,6 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .memory import is_out_of_memory
+
 NoiseKind = Literal["gaussian", "rademacher"]
 Words = np.ndarray[Any, np.dtype[np.uint64]]
 
@@ -191,7 +193,9 @@ def _run_compiled(function: Callable[..., None], *tensors: Tensor) -> bool:
             warnings.simplefilter("ignore")
             compiled(*tensors)
         return True
-    except Exception:
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
         _FAILED.add(compiled)
         return False
 
