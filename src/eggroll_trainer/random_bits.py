@@ -33,6 +33,9 @@ _ROW = 256
 # Rows that are made at a time where nothing is compiled, so that their words are still in the cache when they are used.
 _BATCH_ROWS = 512
 
+# Rows that torch makes at a time, which bounds the memory that their words take.
+_TORCH_ROWS = 2**16
+
 # So many numbers are worth a second thread: for less it would find its core taken by torch's own, which look out for
 # new work for some milliseconds after they have finished.
 _SHARED = 2**22
@@ -100,16 +103,8 @@ def _start_and_step(entropy: bytes) -> tuple[int, int]:
 
 def _fill(out: Tensor, starts: Words, steps: Words, kind: NoiseKind, compile: bool) -> None:
     """Fill ``[rows·256]`` with the numbers of rows, whose words begin with ``starts`` and differ by ``steps``."""
-    if compile or not out.is_cpu:
-        function: Callable[..., None] = _gaussian if kind == "gaussian" else _rademacher
-        tables = [_normal_quantiles(out.device)] if kind == "gaussian" else []
-        words = [torch.from_numpy(array.view(np.int64)).to(out.device) for array in (starts, steps)]
-        if compile and _run_compiled(function, *words, *tables, out):
-            return
-        if not out.is_cpu:
-            function(*words, *tables, out)
-            return
-    _fill_by_numpy(out, starts, steps, kind)
+    if not ((compile or not out.is_cpu) and _fill_by_torch(out, starts, steps, kind, compile)):
+        _fill_by_numpy(out, starts, steps, kind)
 
 
 # On a CPU, without compiled code.
@@ -156,7 +151,23 @@ def _words_by_numpy(starts: Words, steps: Words, size: int) -> Words:
     return words
 
 
-# Elsewhere, and compiled: the same numbers. Memory that is there to write into is faster than new one.
+# Elsewhere, and compiled: the same numbers.
+
+
+def _fill_by_torch(out: Tensor, starts: Words, steps: Words, kind: NoiseKind, compile: bool) -> bool:
+    """Do so where NumPy cannot; return False on a CPU without a compiler."""
+    function: Callable[..., None] = _gaussian if kind == "gaussian" else _rademacher
+    tables = [_normal_quantiles(out.device)] if kind == "gaussian" else []
+    for first in range(0, len(starts), _TORCH_ROWS):
+        rows = slice(first, first + _TORCH_ROWS)
+        words = [torch.from_numpy(array[rows].view(np.int64)).to(out.device) for array in (starts, steps)]
+        # Memory that is there to write into is faster than new one.
+        arguments = [*words, *tables, out[rows.start * _ROW : rows.stop * _ROW]]
+        if not (compile and _run_compiled(function, *arguments)):
+            if out.is_cpu:
+                return False
+            function(*arguments)
+    return True
 
 
 def _gaussian(starts: Tensor, steps: Tensor, table: Tensor, out: Tensor) -> None:
