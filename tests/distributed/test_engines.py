@@ -34,7 +34,9 @@ def test_two_nodes_give_the_bits_of_one(expected: Any, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "out.json").read_text()) == {name: expected[name] for name in names}
 
 
-@pytest.mark.parametrize("workers", [1, 2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "workers", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(3, marks=pytest.mark.slow)]
+)
 def test_ray_gives_the_bits_of_one(workers: int, expected: Any, tmp_path: Path) -> None:
     pytest.importorskip("ray")
     python(TESTS / "engine_cases.py", tmp_path / "out.json", f"ray{workers}")
