@@ -65,9 +65,8 @@ def processes(quick: bool) -> Table:
         part = {
             name: statistics.median(r[name] for r in alone) for name in ("noise", "noise and forward", "update", "step")
         }
-        table.text += f" Measured for a chunk of 1,024 members, {how}: " + ", ".join(
-            f"{name} {1e3 * seconds:.1f} ms" for name, seconds in part.items()
-        )
+        times = ", ".join(f"{name} {1e3 * seconds:.1f} ms" for name, seconds in part.items())
+        table.text += f" Measured for a chunk of 1,024 members, {how}: {times}."
         for count, exchange in own:
             measured = results[how, (count, exchange)]
             seconds = statistics.median(r["seconds"] for r in measured)

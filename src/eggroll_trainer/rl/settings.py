@@ -99,7 +99,7 @@ TASKS: dict[str, dict[str, object]] = {
     "Ant-v5": {**_WIDER, "steps": 6_000_000},
     "Humanoid-v5": {
         **_LOCOMOTION,
-        "steps": 40_000_000,
+        "steps": 25_000_000,
         "population_size": 460,
         "sigma": 0.019,
         "learning_rate": 0.25,
