@@ -1,4 +1,4 @@
-"""Humanoid learns to walk: a linear policy, a run folder, a curve and a video.
+"""Humanoid learns to run a few metres: a linear policy, a run folder, a curve and a video.
 
     python examples/humanoid.py --steps 20000000
     python examples/humanoid.py --resume            # goes on with it

@@ -85,7 +85,7 @@ class RunState(OptimizerFace):
             "seed": self._seed,
             "generation": self.generation,
             "centre": self._centre.state_dict(),
-            "untrained": untrained(self.model, self._centre.parameters),
+            "untrained": self._untrained(),
             "initial_params": self._initial,
             "history": self.history,
             "best_fitness": self.best_fitness,
@@ -243,11 +243,11 @@ class RunState(OptimizerFace):
 
     def _learnt(self) -> dict[str, Tensor]:
         """Return copies of the buffers and untrained parameters, if the fitness function may change them."""
-        return {} if self._learner is None else plain_copy(untrained(self.model, self._centre.parameters))
+        return {} if self._learner is None else plain_copy(self._untrained())
 
     @torch.no_grad()
     def _set_learnt(self, values: dict[str, Tensor]) -> None:
-        for name, value in untrained(self.model, self._centre.parameters).items():
+        for name, value in self._untrained().items():
             value.copy_(values.get(name, value))
 
     @abstractmethod

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..perturbation.sample import wide_dtype
 
-# Numbers whose change is measured at a time.
+# Numbers whose change is measured at a time on a CPU.
 _PIECE = 2**18
 
 OptimizerFactory = Callable[..., torch.optim.Optimizer]
@@ -128,9 +128,9 @@ class Centre:
             for name, master in self.masters.items():
                 master.grad = gradient[name].to(master)
             self.optimizer.step()
-            length = _length(_differences(self.masters.values(), before.values()))
+            length = _distance(list(self.masters.values()), list(before.values()))
             if not math.isfinite(length):
-                if not math.isfinite(_length(gradient.values())):
+                if not math.isfinite(_length(list(gradient.values()))):
                     raise ValueError(
                         "the update is not finite, and the parameters were not changed: scale the fitness down, or"
                         " shape it"
@@ -190,16 +190,21 @@ def _members(groups: Sequence[Mapping[str, Any]]) -> list[list[int]]:
     return [[id(p) for p in group["params"]] for group in groups]
 
 
-def _differences(new: Iterable[Tensor], old: Iterable[Tensor]) -> Iterator[Tensor]:
-    """Yield what has changed in pieces, each of which is in the cache while it is used."""
-    for a, b in zip(new, old, strict=True):
-        size = _PIECE if a.device.type == "cpu" else max(1, a.numel())
-        for own, other in zip(a.reshape(-1).split(size), b.reshape(-1).split(size), strict=True):
-            yield own - other
+def _distance(new: Sequence[Tensor], old: Sequence[Tensor]) -> float:
+    """Return the Euclidean length of what has changed."""
+    if any(value.device.type != "cpu" for value in new):
+        return _length(torch._foreach_sub(list(new), list(old)))
+    pairs = zip(new, old, strict=True)
+    pieces = (zip(a.reshape(-1).split(_PIECE), b.reshape(-1).split(_PIECE), strict=True) for a, b in pairs)
+    # Each piece is in the cache while it is used.
+    return _root_of_squares([torch.linalg.vector_norm(a - b) for piece in pieces for a, b in piece])
 
 
-def _length(values: Iterable[Tensor]) -> float:
+def _length(values: Sequence[Tensor]) -> float:
     """Return the Euclidean length of tensors taken together."""
-    # In one piece, so that an accelerator is waited for once; the sum of their squares is taken in float64.
-    norms = [torch.linalg.vector_norm(value) for value in values]
+    return _root_of_squares(torch._foreach_norm([value.flatten() for value in values]))
+
+
+def _root_of_squares(norms: Sequence[Tensor]) -> float:
+    # In one piece, so that an accelerator is waited for once; the sum of the squares is taken in float64.
     return torch.stack([norm.double().to(norms[0].device) for norm in norms]).square().sum().sqrt().item()
