@@ -39,6 +39,10 @@ pytestmark = pytest.mark.filterwarnings("error")
     split=(lambda: Op(lambda x, W: [F.linear(x, part) for part in W.split([1, 4, 2])], 7, 5), floats((2, 5))),
     split_evenly=(lambda: Op(lambda x, W: [part @ x for part in torch.split(W, 3)], 7, 5), floats((5, 2))),
     user_vmap=(lambda: Op(lambda x, W: torch.vmap(lambda row: F.linear(row, W))(x), 4, 5), floats((7, 5))),
+    inside_user_vmap=(
+        lambda: Op(lambda x, W: torch.vmap(lambda row: row + F.linear(x, W))(x[:, :4]), 4, 5),
+        floats((7, 5)),
+    ),
 )
 def test_products(
     make: Callable[[], nn.Module], arguments: Arguments, rank: int, shared: bool, monkeypatch: pytest.MonkeyPatch

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .batching import apply
 from .tensor import densify, rule
 
 
@@ -64,7 +65,7 @@ class _Attention(torch.autograd.Function):
                 mask = mask.expand(*batch, *mask.shape[-3:]).reshape(-1, *mask.shape[-3:])
         q, k, v = (t.expand(*batch, *t.shape[-3:]).reshape(-1, *t.shape[-3:]) for t in (q, k, v))
         # Not forward: there may be another vmap outside of this one.
-        out = _Attention.apply(q, k, v, mask, is_causal, scale, enable_gqa)
+        out = apply(_Attention, q, k, v, mask, is_causal, scale, enable_gqa)
         return out.reshape(*batch, *out.shape[1:]), 0
 
 
@@ -99,7 +100,7 @@ def attention(
     dims = query.ndim
     if dims == 2:
         query, key, value = query[None], key[None], value[None]
-    out = _Attention.apply(query, key, value, attn_mask, is_causal, scale, enable_gqa)
+    out = apply(_Attention, query, key, value, attn_mask, is_causal, scale, enable_gqa)
     return out[0] if dims == 2 else out
 
 

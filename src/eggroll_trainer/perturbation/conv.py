@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .batching import apply
 from .tensor import PerturbedTensor, dense_sum, rule
 
 # (x, W, b, groups=g) → y, with stride, padding and dilation filled in.
@@ -171,7 +172,7 @@ def _convolution(function: Any, x: Any, W: Any, b: Any, groups: int, transposed:
         return NotImplemented
     images = x if x.ndim == W.ndim else x[None]
     convolve = functools.partial(function, **settings)
-    out = _PerturbedConvolution.apply(images, W.centre, W.A, W.B, b, convolve, transposed, groups)
+    out = apply(_PerturbedConvolution, images, W.centre, W.A, W.B, b, convolve, transposed, groups)
     return out if x.ndim == W.ndim else out[0]
 
 

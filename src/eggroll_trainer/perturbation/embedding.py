@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .batching import apply
 from .linear import rows_of
 from .tensor import PerturbedTensor, rule
 
@@ -52,7 +53,7 @@ class _PerturbedRows(torch.autograd.Function):
 
 def perturbed_rows(W: PerturbedTensor, index: Tensor) -> Tensor:
     """Return ``(W + A Bᵀ)[index]`` of one member; ``index [...] → [..., *W.shape[1:]]``."""
-    rows = _PerturbedRows.apply(index, W.centre.flatten(1), W.A, W.B)
+    rows = apply(_PerturbedRows, index, W.centre.flatten(1), W.A, W.B)
     return rows.reshape(*index.shape, *W.shape[1:])
 
 

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .batching import apply
 from .tensor import PerturbedTensor, autocast_like_linear, rule
 
 
@@ -59,7 +60,7 @@ class _PerturbedLinear(torch.autograd.Function):
 
 def perturbed_linear(x: Tensor, W: PerturbedTensor, b: Tensor | None = None) -> Tensor:
     """Return ``x (W + A Bᵀ)ᵀ + b`` of one member; ``x [..., I] → [..., O]``."""
-    return _PerturbedLinear.apply(x, W.centre, W.A, W.B, b)
+    return apply(_PerturbedLinear, x, W.centre, W.A, W.B, b)
 
 
 def _plain(*tensors: Any) -> bool:
