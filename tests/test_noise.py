@@ -94,10 +94,12 @@ def test_does_not_depend_on_threads_nor_on_what_is_drawn_beside_it(
 def test_compiled_code_makes_the_same_numbers(kind: NoiseKind, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(random_bits, "_COMPILED", 1)
     streams = [Stream("a", 3, kind), Stream("b", 200, kind), Stream("c", 200_003, kind)]
-    for count in (600, 3):
-        compiled = Noise(7, compile=True).draw(0, 3, count, streams)
-        assert all(map(torch.equal, compiled, Noise(7).draw(0, 3, count, streams)))
+    # Of one shape as well, for which the code is called without checks from the second time on.
+    for generation, count in ((0, 600), (1, 600), (2, 600), (2, 3), (3, 3)):
+        compiled = Noise(7, compile=True).draw(generation, 3, count, streams)
+        assert all(map(torch.equal, compiled, Noise(7).draw(generation, 3, count, streams)))
     assert not random_bits._FAILED
+    assert len(random_bits._compiled(getattr(random_bits, f"_{kind}"))._prepared) >= 2
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from .forward import PLAIN_TYPES, Call, Forwards, replay
+from .forward import PLAIN_TYPES, Call, Forwards
+from .graphs import replay
 from .interrupts import delayed_interrupt
 from .memory import is_out_of_memory, keep_freed_memory
 from .module_state import NotBatchable, Slot, parameter_slots, training_modes, unchanged_state
@@ -267,8 +268,8 @@ class Population:
         leaves, spec = tree_flatten((args, kwargs))
         slots = self._slots_in(module)
         names = [name for _, _, name in slots]
+        everybody = members is None or list(members) == list(range(len(self)))
         members = range(len(self)) if members is None else members
-        everybody = list(members) == list(range(len(self)))
         factors: Any
         if everybody and self.forwards.compile and not exact:
             # The compiled code reads a draw where it is, for each of the members that share it. Calls that are made

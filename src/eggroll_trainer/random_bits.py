@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .graphs import Kernel
 from .memory import is_out_of_memory
 
 NoiseKind = Literal["gaussian", "rademacher"]
@@ -216,7 +217,7 @@ _FAILED: set[Callable[..., None]] = set()
 
 @functools.cache
 def _compiled(function: Callable[..., None]) -> Callable[..., None]:
-    return torch.compile(function, fullgraph=True, dynamic=True)
+    return Kernel(function)
 
 
 @functools.cache
