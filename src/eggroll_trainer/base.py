@@ -528,18 +528,18 @@ class ESTrainer(RunState, ABC):
         with delayed_interrupt(), thread_modes.neutral():
             improved = self._member_parameters(best) if float(checked.values[best]) > self.best_fitness else None
             gradient = self._gradient(checked.values)
-        learning_rates = [group["lr"] for group in self.param_groups]
-        metrics = metrics_of(checked, self.generation + 1, self.best_fitness, self.learning_rate, self.sigma)
-        with delayed_interrupt(), thread_modes.neutral(), self._schedules.stepped(metrics["mean_fitness"]):
-            metrics["update_norm"] = self._centre.step(gradient, learning_rates)
-            if improved is not None:
-                self._best, self.best_fitness = improved, metrics["best_fitness"]
-                self._best_untrained = self._learnt()
-            if self._learner is not None:
-                self._learner.merge_statistics(self.model, statistics)
-            self.generation, self.last_generation = last.number, last
-            for key, value in metrics.items():
-                self.history.setdefault(key, []).append(value)
+            learning_rates = [group["lr"] for group in self.param_groups]
+            metrics = metrics_of(checked, self.generation + 1, self.best_fitness, self.learning_rate, self.sigma)
+            with self._schedules.stepped(metrics["mean_fitness"]):
+                metrics["update_norm"] = self._centre.step(gradient, learning_rates)
+                if improved is not None:
+                    self._best, self.best_fitness = improved, metrics["best_fitness"]
+                    self._best_untrained = self._learnt()
+                if self._learner is not None:
+                    self._learner.merge_statistics(self.model, statistics)
+                self.generation, self.last_generation = last.number, last
+                for key, value in metrics.items():
+                    self.history.setdefault(key, []).append(value)
         return metrics
 
     def _call(self, callback: Callable[[int, list[float]], Any]) -> None:

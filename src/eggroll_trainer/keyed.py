@@ -47,6 +47,7 @@ class KeyedESTrainer(ESTrainer):
         self.noise_reuse, self.group_size = noise_reuse, group_size
         self.noise = check_noise_kind(noise)
         self.shaping = shaping
+        self._member_bytes: dict[tuple[int | None, ...], int] = {}
         super().__init__(params, model, fitness_fn, population_size, learning_rate, sigma, device, seed, **options)
 
     def _check_sizes(self) -> None:
@@ -184,11 +185,15 @@ class KeyedESTrainer(ESTrainer):
         return max(1, self.noise_reuse)
 
     def _bytes_per_member(self) -> int:
-        drawn = used = 0
-        for spec in self._specs():
-            drawn += 4 * spec.numel
-            used += (4 if spec.rank is None else spec.centre.element_size()) * spec.numel
-        return -(-drawn // self._chunk_unit()) + used
+        # Asked many times a generation, and the same as long as the ranks are.
+        key = self._chunk_unit(), *(self._rank(group) for group in self.param_groups)
+        if key not in self._member_bytes:
+            drawn = used = 0
+            for spec in self._specs():
+                drawn += 4 * spec.numel
+                used += (4 if spec.rank is None else spec.centre.element_size()) * spec.numel
+            self._member_bytes[key] = -(-drawn // self._chunk_unit()) + used
+        return self._member_bytes[key]
 
     def settings(self) -> dict[str, Any]:
         """Return the arguments, besides those in the parameter groups, that the numbers of a run depend on."""

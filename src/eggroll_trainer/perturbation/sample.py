@@ -170,7 +170,7 @@ class FullRankDraws:
     def combine(self, coefficients: Tensor) -> Tensor:
         """Return ``Σ_d c_d · perturbation_d``; ``coefficients [d]``."""
         values = self.values.to(wide_dtype(self.spec.centre))
-        return torch.tensordot((self.spec.sigma * coefficients).to(values), values, dims=1)
+        return ((self.spec.sigma * coefficients).to(values) @ values.view(len(values), -1)).view(self.spec.centre.shape)
 
 
 Draws = LowRankDraws | FullRankDraws

@@ -192,7 +192,7 @@ def _members(groups: Sequence[Mapping[str, Any]]) -> list[list[int]]:
 
 def _distance(new: Sequence[Tensor], old: Sequence[Tensor]) -> float:
     """Return the Euclidean length of what has changed."""
-    if any(value.device.type != "cpu" for value in new):
+    if sum(value.numel() for value in new) <= _PIECE or any(value.device.type != "cpu" for value in new):
         return _length(torch._foreach_sub(list(new), list(old)))
     pairs = zip(new, old, strict=True)
     pieces = (zip(a.reshape(-1).split(_PIECE), b.reshape(-1).split(_PIECE), strict=True) for a, b in pairs)
