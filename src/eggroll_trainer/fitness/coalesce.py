@@ -43,24 +43,25 @@ _DIFFERENTIATES = "the fitness function differentiates"
 class _Member(MemberState):
     """One member's run of the fitness function."""
 
+    # What the function returned or raised, if it has ended.
+    value: Any = None
+    failure: BaseException | None = None
+    ended = False
+    # How its last request was served: a result, an error to raise, or the reason why it was not.
+    result: Any = None
+    error: BaseException | None = None
+    refusal: str | None = None
+    # The modes under which it waits, and what is to be put in force when it goes on.
+    waiting_modes: thread_modes.Modes | None = None
+    suspended: thread_modes.Suspended | None = None
+    # Where it runs, once it has begun.
+    greenlet: greenlet.greenlet | None = None
+    _why: str | None = _READS
+
     def __init__(self, scheduler: Coalescer, index: int) -> None:
         super().__init__(scheduler.origin, index)
         self.scheduler = scheduler
-        # What the function returned or raised, if it has ended.
-        self.value: Any = None
-        self.failure: BaseException | None = None
-        self.ended = False
-        # How its last request was served: a result, an error to raise, or the reason why it was not.
-        self.result: Any = None
-        self.error: BaseException | None = None
-        self.refusal: str | None = None
-        # The modes under which it waits, and what is to be put in force when it goes on.
-        self.thread_modes: thread_modes.Modes | None = None
-        self.suspended: thread_modes.Suspended | None = None
         self.random: dict[Any, Any] = {}
-        self._why: str | None = _READS
-        # Where it runs, once it has begun.
-        self.greenlet: greenlet.greenlet | None = None
 
     def go_on(self) -> None:
         """Run the function until it waits or ends."""
@@ -156,7 +157,7 @@ class _Member(MemberState):
                 return f"it is called with a {type(leaf).__name__}", None
         refusal = scheduler.join(self, tuple(key), held, modes)
         if refusal is None:
-            self.thread_modes = modes
+            self.waiting_modes = modes
             if modes[1]:
                 self.outputs.differentiable = True
         return None, refusal
@@ -199,22 +200,27 @@ class Coalescer:
         Raises:
             Differentiated: The function wants gradients of what came from a batched forward.
         """
-        members = [_Member(self, i) for i in range(len(self.population))]
         with thread_modes.kept(), turns.young_garbage_only() as collect:
-            self.stage, self.foreign = thread_modes.Stage(), thread_modes.foreign_context()
-            try:
-                active = members
-                while active:
-                    with turns.threads_for(self._largest):
-                        waiting = [member for i, member in enumerate(active) if self._go_on(member, i == 0, on_error)]
-                    collect()
-                    self._serve()
-                    active = waiting
-            except BaseException:
-                self._abort(members)
-                raise
+            # The members are gone when garbage is collected again, which would go through all that they hold.
+            values = self._play(on_error, collect)
         for kind, message in self._reports:
             self.warned.once(message, kind)
+        return values
+
+    def _play(self, on_error: Callable[[BaseException, int], None], collect: Callable[[], None]) -> list[Any]:
+        members = [_Member(self, i) for i in range(len(self.population))]
+        self.stage, self.foreign = thread_modes.Stage(), thread_modes.foreign_context()
+        try:
+            active = members
+            while active:
+                with turns.threads_for(self._largest):
+                    waiting = [member for i, member in enumerate(active) if self._go_on(member, i == 0, on_error)]
+                collect()
+                self._serve()
+                active = waiting
+        except BaseException:
+            self._abort(members)
+            raise
         return [member.value for member in members]
 
     def blueprint(self, base: nn.Module) -> Blueprint:
@@ -275,7 +281,7 @@ class Coalescer:
             on_error(error, member.index)
             raise
         finally:
-            modes, member.thread_modes = member.thread_modes, None
+            modes, member.waiting_modes = member.waiting_modes, None
             member.suspended = self.stage.clear(thread_modes.current() if modes is None else modes)
             self._random.leave(member.random)
         return not member.ended

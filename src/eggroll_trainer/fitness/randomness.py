@@ -72,6 +72,9 @@ class _Python:
         return state
 
 
+# Asked at every turn: without the way through its module.
+_initial_seed = torch.default_generator.initial_seed
+
 # A seed that nobody else uses, to see that somebody has seeded.
 _MARK = 0x6567_6772_6F6C_6C00
 
@@ -115,20 +118,14 @@ class RandomStates:
             if source not in own:
                 self._shared[source] = source.branch()
                 own[source] = None
-        self._before = [pickle.dumps(source.get()) for source in self._suspects] if first else []
+        if first:
+            self._before = [pickle.dumps(source.get()) for source in self._suspects]
 
     def leave(self, own: dict[Source, Any]) -> None:
         """Take a member's states away again, to be put in force when it goes on."""
-        for source, before in zip([*self._suspects], self._before, strict=False):
-            if pickle.dumps(source.get()) != before:
-                self._suspects.remove(source)
-                self._divided.append(source)
-                used = source.get()
-                source.set(pickle.loads(before))
-                self._shared[source] = source.branch()
-                source.set(used)
-                own[source] = None
-        if torch.initial_seed() != self._seed and self._torch not in own:
+        if self._before:
+            self._divide_used(own)
+        if _initial_seed() != self._seed and self._torch not in own:
             # The shared stream is lost; it goes on with another seed.
             own[self._torch] = self._torch.get()
             self.seeded = True
@@ -141,6 +138,19 @@ class RandomStates:
                 own[source] = source.get()
         for source in own:
             source.set(self._shared[source])
+
+    def _divide_used(self, own: dict[Source, Any]) -> None:
+        """Give the members states of their own of the generators that the first one has used."""
+        for source, before in zip([*self._suspects], self._before, strict=True):
+            if pickle.dumps(source.get()) != before:
+                self._suspects.remove(source)
+                self._divided.append(source)
+                used = source.get()
+                source.set(pickle.loads(before))
+                self._shared[source] = source.branch()
+                source.set(used)
+                own[source] = None
+        self._before = []
 
     def state(self) -> Any:
         """Return the state of torch's generators, to be compared."""

@@ -20,6 +20,8 @@ def to_score(value: Any) -> float:
         TypeError: ``value`` is not a number.
         ValueError: ``value`` is an array of more than a number.
     """
+    if type(value) is float:
+        return value
     if isinstance(value, (Tensor, np.ndarray)):
         if value.ndim != 0:
             raise ValueError(

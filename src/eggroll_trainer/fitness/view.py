@@ -38,7 +38,7 @@ class Blueprint:
         plain_train: Whether every module of it has the ``train()`` of ``nn.Module``.
         changes: For each training mode, the modules of the subtree that are in the other one.
         shared: Attributes that the views take as they are.
-        deferred: Names of the others, which are copied when they are first used.
+        deferred: Names of the others, which the views get when they are first used.
         early: Those of them that are copied at once, because the class has an attribute of that name too.
     """
 
@@ -52,12 +52,14 @@ class Blueprint:
         self.changes = {
             mode: {module: mode for module in base.modules() if module.training != mode} for mode in (False, True)
         }
-        attributes = {k: v for k, v in base.__dict__.items() if k not in _REGISTRIES and k not in _dropped(base)}
+        attributes = {k: v for k, v in base.__dict__.items() if k not in _dropped(base)}
         # Empty registries of hooks are shared until the view gets one; of others a function may remove some.
         self.deferred = frozenset(
             key for key, value in attributes.items() if not is_immutable(value) and (key not in _INTERNALS or value)
         )
-        self.early = [key for key in self.deferred if key in _INTERNALS or hasattr(self.cls, key)]
+        self.early = [
+            key for key in self.deferred if key in _INTERNALS or (key not in _REGISTRIES and hasattr(self.cls, key))
+        ]
         self.shared = {key: value for key, value in attributes.items() if key not in self.deferred}
 
     @functools.cached_property
@@ -79,8 +81,8 @@ class Link:
 
     def __init__(self, member: MemberState, blueprint: Blueprint) -> None:
         self.member, self.base, self.blueprint = member, blueprint.base, blueprint
-        # Attributes that have not been copied yet.
-        self.pending = set(blueprint.deferred) if blueprint.deferred else blueprint.deferred
+        # Attributes that the view does not have yet.
+        self.pending = set(blueprint.deferred)
         # Whether the next call of forward() comes from the module's own __call__.
         self.natural = False
 
@@ -89,18 +91,28 @@ class Link:
         self.member.touched.add(self.base)
 
     def load(self, view: nn.Module, name: str) -> Any:
-        """Copy a deferred attribute for the member."""
+        """Give the view its own of a deferred attribute."""
         value = self.base.__dict__[name]
         with self.member.origin.lock:
             if name not in self.pending:
                 return view.__dict__[name]
+            if name in _REGISTRIES:
+                own = view.__dict__[name] = _LAZY[name](value, self)
+                self.pending.remove(name)
+                return own
             own = self.member.copy(value)
             if not isinstance(value, types.MethodType) or name in self.blueprint.early:
                 # A method that refers back to the view would keep it alive.
                 view.__dict__[name] = own
-                self.pending.remove(name)  # type: ignore[union-attr]
+                self.pending.remove(name)
                 self.member.watch(self.base, own)
         return own
+
+    def load_registries(self, view: nn.Module) -> None:
+        """Give the view what ``nn.Module`` takes from its ``__dict__``, where no look at an attribute is noticed."""
+        for name in _REGISTRIES:
+            if name in self.pending:
+                self.load(view, name)
 
 
 def view_of(member: MemberState, base: nn.Module) -> nn.Module:
@@ -115,9 +127,6 @@ def view_of(member: MemberState, base: nn.Module) -> nn.Module:
         attributes = view.__dict__
         attributes.update(blueprint.shared)
         attributes[_LINK] = link
-        attributes["_parameters"] = _Parameters(base._parameters, link)
-        attributes["_buffers"] = _Buffers(base._buffers, link)
-        attributes["_modules"] = _Modules(base._modules, link)
         if base in member.modes:
             attributes["training"] = member.modes[base]
         view = member.views.setdefault(base, view)
@@ -146,6 +155,7 @@ def load_all(view: nn.Module) -> None:
     """Give a view everything that it would otherwise get when it is used."""
     link = link_of(view)
     if link is not None:
+        link.load_registries(view)
         for key in _REGISTRIES:
             view.__dict__[key].load()
         for name in list(link.pending):
@@ -157,6 +167,9 @@ def release(member: MemberState) -> None:
     references = [weakref.ref(view) for view in member.views.values()]
     member.forget()
     kept = [view for reference in references if (view := reference()) is not None]
+    if not kept:
+        member.end()
+        return
     member.views = {link.base: view for view in kept if (link := link_of(view)) is not None}
     settled: set[nn.Module] = set()
     while todo := member.views.keys() - settled:
@@ -174,9 +187,10 @@ def release(member: MemberState) -> None:
 
 
 def _own_internals(view: nn.Module) -> None:
-    """Give a view registries of hooks of its own."""
+    """Give a view registries of its own, those of hooks too."""
     link = link_of(view)
     if link is not None:
+        link.load_registries(view)
         shared, attributes = link.blueprint.shared, view.__dict__
         for key in _INTERNALS & shared.keys():
             if attributes[key] is shared[key] and isinstance(shared[key], (dict, set)):
@@ -198,8 +212,10 @@ class _ViewMixin(nn.Module):
 
     def __getattr__(self, name: str) -> Any:
         link = self.__dict__.get(_LINK)
-        if link is not None and name in link.pending:
-            return link.load(self, name)
+        if link is not None:
+            if name in link.pending:
+                return link.load(self, name)
+            link.load_registries(self)
         return super().__getattr__(name)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -401,6 +417,8 @@ def _loading(name: str, writes: bool) -> Callable[..., Any]:
 
     return method
 
+
+_LAZY: dict[str, type[_Lazy]] = {"_parameters": _Parameters, "_buffers": _Buffers, "_modules": _Modules}
 
 # Everything that hands out or changes a value; keys, membership and length are known without.
 _READS = ("__getitem__", "__iter__", "__reversed__", "__eq__", "__or__", "__ror__", "get", "items", "values", "copy")
