@@ -486,7 +486,7 @@ class ESTrainer(RunState, ABC):
             chunks = self._chunks()
             size = chunks[0].size
             # Made at once: small pieces that stay would lie in the way of large ones that come and go.
-            scores, statistics = torch.empty(self.population_size, dtype=torch.float64), []
+            scores, statistics = torch.empty(self.population_size, dtype=torch.float64, device="cpu"), []
             try:
                 for chunk, outcome in zip(chunks, self.engine.evaluate(self, chunks), strict=True):
                     scores[chunk.first : chunk.first + chunk.size] = outcome.scores

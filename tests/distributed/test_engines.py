@@ -220,6 +220,38 @@ def test_the_script_gives_the_warnings_of_rays_workers(tmp_path: Path) -> None:
     assert [line for line in lines if line.startswith("given")] == [f"given {warning}" for warning in GIVEN]
 
 
+# Small tensors that stay, between large ones that come and go, would keep the C library from using memory again: with
+# 2^18 members that was gigabytes.
+WATCHED = """
+import weakref
+
+class Watched(EGGROLLTrainer):
+    scores = []
+
+    def evaluate_chunk(self, chunk):
+        assert all(scores() is None for scores in self.scores[:-1]), "an earlier chunk's scores are still there"
+        outcome = super().evaluate_chunk(chunk)
+        self.scores.append(weakref.ref(outcome.scores))
+        return outcome
+"""
+
+
+def test_no_chunk_leaves_scores_of_its_own(tmp_path: Path) -> None:
+    said = run_script(
+        2,
+        tmp_path,
+        WATCHED
+        + """
+for engine in (make_engine("local"), None):
+    trainer = make(Watched, engine, population_size=48, chunk_size=6)
+    Watched.scores.clear()
+    trainer.step()
+    say(len(Watched.scores))
+""",
+    )
+    assert said == [["8", "4"]] * 2
+
+
 def test_nothing_keeps_the_group_alive(tmp_path: Path) -> None:
     # Its threads would abort a process that ends, now and then.
     said = run_script(

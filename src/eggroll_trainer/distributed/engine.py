@@ -7,7 +7,7 @@ chunk's outcome is depends on the chunk alone, so a run is the same on every eng
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 from torch import Tensor
@@ -88,8 +88,8 @@ class Engine(ABC):
         self.retries = check_int("retries", retries, 0)
 
     @abstractmethod
-    def evaluate(self, trainer: Evaluator, chunks: Sequence[Chunk]) -> list[Outcome]:
-        """Return the outcomes of all chunks, in their order.
+    def evaluate(self, trainer: Evaluator, chunks: Sequence[Chunk]) -> Iterable[Outcome]:
+        """Return the outcomes of all chunks, in their order; each may be evaluated when it is asked for.
 
         Raises:
             TimeoutError: A chunk took longer than ``timeout``, every time.
@@ -140,9 +140,9 @@ class Engine(ABC):
 class LocalEngine(Engine):
     """Evaluates all chunks in this process, one after the other."""
 
-    def evaluate(self, trainer: Evaluator, chunks: Sequence[Chunk]) -> list[Outcome]:
-        """Return the outcomes of all chunks."""
-        return [self._evaluate_here(trainer, chunk) for chunk in chunks]
+    def evaluate(self, trainer: Evaluator, chunks: Sequence[Chunk]) -> Iterable[Outcome]:
+        """Return the outcomes of all chunks, one by one."""
+        return (self._evaluate_here(trainer, chunk) for chunk in chunks)
 
     def own_part(self, chunks: Sequence[Chunk], bytes_of_sums: int, seconds_of_noise: float) -> Sequence[Chunk]:
         """Return all chunks."""
