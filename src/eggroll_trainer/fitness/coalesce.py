@@ -108,12 +108,13 @@ class _Member(MemberState):
             why, refusal = self._join(base, args, kwargs)
             if why is None and refusal is None:
                 self.scheduler.hub.switch()
-                result, error, refusal = self.result, self.error, self.refusal
-                self.result = self.error = self.refusal = None
+                result, self.result = self.result, None
+                if self.error is None and self.refusal is None:
+                    return result
+                error, refusal = self.error, self.refusal
+                self.error = self.refusal = None
                 if error is not None:
                     raise error
-                if refusal is None:
-                    return result
         before, self._why = self._why, why
         try:
             result = natural_call(view, args, kwargs)
@@ -127,7 +128,7 @@ class _Member(MemberState):
         """Wait with others of the same kind, or return why not: a reason of the function's, or of the model's."""
         scheduler = self.scheduler
         blueprint = scheduler.blueprint(base)
-        if self.has_state:
+        if self._formed or self._watched:
             self.notice_changes()
         if self.touched and not self.touched.isdisjoint(blueprint.subtree):
             return _CHANGED, None
@@ -140,7 +141,7 @@ class _Member(MemberState):
         spec: Any = len(args)
         if kwargs or not all(type(arg) is Tensor for arg in args):
             leaves, spec = tree_flatten((args, kwargs))
-        key: list[Any] = [base, spec, modes[2:], scheduler.interned(self.modes)]
+        key: list[Any] = [base, spec, modes[2:], scheduler.interned(self.modes) if self.modes else None]
         held: list[Any] = []
         for leaf in leaves:
             if isinstance(leaf, Tensor):
@@ -246,8 +247,6 @@ class Coalescer:
 
     def interned(self, modes: dict[nn.Module, bool]) -> Any:
         """Return one and the same object for equal training modes."""
-        if not modes:
-            return None
         key = frozenset(modes.items())
         return self._interned.setdefault(key, key)
 
@@ -265,7 +264,8 @@ class Coalescer:
 
     def _go_on(self, member: _Member, first: bool, on_error: Callable[[BaseException, int], None]) -> bool:
         """Run a member until it waits or has finished, and return whether it waits."""
-        self._random.enter(member.random, first)
+        if first or member.random or self._random.divided:
+            self._random.enter(member.random, first)
         if member.suspended is not None:
             member.suspended.resume()
         try:

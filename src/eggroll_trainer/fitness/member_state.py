@@ -189,11 +189,6 @@ class MemberState:
             if base not in self.touched and snapshot.changed():
                 self.touched.add(base)
 
-    @property
-    def has_state(self) -> bool:
-        """Whether anything was made that could have changed."""
-        return bool(self._formed or self._watched)
-
     def set_mode(self, base: nn.Module, mode: bool) -> None:
         """Note the training mode of one module."""
         self.set_modes({base}, {} if mode == base.training else {base: mode})

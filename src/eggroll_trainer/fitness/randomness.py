@@ -88,6 +88,7 @@ class RandomStates:
 
     Attributes:
         seeded: Whether a member has seeded torch's generator.
+        divided: The other sources that the members use, of which each has a state of its own.
     """
 
     def __init__(self, seeds: bool) -> None:
@@ -99,8 +100,7 @@ class RandomStates:
         state[:8].view(torch.int64).fill_(self._seed)
         torch.set_rng_state(state)
         self._suspects: list[Source] = [_NumPy(), _Python()] if seeds else []
-        # What the members use and each has a state of its own of.
-        self._divided: list[Source] = []
+        self.divided: list[Source] = []
         self._shared: dict[Source, Any] = {}
         self._before: list[bytes] = []
 
@@ -114,7 +114,7 @@ class RandomStates:
         for source, state in own.items():
             self._shared[source] = source.get()
             source.set(state)
-        for source in self._divided:
+        for source in self.divided:
             if source not in own:
                 self._shared[source] = source.branch()
                 own[source] = None
@@ -144,7 +144,7 @@ class RandomStates:
         for source, before in zip([*self._suspects], self._before, strict=True):
             if pickle.dumps(source.get()) != before:
                 self._suspects.remove(source)
-                self._divided.append(source)
+                self.divided.append(source)
                 used = source.get()
                 source.set(pickle.loads(before))
                 self._shared[source] = source.branch()
