@@ -485,16 +485,12 @@ class ESTrainer(RunState, ABC):
         while True:
             chunks = self._chunks()
             size = chunks[0].size
-            # Made at once: small pieces that stay would lie in the way of large ones that come and go.
-            scores, statistics = torch.empty(self.population_size, dtype=torch.float64, device="cpu"), []
             try:
-                for chunk, outcome in zip(chunks, self.engine.evaluate(self, chunks), strict=True):
-                    scores[chunk.first : chunk.first + chunk.size] = outcome.scores
-                    if outcome.statistics is not None:
-                        statistics.append(outcome.statistics)
-                    for message, kind in outcome.warnings:
-                        self._warn_once(message, kind)
-                return scores, statistics
+                outcomes = self.engine.evaluate(self, chunks)
+                for message, kind in (warning for outcome in outcomes for warning in outcome.warnings):
+                    self._warn_once(message, kind)
+                statistics = [outcome.statistics for outcome in outcomes if outcome.statistics is not None]
+                return torch.cat([outcome.scores for outcome in outcomes]), statistics
             except Exception as error:
                 if not is_out_of_memory(error) or self.chunk_size is not None or size == self._chunk_unit():
                     raise

@@ -7,9 +7,10 @@ chunk's outcome is depends on the chunk alone, so a run is the same on every eng
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, TypeVar
 
+import torch
 from torch import Tensor
 
 from ..interrupts import TimeLimitExceeded, time_limit
@@ -88,8 +89,8 @@ class Engine(ABC):
         self.retries = check_int("retries", retries, 0)
 
     @abstractmethod
-    def evaluate(self, trainer: Evaluator, chunks: Sequence[Chunk]) -> Iterable[Outcome]:
-        """Return the outcomes of all chunks, in their order; each may be evaluated when it is asked for.
+    def evaluate(self, trainer: Evaluator, chunks: Sequence[Chunk]) -> list[Outcome]:
+        """Return the outcomes of all chunks, in their order.
 
         Raises:
             TimeoutError: A chunk took longer than ``timeout``, every time.
@@ -118,7 +119,18 @@ class Engine(ABC):
     def copy_main(self, tensors: Sequence[Tensor]) -> None:
         """Overwrite tensors with those of the first process."""
 
-    def _evaluate_here(self, trainer: Evaluator, chunk: Chunk, *, exit_when_stuck: bool = False) -> Outcome:
+    def _evaluate_here(
+        self, trainer: Evaluator, chunks: Sequence[Chunk], *, exit_when_stuck: bool = False
+    ) -> list[Outcome]:
+        # Made at once: small pieces that stay would lie in the way of large ones that come and go.
+        scores = torch.empty(sum(chunk.size for chunk in chunks), dtype=torch.float64, device="cpu")
+        outcomes: list[Outcome] = []
+        for chunk, part in zip(chunks, scores.split([chunk.size for chunk in chunks]), strict=True):
+            outcome = self._evaluate_chunk(trainer, chunk, exit_when_stuck)
+            outcomes.append(outcome._replace(scores=part.copy_(outcome.scores)))
+        return outcomes
+
+    def _evaluate_chunk(self, trainer: Evaluator, chunk: Chunk, exit_when_stuck: bool) -> Outcome:
         for attempt in range(self.retries + 1):
             try:
                 with time_limit(self.timeout, exit_when_stuck=exit_when_stuck):
@@ -140,9 +152,9 @@ class Engine(ABC):
 class LocalEngine(Engine):
     """Evaluates all chunks in this process, one after the other."""
 
-    def evaluate(self, trainer: Evaluator, chunks: Sequence[Chunk]) -> Iterable[Outcome]:
-        """Return the outcomes of all chunks, one by one."""
-        return (self._evaluate_here(trainer, chunk) for chunk in chunks)
+    def evaluate(self, trainer: Evaluator, chunks: Sequence[Chunk]) -> list[Outcome]:
+        """Return the outcomes of all chunks."""
+        return self._evaluate_here(trainer, chunks)
 
     def own_part(self, chunks: Sequence[Chunk], bytes_of_sums: int, seconds_of_noise: float) -> Sequence[Chunk]:
         """Return all chunks."""

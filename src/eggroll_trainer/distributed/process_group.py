@@ -97,15 +97,10 @@ class ProcessGroupEngine(Engine):
                 RuntimeWarning,
                 stacklevel=2,
             )
-        own = self.share(chunks)
         outcomes: list[Outcome] = []
         failure: BaseException | None = None
-        # In one piece, made before: small ones that stay would lie in the way of large ones that come and go.
-        scores = torch.empty(sum(chunk.size for chunk in own), dtype=torch.float64, device="cpu")
         try:
-            for chunk, part in zip(own, scores.split([chunk.size for chunk in own]), strict=True):
-                outcome = self._evaluate_here(trainer, chunk, exit_when_stuck=True)
-                outcomes.append(outcome._replace(scores=part.copy_(outcome.scores)))
+            outcomes = self._evaluate_here(trainer, self.share(chunks), exit_when_stuck=True)
         except BaseException as error:
             # The others must hear of it, or they would wait for the scores.
             failure = error
