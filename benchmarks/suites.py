@@ -105,15 +105,6 @@ def ours(workload: Workload, size: int) -> dict[str, Callable[[], object]]:
 def w1(quick: bool) -> Table:
     """W1: small rows through a small network, where every overhead shows."""
     size, workload = (128 if quick else 1024), workloads.mlp()
-    task = peers.Task(
-        sizes=workloads.MLP_SIZES,
-        x=workloads.MLP_INPUTS.numpy(),
-        labels=workloads.MLP_LABELS.numpy(),
-        population_size=size,
-        sigma=0.1,
-        learning_rate=0.01,
-        threads=torch.get_num_threads(),
-    )
     runs = {
         "inference": inference(workload, size),
         "inference, compiled": inference(workload, size, compiled=True),
@@ -126,22 +117,56 @@ def w1(quick: bool) -> Table:
         "plain function, coalesced, compiled": generation(
             workload, size, fitness_fn=workloads.mlp_fitness, compile=True
         ),
-        "naive, one by one": Naive(workload.make(), lambda model, _: workloads.mlp_fitness(model), size).step,
+        "naive, one by one": _naive(workload, size),
     }
-    slow = {"naive, one by one": 5}
+    return _times_table(
+        f"W1: MLP 32-256-256-256-8 on 16 rows, N = {size}",
+        "Rank 1, antithetic pairs.",
+        measure.interleaved(runs, 3 if quick else 31, {"naive, one by one": 1 if quick else 5}),
+        "naive, one by one",
+    )
+
+
+def peers_on_w1(quick: bool) -> Table:
+    """W1 with other libraries. Apart, as each of them brings threads and memory pools of its own into the process."""
+    size, workload = (128 if quick else 1024), workloads.mlp()
+    task = peers.Task(
+        sizes=workloads.MLP_SIZES,
+        x=workloads.MLP_INPUTS.numpy(),
+        labels=workloads.MLP_LABELS.numpy(),
+        population_size=size,
+        sigma=0.1,
+        learning_rate=0.01,
+        threads=torch.get_num_threads(),
+    )
+    runs = {
+        "inference": inference(workload, size),
+        "ours, compiled": generation(workload, size, compile=True),
+        "ours": generation(workload, size),
+        "naive, one by one": _naive(workload, size),
+    }
     for name, factory in peers.PEERS.items():
         try:
             runs[name] = factory(task)
-            slow[name] = 5
         except ImportError as error:
             print(f"{name} is left out: {error}")
-    seconds = measure.interleaved(runs, 3 if quick else 15, {name: 1 if quick else n for name, n in slow.items()})
-    return _times_table(
-        f"W1: MLP 32-256-256-256-8 on 16 rows, N = {size}",
-        "Rank 1, antithetic pairs. Peers: one generation of each with Gaussian noise (see `benchmarks/peers.py`).",
+    seconds = measure.interleaved(runs, 1 if quick else 9)
+    table = _times_table(
+        f"Other libraries on W1, N = {size}",
+        "One generation of each with Gaussian noise, antithetic where they can (see `benchmarks/peers.py`).",
         seconds,
-        "naive, one by one",
     )
+    medians = measure.medians(seconds)
+    column = "times as long as ours, compiled"
+    table.columns.append(column)
+    for row in table.rows:
+        row[column] = f"{medians[row['what']] / medians['ours, compiled']:.1f}"
+    return table
+
+
+def _naive(workload: Workload, size: int) -> Callable[[], object]:
+    """Return a generation of W1 with full-rank noise, one model after the other."""
+    return Naive(workload.make(), lambda model, _: workloads.mlp_fitness(model), size).step
 
 
 def w2(quick: bool) -> Table:
@@ -164,7 +189,7 @@ def w2(quick: bool) -> Table:
         "generation, compiled, Rademacher": generation(workload, size, compile=True, noise="rademacher"),
         "naive, one by one": naive,
     }
-    seconds = measure.interleaved(runs, 3 if quick else 15, {"naive, one by one": 1 if quick else 3})
+    seconds = measure.interleaved(runs, 3 if quick else 31, {"naive, one by one": 1 if quick else 3})
     seconds["naive, one by one"] = [16 * value for value in seconds["naive, one by one"]]
     return _times_table(
         f"W2: linear layer {width} → {width} without bias, one row a member, N = {size}",
@@ -455,4 +480,5 @@ SUITES: dict[str, Callable[[bool], Table]] = {
     "sequences": sequences,
     "rl": rl,
     "paper": paper,
+    "peers": peers_on_w1,
 }
