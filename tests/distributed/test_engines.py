@@ -220,6 +220,23 @@ def test_the_script_gives_the_warnings_of_rays_workers(tmp_path: Path) -> None:
     assert [line for line in lines if line.startswith("given")] == [f"given {warning}" for warning in GIVEN]
 
 
+def test_processes_without_work_are_warned_of(tmp_path: Path) -> None:
+    said = run_script(
+        2,
+        tmp_path,
+        """
+import warnings
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    trainer = make(EGGROLLTrainer, None, population_size=8, chunk_size=8)
+    trainer.train(2, verbose=False)
+say("begin", *(warning.message for warning in caught if "work" in str(warning.message)))
+""",
+    )
+    warning = "there is work for only 1 of 2 processes, as a chunk has 8 of the 8 members; set a smaller chunk_size"
+    assert said == [[f"begin {warning}"], ["begin"]]
+
+
 # Small tensors that stay, between large ones that come and go, would keep the C library from using memory again: with
 # 2^18 members that was gigabytes.
 WATCHED = """

@@ -122,6 +122,7 @@ class Engine(ABC):
     def _evaluate_here(
         self, trainer: Evaluator, chunks: Sequence[Chunk], *, exit_when_stuck: bool = False
     ) -> list[Outcome]:
+        """Return the outcomes of chunks, evaluated in this process one after the other."""
         # Made at once: small pieces that stay would lie in the way of large ones that come and go.
         scores = torch.empty(sum(chunk.size for chunk in chunks), dtype=torch.float64, device="cpu")
         outcomes: list[Outcome] = []

@@ -92,8 +92,8 @@ class ProcessGroupEngine(Engine):
         if len(chunks) < self.size and self.rank == 0 and not self._warned:
             self._warned = True
             warnings.warn(
-                f"the population is {len(chunks)} chunks of {chunks[0].size} members, so that"
-                f" {self.size - len(chunks)} of {self.size} processes have nothing to do; set a smaller chunk_size",
+                f"there is work for only {len(chunks)} of {self.size} processes, as a chunk has {chunks[0].size} of the"
+                f" {sum(chunk.size for chunk in chunks)} members; set a smaller chunk_size",
                 RuntimeWarning,
                 stacklevel=2,
             )
