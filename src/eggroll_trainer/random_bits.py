@@ -216,7 +216,7 @@ _FAILED: set[Callable[..., None]] = set()
 
 
 @functools.cache
-def _compiled(function: Callable[..., None]) -> Callable[..., None]:
+def _compiled(function: Callable[..., None]) -> Kernel:
     return Kernel(function)
 
 

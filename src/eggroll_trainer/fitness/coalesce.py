@@ -209,6 +209,7 @@ class Coalescer:
         return values
 
     def _play(self, on_error: Callable[[BaseException, int], None], collect: Callable[[], None]) -> list[Any]:
+        """Let the members take turns until all have ended, and return what the function returned for each."""
         members = [_Member(self, i) for i in range(len(self.population))]
         self.stage, self.foreign = thread_modes.Stage(), thread_modes.foreign_context()
         try:

@@ -39,7 +39,7 @@ class Blueprint:
         changes: For each training mode, the modules of the subtree that are in the other one.
         shared: Attributes that the views take as they are.
         deferred: Names of the others, which the views get when they are first used.
-        early: Those of them that are copied at once, because the class has an attribute of that name too.
+        early: Those of them that they get at once, because the class has an attribute of that name too.
     """
 
     def __init__(self, base: nn.Module) -> None:
@@ -57,9 +57,7 @@ class Blueprint:
         self.deferred = frozenset(
             key for key, value in attributes.items() if not is_immutable(value) and (key not in _INTERNALS or value)
         )
-        self.early = [
-            key for key in self.deferred if key in _INTERNALS or (key not in _REGISTRIES and hasattr(self.cls, key))
-        ]
+        self.early = [key for key in self.deferred if key in _INTERNALS or hasattr(self.cls, key)]
         self.shared = {key: value for key, value in attributes.items() if key not in self.deferred}
 
     @functools.cached_property
@@ -155,11 +153,10 @@ def load_all(view: nn.Module) -> None:
     """Give a view everything that it would otherwise get when it is used."""
     link = link_of(view)
     if link is not None:
-        link.load_registries(view)
-        for key in _REGISTRIES:
-            view.__dict__[key].load()
         for name in list(link.pending):
             link.load(view, name)
+        for key in _REGISTRIES:
+            view.__dict__[key].load()
 
 
 def release(member: MemberState) -> None:

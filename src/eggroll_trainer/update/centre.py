@@ -190,10 +190,10 @@ def _members(groups: Sequence[Mapping[str, Any]]) -> list[list[int]]:
     return [[id(p) for p in group["params"]] for group in groups]
 
 
-def _distance(new: Sequence[Tensor], old: Sequence[Tensor]) -> float:
+def _distance(new: list[Tensor], old: list[Tensor]) -> float:
     """Return the Euclidean length of what has changed."""
     if sum(value.numel() for value in new) <= _PIECE or any(value.device.type != "cpu" for value in new):
-        return _length(torch._foreach_sub(list(new), list(old)))
+        return _length(torch._foreach_sub(new, old))
     pairs = zip(new, old, strict=True)
     pieces = (zip(a.reshape(-1).split(_PIECE), b.reshape(-1).split(_PIECE), strict=True) for a, b in pairs)
     # Each piece is in the cache while it is used.
