@@ -48,3 +48,9 @@ def test_it_is_part_of_the_state() -> None:
     normalizer.merge([statistics_of(X)])
     other.load_state_dict(normalizer.state_dict())
     assert torch.equal(other(X), normalizer(X))
+
+
+@pytest.mark.parametrize("numbers", [1, 2, 4])
+def test_observations_of_another_size_are_not_repeated_to_fit(numbers: int) -> None:
+    with pytest.raises(ValueError, match=f"expected observations of 3 numbers, got {numbers}"):
+        ObservationNormalizer(3)(torch.zeros(2, numbers))

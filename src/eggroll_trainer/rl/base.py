@@ -45,6 +45,11 @@ class Simulator(ABC):
         observation_space: Gymnasium's space of one environment's observations.
         action_space: Gymnasium's space of one environment's actions: Box, Discrete, MultiDiscrete or MultiBinary.
 
+    Attributes:
+        strict: Whether an observation or a reward that is not finite is an error, as it is unless it is set to False.
+        not_finite: If not strict, the environments that gave one at the last reset or step, with what to say of each;
+            observations count in single precision, as policies see them.
+
     Raises:
         TypeError: The spaces are not of these kinds.
     """
@@ -68,6 +73,7 @@ class Simulator(ABC):
         self.action_space: spaces.Space[Any] = action_space
         # Steps of each environment since its reset.
         self.elapsed = np.zeros(count, np.int64)
+        self.strict, self.not_finite = True, dict[int, str]()
         self._ready = False
         self._closed = False
 
@@ -90,9 +96,10 @@ class Simulator(ABC):
         if len(seeds) != self.count:
             raise ValueError(f"seeds must be one for each of the {self.count} environments, got {len(seeds)}")
         self._ready = False
+        self.not_finite = {}
         self.elapsed[:] = 0
         observations = self._reset(seeds)
-        self._check_finite("an observation", observations, np.arange(self.count))
+        self._look("an observation", observations, np.arange(self.count))
         self._ready = True
         return observations
 
@@ -123,6 +130,7 @@ class Simulator(ABC):
             raise TypeError(f"active must be of bool, got {active.dtype}")
         if active.shape != (self.count,):
             raise ValueError(f"active must be of shape {(self.count,)}, got {active.shape}")
+        self.not_finite = {}
         ids = np.flatnonzero(active)
         actions = self._check_actions(np.asarray(actions), ids)
         step = Step(
@@ -138,8 +146,8 @@ class Simulator(ABC):
         self._ready = False
         self.elapsed[ids] += 1
         self._step(actions, ids, step)
-        self._check_finite("an observation", step.observations, ids)
-        self._check_finite("a reward", step.rewards, ids)
+        self._look("an observation", step.observations, ids)
+        self._look("a reward", step.rewards, ids)
         self._ready = True
         return step
 
@@ -192,8 +200,12 @@ class Simulator(ABC):
             wanted = "floating point" if "f" in kinds else "integers"
             raise TypeError(f"actions must be {wanted} for {self.name}, whose actions are {space}, got {actions.dtype}")
         if actions.dtype.kind == "f":
-            if not np.isfinite(actions).all():
-                self._check_finite("an action", actions, ids)
+            bad = _any(~np.isfinite(actions[ids])) if not np.isfinite(actions).all() else np.zeros(0, bool)
+            if bad.any():
+                index = int(ids[bad.argmax()])
+                raise ValueError(
+                    f"actions[{index}] is not finite: {actions[index]}; mark the environment as not active instead"
+                )
             # Not cast to the space's dtype: costs of control are rounded as the actions are.
             return actions.copy()
         low, high = _bounds(space)
@@ -204,20 +216,23 @@ class Simulator(ABC):
             raise ValueError(f"actions[{index}] must be in {space}, got {actions[index]}")
         return actions.astype(space.dtype)
 
-    def _check_finite(self, what: str, values: np.ndarray, ids: np.ndarray) -> None:
-        if values.dtype.kind != "f" or np.isfinite(values).all():
+    def _look(self, what: str, values: np.ndarray, ids: np.ndarray) -> None:
+        """Raise for values that are not finite or, if not strict, note which environments gave them."""
+        if values.dtype.kind != "f":
             return
-        bad = _any(~np.isfinite(values[ids]))
-        if bad.any():
-            index = int(ids[bad.argmax()])
-            if what == "an action":
+        if not self.strict and what == "an observation" and values.itemsize > 4:
+            with np.errstate(over="ignore"):
+                values = values.astype(np.float32)
+        if np.isfinite(values).all():
+            return
+        for index in ids[_any(~np.isfinite(values[ids]))].tolist():
+            message = f"{self._where(index)} gave {what} that is not finite: {values[index]}"
+            if self.strict:
                 raise ValueError(
-                    f"actions[{index}] is not finite: {values[index]}; mark the environment as not active instead"
+                    f"{message}; keep actions within the bounds of the action space, or wrap the environment to end"
+                    " such episodes"
                 )
-            raise ValueError(
-                f"{self._where(index)} gave {what} that is not finite: {values[index]};"
-                " keep actions within the bounds of the action space, or wrap the environment to end such episodes"
-            )
+            self.not_finite.setdefault(index, message)
 
 
 def _bounds(space: spaces.Space[Any]) -> tuple[Any, Any]:

@@ -13,7 +13,7 @@ from eggroll_trainer.fitness.turns import one_thread
 
 from .base import Simulator
 from .normalization import Statistics
-from .policies import actions_of, output_size
+from .policies import finite_actions_of, output_size
 
 Array = np.ndarray[Any, Any]
 # Indices of members.
@@ -27,17 +27,23 @@ _SHRINK, _SMALLEST = 4, 16
 class Lockstep:
     """Plays one episode in each environment of a simulator, all of them step by step.
 
+    An observation, reward or action that is not finite ends its episode, whose return becomes NaN.
+
     When most members' episodes have ended, the forward is made for the rest alone. Which members share a forward, and
     so how it rounds, follows from their number and the course of their episodes.
 
     Args:
         simulator: The simulator.
-        forward: From members, their observations ``[n·episodes, O]`` and, where there is one, their state ``[n, …]``,
-            to outputs, or to outputs and state.
+        forward: From members, their observations ``[n·episodes, O]`` (``[n·episodes, *shape]`` if ``shaped``) and,
+            where there is one, their state ``[n, …]``, to outputs, or to outputs and state.
         state: The state at the start, ``[N, …]``, or None.
         episodes: Episodes of each member, in consecutive environments.
         device: Where observations go.
         name: What to call the environment in messages.
+        shaped: Whether observations keep the shape of their space.
+
+    Attributes:
+        trouble: What ended the first episode that something not finite has ended, or None.
     """
 
     def __init__(
@@ -49,16 +55,22 @@ class Lockstep:
         *,
         device: torch.device,
         name: Any,
+        shaped: bool = False,
     ) -> None:
         self._simulator, self._forward, self._state = simulator, forward, state
+        simulator.strict = False
         self._episodes, self._device, self._name = episodes, device, name
+        self._shape = simulator.observation_space.shape if shaped else (-1,)
         self._outputs = output_size(simulator.action_space)
+        self.trouble: str | None = None
         self._members: Members = range(simulator.count // episodes)
 
     def play(
         self, seeds: Sequence[int], limit: int | None, *, bonus: bool, seen: Statistics | None = None
     ) -> tuple[Array, int]:
         """Play an episode for each seed and return their returns, and the number of all steps together.
+
+        The return of an episode is NaN if something in it was not finite.
 
         Args:
             seeds: Of the episodes.
@@ -71,41 +83,60 @@ class Lockstep:
         """
         observations = self._simulator.reset(seeds)
         active, returns = np.ones(len(seeds), bool), np.zeros(len(seeds))
+        self._lose(self._simulator.not_finite, active, returns)
         time = steps = 0
-        playing = len(seeds)
         with one_thread():
+            playing = int(np.count_nonzero(active))
             while playing and (limit is None or time < limit):
                 rows = observations.reshape(len(seeds), -1)
                 if seen is not None:
                     seen.add(rows if playing == len(seeds) else rows[active])
-                observations, rewards, terminated, truncated, survival = self._simulator.step(
-                    self._act(rows, active), active
-                )
+                actions, bad = self._act(rows, active)
+                if bad:
+                    self._lose(bad, active, returns)
+                    playing = int(np.count_nonzero(active))
+                observations, rewards, terminated, truncated, survival = self._simulator.step(actions, active)
                 # Rows that are not active are zero.
                 returns += rewards if bonus else rewards - survival
                 time, steps = time + 1, steps + playing
                 ended: Array = np.logical_or(terminated, truncated)
-                if ended.any():
+                if self._simulator.not_finite or bad or ended.any():
                     active &= ~ended
+                    self._lose(self._simulator.not_finite, active, returns)
                     playing = int(np.count_nonzero(active))
                     self._shrink(active)
         return returns, steps
 
-    def _act(self, observations: Array, active: Array) -> Array:
-        """Return the actions in all environments; they are zero where no forward was made."""
+    def _lose(self, bad: dict[int, str], active: Array, returns: Array) -> None:
+        """End the episodes in which something is not finite, with what there is to say of each."""
+        for index, message in bad.items():
+            active[index], returns[index] = False, np.nan
+            self.trouble = self.trouble or message
+
+    def _act(self, observations: Array, active: Array) -> tuple[Array, dict[int, str]]:
+        """Return the actions in all environments, zero where no forward was made, and where they are not finite."""
         everybody = isinstance(self._members, range)
         own = observations if everybody else observations[self._rows]
-        x = torch.from_numpy(own).float().to(self._device)
+        x = torch.from_numpy(own.reshape(len(own), *self._shape)).float().to(self._device)
         result = (
             self._forward(self._members, x) if self._state is None else self._forward(self._members, x, self._state)
         )
         outputs, self._state = result if isinstance(result, tuple) else (result, None)
-        actions = actions_of(self._checked(outputs, len(x)), self._simulator.action_space)
+        checked = self._checked(outputs, len(x))
+        actions, fine = finite_actions_of(checked, self._simulator.action_space)
+        bad = {}
+        if not fine.all():
+            rows = np.arange(len(observations)) if everybody else self._rows
+            bad = {
+                int(rows[i]): f"{self._name}: the policy gave outputs of which no action follows, {checked[i]}"
+                for i in np.flatnonzero(~fine)
+                if active[rows[i]]
+            }
         if everybody:
-            return actions
+            return actions, bad
         padded = np.zeros((len(observations), *actions.shape[1:]), actions.dtype)
         padded[self._rows] = actions
-        return padded
+        return padded, bad
 
     def _shrink(self, active: Array) -> None:
         """Go on with fewer members, those that play among them, if few do."""

@@ -48,7 +48,13 @@ class ObservationNormalizer(nn.Module):
         self.register_buffer("scale", torch.ones(size))
 
     def forward(self, observations: Tensor) -> Tensor:
-        """Return ``[..., O]`` normalised."""
+        """Return ``[..., O]`` normalised.
+
+        Raises:
+            ValueError: They are of another number of numbers, which would be repeated to fit.
+        """
+        if observations.shape[-1] != len(self.shift):
+            raise ValueError(f"expected observations of {len(self.shift)} numbers, got {observations.shape[-1]}")
         return ((observations - self.shift) * self.scale).clamp(-self.clip, self.clip)
 
     @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,18 +15,20 @@ from torch import Tensor, nn
 from eggroll_trainer.validation import check_int
 
 from .normalization import ObservationNormalizer
+from .observations import as_input, keeps_shape, observation_size, original_of
 
 
 class Policy(nn.Module):
     """What the policies have in common: observations are flattened and normalised, outputs become actions.
 
     The outputs are, for a continuous action space, the action, in units in which its bounds are ±1; for a discrete one,
-    a logit for each action. With ``sample=True`` actions are drawn: around the output with a deviation that is learnt
-    as well, or by the logits.
+    a logit for each action (``MultiDiscrete``: for each action of each component; ``MultiBinary``: one for each bit,
+    which is set where it is above 0). With ``sample=True`` actions are drawn: around the output with a deviation that
+    is learnt as well, or by the logits.
 
     Args:
-        observation_space: Of one environment.
-        action_space: Of one environment: ``Box`` or ``Discrete``.
+        observation_space: Of one environment, flattened or not.
+        action_space: Of one environment: ``Box``, ``Discrete``, ``MultiDiscrete`` or ``MultiBinary``.
         normalize: Whether to normalise observations by their running statistics.
         sample: Whether to draw actions, with torch's global generator.
         observed: How many numbers of an observation the policy sees, from the first; all if None.
@@ -49,12 +52,30 @@ class Policy(nn.Module):
         self.inputs = size if observed is None else check_int("observed", observed, 1)
         if self.inputs > size:
             raise ValueError(f"observed must be at most {size}, the numbers of an observation, got {observed}")
-        self.sample, self.discrete = sample, isinstance(action_space, spaces.Discrete)
+        self.sample, self.size = sample, size
+        self.discrete, self.binary = (
+            not isinstance(action_space, spaces.Box),
+            isinstance(action_space, spaces.MultiBinary),
+        )
+        # As bytes, which no forward can change: populations look at a model's attributes at every call.
+        original = original_of(observation_space)
+        self._observation_space = None if isinstance(original, spaces.Box) else pickle.dumps(original)
         self.normalizer: nn.Module = ObservationNormalizer(size) if normalize else nn.Identity()
         self.log_deviation = nn.Parameter(torch.full((self.outputs,), -1.0)) if sample and not self.discrete else None
 
+    @property
+    def observation_space(self) -> spaces.Space[Any] | None:
+        """The environment's observation space, if its observations have to be flattened to an array."""
+        return None if self._observation_space is None else pickle.loads(self._observation_space)
+
     def observe(self, observations: Tensor) -> Tensor:
-        """Return what the network takes, ``[..., inputs]``, of observations ``[..., O]``."""
+        """Return what the network takes, ``[..., inputs]``, of observations ``[..., O]``.
+
+        Raises:
+            ValueError: They have another number of numbers than the policy was made for.
+        """
+        if observations.shape[-1] != self.size:
+            raise ValueError(f"the policy is for observations of {self.size} numbers, got {observations.shape[-1]}")
         return self.normalizer(observations)[..., : self.inputs]
 
     def act(self, outputs: Tensor) -> Tensor:
@@ -63,8 +84,12 @@ class Policy(nn.Module):
             return outputs
         if self.log_deviation is not None:
             return outputs + self.log_deviation.exp() * torch.randn_like(outputs)
+        uniform = torch.rand_like(outputs).clamp(1e-20)
+        if self.binary:
+            # A logit with logistic noise is above 0 with the probability that it stands for.
+            return outputs + uniform.log() - (-uniform).log1p()
         # The largest of logits with Gumbel noise is a draw from their softmax.
-        return outputs - (-torch.rand_like(outputs).clamp(1e-20).log()).log()
+        return outputs - (-uniform.log()).log()
 
 
 class MLPPolicy(Policy):
@@ -132,24 +157,19 @@ class GRUPolicy(Policy):
         return self.act(self.head(state)), state
 
 
-def observation_size(space: spaces.Space[Any]) -> int:
-    """Return how many numbers an observation has when it is flattened."""
-    if not isinstance(space, spaces.Box):
-        raise TypeError(f"observations must be a Box, got {space}; wrap it with gymnasium.wrappers.FlattenObservation")
-    return int(np.prod(space.shape))
-
-
 def output_size(space: spaces.Space[Any]) -> int:
     """Return how many outputs a policy for this action space needs."""
-    if isinstance(space, spaces.Box):
+    if isinstance(space, (spaces.Box, spaces.MultiBinary)):
         return int(np.prod(space.shape))
     if isinstance(space, spaces.Discrete):
         return int(space.n)
-    raise TypeError(f"actions must be a Box or Discrete space, got {space}")
+    if isinstance(space, spaces.MultiDiscrete):
+        return int(space.nvec.sum())
+    raise TypeError(f"actions must be a Box, Discrete, MultiDiscrete or MultiBinary space, got {space}")
 
 
 def actions_of(outputs: np.ndarray[Any, Any], space: spaces.Space[Any]) -> np.ndarray[Any, Any]:
-    """Return environments' actions from a policy's outputs ``[n, A]``: scaled and clipped, or the largest logit.
+    """Return environments' actions from a policy's outputs ``[n, A]``: scaled and clipped, or by the logits.
 
     Where all actions have bounds, -1 and 1 stand for them, so that a perturbation is as large in every task.
     """
@@ -163,8 +183,27 @@ def actions_of(outputs: np.ndarray[Any, Any], space: spaces.Space[Any]) -> np.nd
             actions = low + half + half * actions
         actions = np.clip(actions, low, high)
         return (actions if space.dtype.kind == "f" else np.rint(actions)).astype(space.dtype, copy=False)
+    if isinstance(space, spaces.MultiBinary):
+        return (outputs > 0).reshape(len(outputs), *space.shape).astype(space.dtype)
+    if isinstance(space, spaces.MultiDiscrete):
+        ends = np.cumsum(space.nvec.ravel())[:-1]
+        chosen = np.stack([logits.argmax(-1) for logits in np.split(outputs, ends, axis=-1)], -1)
+        return (chosen.reshape(len(outputs), *space.shape) + space.start).astype(space.dtype)
     assert isinstance(space, spaces.Discrete)
     return outputs.argmax(-1) + space.start
+
+
+def finite_actions_of(
+    outputs: np.ndarray[Any, Any], space: spaces.Space[Any]
+) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """Return what :func:`actions_of` does, and ``[n]``, whether it is an action: outputs without NaN, and finite."""
+    fine = ~np.isnan(outputs).any(-1)
+    if not fine.all():
+        outputs = np.where(fine[:, None], outputs, 0)
+    actions = actions_of(outputs, space)
+    if actions.dtype.kind == "f":
+        fine &= np.isfinite(actions.reshape(len(actions), -1)).all(-1)
+    return actions, fine
 
 
 class Agent:
@@ -173,6 +212,12 @@ class Agent:
     Args:
         policy: The policy, for example ``trainer.get_best_model()``.
         action_space: Of the environment.
+        observation_space: Of the environment. Observations that are no arrays (Discrete, Dict, Tuple, …) are turned
+            into one by it, as in training. A :class:`Policy` remembers it, other modules need it for such observations.
+
+    Raises:
+        TypeError: An observation is no array, and its space is not known.
+        ValueError: An observation is not of its space, or not of as many numbers as the policy was made for.
 
     Example:
         >>> env = gymnasium.make("CartPole-v1")
@@ -183,8 +228,18 @@ class Agent:
         True
     """
 
-    def __init__(self, policy: nn.Module, action_space: gymnasium.Space[Any]) -> None:
+    def __init__(
+        self,
+        policy: nn.Module,
+        action_space: gymnasium.Space[Any],
+        observation_space: gymnasium.Space[Any] | None = None,
+    ) -> None:
         self.policy, self.action_space = policy, action_space
+        if observation_space is None:
+            remembered = getattr(policy, "observation_space", None)
+            observation_space = remembered if isinstance(remembered, gymnasium.Space) else None
+        self.observation_space = observation_space
+        self.shaped = keeps_shape(policy)
         self.reset()
 
     def reset(self) -> None:
@@ -195,7 +250,8 @@ class Agent:
     def __call__(self, observation: Any) -> Any:
         """Return the action for an observation."""
         device = next(self.policy.parameters()).device
-        x = torch.as_tensor(np.asarray(observation), dtype=torch.float32, device=device).view(1, -1)
+        values = as_input(observation, self.observation_space, shaped=self.shaped)
+        x = torch.as_tensor(values, dtype=torch.float32, device=device)
         if self.state is None:
             outputs = self.policy(x)
         else:

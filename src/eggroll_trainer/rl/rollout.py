@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from eggroll_trainer import Population, batched
-from eggroll_trainer.noise import derive_seed
+from eggroll_trainer.noise import derive_seed, forked_rng
 
 from .base import Simulator
 from .lockstep import Lockstep, Members
 from .normalization import ObservationNormalizer, Statistics
+from .observations import keeps_shape
 from .simulators import make_simulator
 
 
@@ -24,6 +26,13 @@ class EpisodeReturn:
     No environment is reset by itself (what Gymnasium's vector environments call autoreset): a member's episode ends
     once, and no reward after its end counts. Episode seeds are a function of the run's seed, the generation and the
     member; members that share their noise, such as an antithetic pair, play the same episodes.
+
+    Observations are flattened (Discrete, Dict, Tuple and the like as ``gymnasium.spaces.flatten`` does it). A model
+    with the attribute ``flatten_observations = False``, such as a convolutional network, gets those of a ``Box`` in
+    their own shape, ``[n, *shape]``.
+
+    An observation, a reward or an action that is not finite ends the episode: the member's return is NaN, which counts
+    as the worst of the generation.
 
     Args:
         env: Id of a Gymnasium environment, or a function that makes one.
@@ -40,8 +49,11 @@ class EpisodeReturn:
         steps: Environment steps of all members, in the generations that are over.
 
     Raises:
-        TypeError: The environment has actions or observations of another kind than ``Box`` and ``Discrete``.
-        ValueError: The environment does not exist or lacks a package, or the model's output does not fit its actions.
+        TypeError: The environment has observations that cannot be flattened, or actions of another kind than ``Box``,
+            ``Discrete``, ``MultiDiscrete`` and ``MultiBinary``.
+        ValueError: The environment does not exist, keeps running statistics in a wrapper, or the model's output does
+            not fit its actions.
+        RuntimeError: It cannot be made, as for want of a package.
     """
 
     def __init__(
@@ -61,8 +73,11 @@ class EpisodeReturn:
         self.steps = 0
         self._simulators: dict[int, Simulator] = {}
         self._statistics = torch.zeros(1, dtype=torch.float64)
+        self._warned = False
         # What makes this a fitness function for populations.
         batched(self)
+        # What is wrong with the environment is said here, and not in the first generation.
+        self._simulator(1)
 
     def __call__(self, population: Population) -> Tensor:
         """Return the mean return of every member, ``[N]``."""
@@ -78,15 +93,15 @@ class EpisodeReturn:
             own = population.model.initial_state(self.episodes)  # type: ignore[operator]
             state = own.expand(len(population), *own.shape).contiguous()
 
-        device = next(population.model.parameters()).device
         seen = None if normalizer is None else Statistics(normalizer.mean.cpu().numpy())
         with population.repeated() as each:
 
             def forward(members: Members, x: Tensor, *state: Tensor) -> Any:
-                return each(x.view(len(members), self.episodes, -1), *state, members=members)
+                return each(x.view(len(members), self.episodes, *x.shape[1:]), *state, members=members)
 
-            rollout = Lockstep(self._simulator(len(seeds)), forward, state, self.episodes, device=device, name=self.env)
+            rollout = self._rollout(population.model, len(seeds), forward, state, self.episodes)
             returns, steps = rollout.play(seeds, limit, bonus=self.survival_bonus, seen=seen)
+        self._warn(rollout.trouble)
         observed = torch.zeros(0, dtype=torch.float64) if seen is None else seen.as_tensor()
         self._statistics = torch.cat([torch.tensor([float(steps)], dtype=torch.float64), observed])
         return torch.from_numpy(returns).view(len(population), self.episodes).mean(1)
@@ -94,22 +109,25 @@ class EpisodeReturn:
     def evaluate(self, policy: nn.Module, episodes: int, seed: int) -> np.ndarray[Any, Any]:
         """Return the returns of ``episodes`` episodes of one policy, the survival bonus included, ``[episodes]``.
 
+        Those in which something was not finite are NaN.
+
         Args:
             policy: The policy.
             episodes: How many.
-            seed: Of the episodes; those of training have other seeds.
+            seed: Of the episodes, those of training have other seeds; and of the actions that the policy draws.
         """
         seeds = [derive_seed("evaluation", seed, episode) % 2**31 for episode in range(episodes)]
         state = policy.initial_state(episodes) if hasattr(policy, "initial_state") else None  # type: ignore[operator]
-        device = next(policy.parameters()).device
 
         def forward(_: Members, *inputs: Tensor) -> Any:
             return policy(*inputs)
 
         # As if of one member, which is always called for all its episodes.
-        rollout = Lockstep(self._simulator(episodes), forward, state, episodes, device=device, name=self.env)
-        with torch.no_grad():
-            return rollout.play(seeds, None, bonus=True)[0]
+        rollout = self._rollout(policy, episodes, forward, state, episodes)
+        with torch.no_grad(), forked_rng("evaluation", seed, device=_device_of(policy)):
+            returns, _ = rollout.play(seeds, None, bonus=True)
+        self._warn(rollout.trouble)
+        return returns
 
     def pop_statistics(self) -> Tensor:
         """Return the steps of the last chunk, and count, mean and squared deviations of its observations.
@@ -140,7 +158,10 @@ class EpisodeReturn:
         return {**self.__dict__, "_simulators": {}}
 
     def spaces(self) -> tuple[Any, Any]:
-        """Return the observation and action space of one environment."""
+        """Return the observation and action space of one environment.
+
+        Observations that are no arrays have the box that they are flattened to, which remembers their own space.
+        """
         simulator = self._simulator(1)
         return simulator.observation_space, simulator.action_space
 
@@ -149,6 +170,25 @@ class EpisodeReturn:
         for simulator in self._simulators.values():
             simulator.close()
         self._simulators = {}
+
+    def _rollout(
+        self, model: nn.Module, count: int, forward: Callable[..., Any], state: Tensor | None, episodes: int
+    ) -> Lockstep:
+        return Lockstep(
+            self._simulator(count),
+            forward,
+            state,
+            episodes,
+            device=_device_of(model),
+            name=self.env,
+            shaped=keeps_shape(model),
+        )
+
+    def _warn(self, trouble: str | None) -> None:
+        """Say once what ended an episode that something not finite has ended."""
+        if trouble is not None and not self._warned:
+            self._warned = True
+            warnings.warn(f"{trouble}; such an episode ends there, and its return is NaN", RuntimeWarning, stacklevel=3)
 
     def _simulator(self, count: int) -> Simulator:
         if count not in self._simulators:
@@ -170,6 +210,10 @@ def growing(first: int, last: int, steps: int) -> Callable[[int], int]:
         (100, 200, 400)
     """
     return lambda taken: round(first * (last / first) ** min(1.0, taken / steps))
+
+
+def _device_of(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
 
 
 def find_normalizer(model: nn.Module) -> ObservationNormalizer | None:

@@ -11,6 +11,7 @@ import numpy as np
 from gymnasium import spaces
 
 from eggroll_trainer.rl.base import Simulator, Step
+from eggroll_trainer.rl.observations import Flattened
 from eggroll_trainer.validation import check_int
 
 __all__ = ["Environment", "GymnasiumSimulator", "Simulator", "Step", "make_environment", "make_simulator", "name_of"]
@@ -28,6 +29,9 @@ class GymnasiumSimulator(Simulator):
     population of different policies has no use for. Observations that are not a Box (Discrete, Dict, Tuple, …) are
     flattened to one by ``gymnasium.wrappers.FlattenObservation``; Discrete becomes one-hot.
 
+    Wrappers that gather running statistics, such as ``gymnasium.wrappers.NormalizeObservation``, are refused: every
+    environment would have its own, of one member, and no checkpoint would keep them.
+
     Args:
         env: An id such as ``"CartPole-v1"``, or a function without arguments that makes an environment.
         count: How many environments, at least 1.
@@ -36,7 +40,7 @@ class GymnasiumSimulator(Simulator):
     Raises:
         TypeError: ``env`` is neither, doesn't make environments, its spaces are of unsupported kinds, or an argument
             is unknown to it.
-        ValueError: There is no environment of that id, or ``count`` is below 1.
+        ValueError: There is no environment of that id, it gathers running statistics, or ``count`` is below 1.
         RuntimeError: The environment can't be made, as for want of a package.
 
     Example:
@@ -52,9 +56,14 @@ class GymnasiumSimulator(Simulator):
         self._environments: list[Environment] = []
         try:
             for _ in range(count):
-                self._environments.append(_flatten(make_environment(env, kwargs)))
+                self._environments.append(make_environment(env, kwargs))
             first = self._environments[0]
-            super().__init__(name_of(first), count, first.observation_space, first.action_space)
+            _check_no_statistics(first)
+            space = first.observation_space
+            if not isinstance(space, spaces.Box) and space.is_np_flattenable:
+                space = Flattened(space)
+                self._environments = [gymnasium.wrappers.FlattenObservation(env) for env in self._environments]
+            super().__init__(name_of(first), count, space, first.action_space)
             self._check_alike()
         except BaseException:
             self._close()
@@ -188,8 +197,31 @@ def name_of(env: Environment) -> str:
     return env.spec.id if env.spec is not None else type(env.unwrapped).__name__
 
 
-def _flatten(env: Environment) -> Environment:
-    space = env.observation_space
-    if isinstance(space, spaces.Box) or not space.is_np_flattenable:
-        return env
-    return gymnasium.wrappers.FlattenObservation(env)
+def _check_no_statistics(env: Environment) -> None:
+    """Raise if the environment, or something around it, gathers running statistics and is not frozen."""
+    name = name_of(env)
+    while True:
+        frozen = getattr(env, "update_running_mean", None) is False
+        kept = [key for key, value in vars(env).items() if _is_statistics(key, value)]
+        if kept and not frozen:
+            raise ValueError(
+                f"{type(env).__name__} of {name} gathers running statistics in {kept[0]}, apart for every member and"
+                " lost when a run is resumed. Leave it out: policies normalise observations themselves with"
+                " normalize=True, and the trainer's shaping sees to the scale of rewards. Statistics that don't change"
+                " any more are fine: set update_running_mean = False on it"
+            )
+        if not isinstance(env, gymnasium.Wrapper):
+            return
+        env = env.env
+
+
+def _is_statistics(key: str, value: Any) -> bool:
+    if key.lstrip("_") in ("running_mean", "running_var", "running_std"):
+        return True
+    values = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else [value]
+    # Everybody has a RunningMeanStd of their own, after that of OpenAI's baselines.
+    return any(
+        any(cls.__name__.startswith("Running") for cls in type(v).__mro__)
+        or {"mean", "var", "count"} <= getattr(v, "__dict__", {}).keys()
+        for v in values
+    )

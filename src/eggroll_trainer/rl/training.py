@@ -126,6 +126,7 @@ class Run:
             "best_return": result["fitness"],
             "std_return": result["std_fitness"],
             "update_norm": result["update_norm"],
+            "num_nonfinite": result["num_nonfinite"],
             "seconds": seconds,
             "steps_per_second": (self.steps - before) / seconds,
         }

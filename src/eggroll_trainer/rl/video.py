@@ -11,6 +11,8 @@ from typing import Any
 import gymnasium
 from torch import nn
 
+from eggroll_trainer.noise import forked_rng
+
 from .policies import Agent
 
 
@@ -23,7 +25,7 @@ def record(
         policy: The policy.
         env_id: Id of the environment.
         path: Of the video, ``.mp4`` or ``.gif``.
-        seed: Of the episode.
+        seed: Of the episode, and of the actions that the policy draws.
         most_frames: Frames after which the video ends; the episode goes on.
         options: Keyword arguments of the environment.
 
@@ -41,12 +43,13 @@ def record(
         raise RuntimeError(f"{env_id} cannot be rendered here: {error}") from error
     except Exception as error:
         raise RuntimeError(f"{env_id} cannot be rendered here: {error}. {_HELP}") from error
-    agent, total, ended = Agent(policy, env.action_space), 0.0, False
-    while not ended:
-        observation, reward, terminated, truncated, _ = env.step(agent(observation))
-        total, ended = total + float(reward), terminated or truncated
-        if len(frames) < most_frames:
-            frames.append(env.render())
+    agent, total, ended = Agent(policy, env.action_space, env.observation_space), 0.0, False
+    with forked_rng("video", seed, device=next(policy.parameters()).device):
+        while not ended:
+            observation, reward, terminated, truncated, _ = env.step(agent(observation))
+            total, ended = total + float(reward), terminated or truncated
+            if len(frames) < most_frames:
+                frames.append(env.render())
     env.close()
     imageio.mimwrite(path, frames, fps=env.metadata.get("render_fps", 30))  # type: ignore[arg-type]
     return total
