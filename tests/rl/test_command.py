@@ -57,6 +57,17 @@ def test_killed_and_resumed_is_the_same_curve(tmp_path: Path) -> None:
     assert curve(tmp_path / "killed") == curve(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("env_id", ["CartPole-v1", "Pendulum-v1"])
+def test_a_resumed_run_that_draws_actions_writes_the_same_metrics(env_id: str, tmp_path: Path) -> None:
+    arguments = ("rl", env_id, "--sample", "--no-video", *SMALL, "--eval-every", 1, "--population-size", 4)
+    run(*arguments, "--steps", 4000, "--out", tmp_path / "whole")
+    run(*arguments, "--steps", 1000, "--out", tmp_path / "parts")
+    run(*arguments, "--steps", 4000, "--out", tmp_path / "parts", "--resume")
+    whole = curve(tmp_path / "whole")
+    assert len(whole) > 2 and all("eval_return" in line for line in whole)
+    assert curve(tmp_path / "parts") == whole
+
+
 def stopped(number: int, folder: Path, arguments: tuple[object, ...], status: int) -> str:
     """Start a long run, send it a signal after its first checkpoint, and return what it said to stderr."""
     with start("-m", "eggroll_trainer", *arguments, "--steps", 10**9) as process:

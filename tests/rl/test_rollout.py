@@ -213,8 +213,10 @@ class Fails(gymnasium.Env[Any, Any]):
         return np.zeros(2, np.float32), reward, self.time == 5, False, {}
 
 
+@pytest.mark.filterwarnings("ignore:Fails, environment 0 of 6, at step 3, gave a reward that is not finite")
 @pytest.mark.parametrize(
-    ("what", "message"), [("raise", "Fails.*step 3.*OSError: the robot fell over"), ("nan", "Fails.*reward")]
+    ("what", "message"),
+    [("raise", "Fails.*step 3.*OSError: the robot fell over"), ("nan", "no member .* has a finite fitness")],
 )
 def test_an_environment_that_fails_is_named_and_the_run_goes_on(
     what: str, message: str, monkeypatch: pytest.MonkeyPatch
@@ -241,7 +243,19 @@ def test_a_model_that_does_not_fit_its_actions() -> None:
 
 def test_an_unknown_environment() -> None:
     with pytest.raises(ValueError, match="NoSuchTask-v9"):
-        EpisodeReturn("NoSuchTask-v9").spaces()
+        EpisodeReturn("NoSuchTask-v9")
+
+
+@pytest.mark.parametrize("env_id", ["CartPole-v1", "Pendulum-v1"])
+@pytest.mark.parametrize("kind", [MLPPolicy, GRUPolicy])
+def test_evaluations_draw_by_their_seed(env_id: str, kind: Any) -> None:
+    policy, fitness = policy_of(kind, env(env_id), sample=True), EpisodeReturn(env_id)
+    before = torch.get_rng_state()
+    returns = fitness.evaluate(policy, 4, seed=1)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(99)
+    assert np.array_equal(EpisodeReturn(env_id).evaluate(policy, 4, seed=1), returns)
+    assert not np.array_equal(fitness.evaluate(policy, 4, seed=2), returns)
 
 
 @pytest.mark.parametrize("kind", [MLPPolicy, GRUPolicy])

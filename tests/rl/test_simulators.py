@@ -13,6 +13,7 @@ import pytest
 from gymnasium import spaces
 
 import eggroll_trainer.rl
+from eggroll_trainer.rl.rollout import EpisodeReturn
 from eggroll_trainer.rl.simulators import GymnasiumSimulator, Simulator, make_simulator
 
 
@@ -226,6 +227,62 @@ def test_functions_must_make_environments_anew_and_alike() -> None:
     sizes = iter([2, 3])
     with pytest.raises(ValueError, match="must make environments of the same spaces.*as number 1"):
         GymnasiumSimulator(lambda: Toy(spaces.Box(0, 1, (next(sizes),))), 2)
+
+
+class RunningStat:
+    def __init__(self) -> None:
+        self.n = 0
+
+
+class Welford:
+    def __init__(self) -> None:
+        self.mean, self.var, self.count = 0.0, 1.0, 0
+
+
+class Frame:
+    """As a DataFrame is: it can tell its mean, and gathers nothing."""
+
+    def mean(self) -> float:
+        return 0.0
+
+    var = count = update = mean
+
+
+def keeping(value: Any, key: str = "kept", frozen: bool = False, cls: type = gymnasium.Wrapper) -> Any:
+    env = cls(Toy())
+    setattr(env, key, value)
+    if frozen:
+        env.update_running_mean = False
+    return env
+
+
+def around(env: Any) -> Any:
+    return gymnasium.wrappers.TimeLimit(gymnasium.wrappers.ClipReward(env, -1, 1), 9)
+
+
+STATISTICS: list[tuple[str, Any]] = [
+    ("NormalizeObservation", lambda: gymnasium.wrappers.NormalizeObservation(Toy())),
+    ("NormalizeReward", lambda: gymnasium.wrappers.NormalizeReward(Toy())),
+    ("NormalizeReward", lambda: around(gymnasium.wrappers.NormalizeReward(Toy()))),
+    ("Wrapper", lambda: around(keeping(gymnasium.wrappers.utils.RunningMeanStd()))),
+    ("Wrapper", lambda: keeping({"position": RunningStat()})),
+    ("Wrapper", lambda: keeping([Welford()])),
+    ("Wrapper", lambda: keeping(np.zeros(2), "_running_mean")),
+    ("Toy", lambda: around(keeping(Welford(), cls=lambda env: env))),  # type: ignore[arg-type]
+]
+
+
+@pytest.mark.parametrize(("name", "make"), STATISTICS)
+def test_running_statistics_in_wrappers_are_refused(name: str, make: Any) -> None:
+    for cls in (lambda make: GymnasiumSimulator(make, 2), EpisodeReturn):
+        with pytest.raises(ValueError, match=f"{name} of Toy gathers running statistics.*normalize=True"):
+            cls(make)
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_statistics_that_do_not_run_are_fine(frozen: bool) -> None:
+    make = (lambda: keeping(Welford(), frozen=True)) if frozen else (lambda: keeping(Frame()))
+    GymnasiumSimulator(make, 2).reset([0, 1])
 
 
 @pytest.mark.parametrize("count", [0, -1])

@@ -28,6 +28,7 @@ from eggroll_trainer.rl.video import record
 
 N = 6
 
+BOX, FOUR = spaces.Box(-1, 1, (3,), np.float32), spaces.Discrete(4)
 MULTI_DISCRETE = spaces.MultiDiscrete([3, 2], start=[5, -1])
 TABLE = spaces.MultiDiscrete([[2, 3], [4, 2]])
 MULTI_BINARY = spaces.MultiBinary(4)
@@ -46,8 +47,8 @@ class Sampled(gymnasium.Env[Any, Any]):
 
     def __init__(
         self,
-        observation_space: Any = spaces.Box(-1, 1, (3,), np.float32),
-        action_space: Any = spaces.Discrete(4),
+        observation_space: Any = BOX,
+        action_space: Any = FOUR,
         render_mode: Any = None,
     ) -> None:
         # Each with random numbers of its own.
@@ -231,6 +232,16 @@ def test_spaces_that_cannot_be_flattened() -> None:
         Policy(spaces.Sequence(spaces.Discrete(2)), spaces.Discrete(2))
     with pytest.raises(TypeError, match="actions must be a Box, Discrete, MultiDiscrete or MultiBinary"):
         Policy(spaces.Discrete(2), spaces.Text(2))
+
+
+@pytest.mark.parametrize("space", [MULTI_DISCRETE, MULTI_BINARY], ids=str)
+def test_members_draw_on_their_own(space: Any) -> None:
+    policy = LinearPolicy(BOX, space, sample=True)
+    fitness = EpisodeReturn(lambda: Sampled(action_space=space))
+    trainer = EGGROLLTrainer(model=policy, fitness_fn=fitness, population_size=N, sigma=1e-12, seed=3)
+    outputs = Population(policy, trainer._perturbations(0, N))(torch.zeros(3))
+    assert outputs.isfinite().all() and len(outputs.unique(dim=0)) == N
+    assert torch.equal(trainer._evaluate(0, N), trainer._evaluate(0, N))
 
 
 @pytest.fixture
