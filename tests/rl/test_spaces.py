@@ -30,7 +30,7 @@ N = 6
 
 BOX, FOUR = spaces.Box(-1, 1, (3,), np.float32), spaces.Discrete(4)
 MULTI_DISCRETE = spaces.MultiDiscrete([3, 2], start=[5, -1])
-TABLE = spaces.MultiDiscrete([[2, 3], [4, 2]])
+TABLE = spaces.MultiDiscrete(np.array([[2, 3], [4, 2]]))
 MULTI_BINARY = spaces.MultiBinary(4)
 SQUARE = spaces.MultiBinary([2, 2])
 GOALS = spaces.Dict(
