@@ -193,6 +193,24 @@ class TestMemory:
         small = Budget(1000)
         assert small.chunk_bytes(CPU) + small.kept_bytes(CPU) + small.call_bytes(CPU) <= 1000
 
+    def test_every_accelerator_is_asked(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        class Module:
+            def mem_get_info(self, device: torch.device) -> tuple[int, int]:
+                assert device == torch.device("xpu", 1)
+                return 300, 1000
+
+            def memory_reserved(self, device: torch.device) -> int:
+                return 200
+
+            def memory_allocated(self, device: torch.device) -> int:
+                return 50
+
+        monkeypatch.setattr(torch, "get_device_module", lambda device: Module())
+        assert device_memory(torch.device("xpu", 1)) == (1000, 450)
+        # One that shares the system's memory has nothing to tell.
+        monkeypatch.setattr(torch, "get_device_module", lambda device: object())
+        assert device_memory(torch.device("mps"))[0] == device_memory(CPU)[0]
+
     @pytest.mark.parametrize("make_trainer", [EGGROLLTrainer, VanillaESTrainer])
     def test_chunks_follow_the_budget(self, make_trainer: Any) -> None:
         model = nn.Linear(100, 100)

@@ -77,7 +77,7 @@ def keyed_generator(*key: int | str, device: torch.device | str = "cpu") -> torc
 
 @functools.cache
 def _fresh_cpu_state() -> np.ndarray[Any, np.dtype[np.uint8]]:
-    return torch.Generator().manual_seed(0).get_state().numpy()
+    return torch.Generator("cpu").manual_seed(0).get_state().numpy()
 
 
 @contextlib.contextmanager
