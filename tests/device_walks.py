@@ -250,10 +250,11 @@ def layers(device: torch.device) -> Any:
             self.norm, self.linear = nn.LayerNorm(8), nn.Linear(8, 8, bias=False)
             self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
             self.gru = nn.GRU(8, 8, batch_first=True)
-            self.cell = nn.LSTMCell(8, 8)
+            self.cell, self.convolution = nn.LSTMCell(8, 8), nn.Conv1d(8, 8, 3, padding=1)
 
         def forward(self, tokens: Tensor) -> Tensor:
             x = self.norm(self.embedding(tokens) + self.bag(tokens)[:, None])
+            x = x + self.convolution(x.mT).mT
             x = x + self.attention(x, x, x, need_weights=False)[0]
             x = self.gru(self.linear(x))[0]
             return self.cell(x[:, -1])[0]

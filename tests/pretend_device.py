@@ -221,6 +221,9 @@ def set_up() -> torch.device:
     everything.fallback(fallback, "PrivateUse1")
     aten.impl("copy_", _copy, "PrivateUse1")
     aten.impl("_thnn_fused_gru_cell", _gru_cell, "PrivateUse1")
+    # Which a device has under a name of its own.
+    convolution = functools.partial(fallback, torch.ops.aten.convolution.default)
+    aten.impl("convolution_overrideable", convolution, "PrivateUse1")
     for overload in ("source_Storage", "source_Storage_storage_offset"):
         aten.impl(f"set_.{overload}", _set, "PrivateUse1")
     _libraries.extend([everything, aten])
