@@ -10,6 +10,7 @@ import pytest
 import torch
 from helpers import X, fitness, goes_on, make, network, population_fitness
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
 
 from eggroll_trainer import EGGROLLTrainer, Population, VanillaESTrainer, batched, forward
 from eggroll_trainer.memory import Budget, device_memory, live_bytes
@@ -130,6 +131,45 @@ class TestTiles:
         twin.step(), twin.step()
         torch.testing.assert_close(trainer.current_params, twin.current_params)
 
+    def test_numbers_are_measured_until_one_makes_no_difference(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        sizes: list[int] = []
+        original = forward.batched
+
+        def counted(call: forward.Call) -> Callable[..., Any]:
+            function = original(call)
+            return lambda counter, *rest: (sizes.append(len(counter)), function(counter, *rest))[1]  # type: ignore[func-returns-value]
+
+        monkeypatch.setattr(forward, "batched", counted)
+        members = population(Several(), 8)
+        for i in range(10):
+            members(X, scale=i / 7)
+        assert sizes == [1, 2, 8, 1, 2, *[8] * 9]
+
+        class Repeats(nn.Linear):
+            def forward(self, x: Tensor, times: int = 1) -> Tensor:
+                return super().forward(x).repeat(times, 1).sin()
+
+        sizes.clear()
+        members = population(Repeats(4, 3), 8, budget=20_000)
+        for times in (1, 20, 4, 20):
+            members(X, times)
+        assert sizes == [1, 2, 8, 1, 2, *[1] * 8, 1, 2, *[2] * 4, *[1] * 8]
+
+    def test_counting_forks_the_generators_of_the_devices(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Whatever they are: torch asks CUDA's module unless told."""
+        forked: list[Any] = []
+        original = torch.random.fork_rng
+
+        def fork(devices: Any = (), **options: Any) -> Any:
+            forked.append((list(devices), options.get("device_type")))
+            return original([], device_type="cuda")
+
+        members = population(network(), 4, budget=1000)
+        monkeypatch.setattr(torch.random, "fork_rng", fork)
+        monkeypatch.setattr(forward.Call, "devices", lambda self: [torch.device("xpu", 1)])
+        members(X)
+        assert forked == [([], "cuda"), ([torch.device("xpu", 1)], "xpu")]
+
 
 class TestMemory:
     def test_live_bytes(self) -> None:
@@ -152,6 +192,24 @@ class TestMemory:
         assert max(default.chunk_bytes(CPU), default.kept_bytes(CPU), default.call_bytes(CPU)) <= free
         small = Budget(1000)
         assert small.chunk_bytes(CPU) + small.kept_bytes(CPU) + small.call_bytes(CPU) <= 1000
+
+    def test_every_accelerator_is_asked(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        class Module:
+            def mem_get_info(self, device: torch.device) -> tuple[int, int]:
+                assert device == torch.device("xpu", 1)
+                return 300, 1000
+
+            def memory_reserved(self, device: torch.device) -> int:
+                return 200
+
+            def memory_allocated(self, device: torch.device) -> int:
+                return 50
+
+        monkeypatch.setattr(torch, "get_device_module", lambda device: Module())
+        assert device_memory(torch.device("xpu", 1)) == (1000, 450)
+        # One that shares the system's memory has nothing to tell.
+        monkeypatch.setattr(torch, "get_device_module", lambda device: object())
+        assert device_memory(torch.device("mps"))[0] == device_memory(CPU)[0]
 
     @pytest.mark.parametrize("make_trainer", [EGGROLLTrainer, VanillaESTrainer])
     def test_chunks_follow_the_budget(self, make_trainer: Any) -> None:
@@ -341,9 +399,68 @@ class TestCompiled:
     def test_an_endless_number_of_kinds(self, eager_backend: list[Any]) -> None:
         members = population(Several(), 4, compile=True)
         with pytest.warns(RuntimeWarning, match="called in more than 16 ways") as warned:
-            for i in range(20):
-                members(X, scale=float(i))
+            for rows in range(1, 21):
+                members(X[:rows])
         assert len(warned) == 1 and len(eager_backend) == 16
+
+    @pytest.mark.parametrize("number", [float, int, complex])
+    def test_a_number_that_never_comes_back(self, number: Any, eager_backend: list[Any]) -> None:
+        members, x = population(Several().double(), 4, compile=True), X.double()
+        with pytest.warns(RuntimeWarning, match=r"numbers that change.*Pass a number as a tensor") as warned:
+            for i in range(40):
+                # As for several chunks.
+                for _ in range(2):
+                    got = members(x, scale=number(i))["y"]
+                torch.testing.assert_close(got[1], members.member(1)(x, scale=number(i))["y"])
+        assert len(warned) == 1 and len(eager_backend) == 3
+
+    def test_numbers_that_come_back_are_compiled(self, eager_backend: list[Any]) -> None:
+        members = population(Several(), 4, compile=True)
+        with pytest.warns(RuntimeWarning, match="numbers that change"):
+            for _ in range(3):
+                for task in range(10):
+                    members(X, scale=task)
+        assert len(eager_backend) == 10
+
+    def test_a_number_in_a_tensor_is_compiled_once(self, eager_backend: list[Any]) -> None:
+        members = population(Several(), 4, compile=True)
+        for i in range(10):
+            members(X, scale=torch.tensor(float(i)))
+        assert len(eager_backend) == 1
+
+    def test_compiled_for_the_largest_group(self, eager_backend: list[Any]) -> None:
+        members = population(Several(), 256, compile=True)
+        x = torch.randn(256, 5, 4)
+
+        def run(count: int) -> list[int]:
+            """The sizes for which it was traced."""
+            eager_backend.clear()
+            spec = tree_flatten(((x,), {}))[1]
+            call = members._call_of(members.model, (x[:count],), {}, [0], range(count))
+            result = members.forwards.run(call)
+            torch.testing.assert_close(result["y"][count - 1], members.member(count - 1)(x[count - 1])["y"])
+            assert call.spec == spec
+            return [max(n.meta["example_value"].shape[0] for n in g.graph.nodes if n.op == "placeholder"
+                        and n.meta["example_value"].shape[1:] == (5, 4)) for g in eager_backend]  # fmt: skip
+
+        # Not for smaller groups, nor for one and a half times as many.
+        assert [run(count) for count in (4, 2, 6, 7, 4)] == [[4], [], [], [], []]
+        # Twice as many at first; then the factor doubles.
+        assert [run(count) for count in (8, 16, 31, 256, 8, 255)] == [[8], [], [], [256], [], []]
+
+    def test_what_is_remembered_is_bounded(self, eager_backend: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(forward, "_MAX_KINDS", 4)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for compile in (False, True):
+                members = population(Several(), 3, compile=compile)
+                for i in range(20):
+                    members(X[: i + 1], scale=float(i))
+                    members(X[:1], scale=float(i))
+                    members.forwards.refused[i] = "why"
+                remembered = members.forwards.__dict__.values()
+                assert max(len(value) for value in remembered if isinstance(value, dict)) <= forward._MAX_COMPILED
+                assert list(members.forwards.refused) == [16, 17, 18, 19]
 
     def test_dropout(self, eager_backend: list[Any]) -> None:
         members = population(nn.Sequential(nn.Linear(4, 50), nn.Dropout(0.5)).train(), 16, compile=True, budget=8192)

@@ -154,6 +154,10 @@ class ESTrainer(RunState, ABC):
             group["sigma"] = validation.check_real("sigma", group.get("sigma", sigma), positive=True)
         if device is not None:
             model.to(local_device(validation.check_device(device)))
+            # Between some kinds of devices a parameter does not move: another one takes its place.
+            moved = dict(model.named_parameters(remove_duplicate=False))
+            for group in groups:
+                group["params"] = [moved[name] for name in group["names"]]
         # Scripts that don't seed torch make another model in every process.
         self.engine.copy_main([*model.parameters(), *model.buffers()])
         self.device = torch.device(groups[0]["params"][0].device)
@@ -437,7 +441,7 @@ class ESTrainer(RunState, ABC):
     def _perturbations(self, first: int, count: int) -> Perturbations:
         """Return the perturbations of members ``first, …, first + count - 1``."""
         assert self._sampled is not None
-        one = torch.ones(1)
+        one = torch.ones(1, device="cpu")
         draws: dict[str, Draws] = {}
         for name, values in self._centre.unflatten(self._sampled[first : first + count]).items():
             parameter = self._centre.parameters[name]

@@ -11,7 +11,7 @@ import dataclasses
 import types
 import warnings
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,14 +20,35 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
 from .graphs import Backend
 from .memory import Budget, is_out_of_memory, live_bytes
 from .module_state import NotBatchable, Slot, swapped
+from .noise import kept_rng
 from .perturbation import BatchingRules, densify
 from .perturbation.sample import SharedDraws, members_of, perturb
+from .recent import Recent
 
 # What a model may return or be called with besides tensors, and be batched all the same.
 PLAIN_TYPES = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, slice, type(...))
 
 # Kinds of calls that are compiled; a model with inputs of ever new shapes has no end of them.
 _MAX_COMPILED = 16
+
+# Values of the numbers that a model is called with for which it is compiled the first time that they come; a time or a
+# temperature has no end of them, and none of its values comes back.
+_MAX_VALUES = 3
+
+# Kinds of calls of which something is remembered.
+_MAX_KINDS = 256
+
+
+class Kind(NamedTuple):
+    """What calls have in common that differ in their tensors' values alone.
+
+    Attributes:
+        form: What they have in common whose numbers differ as well.
+        numbers: The Python numbers that the module is called with, which compiled code has for constants.
+    """
+
+    form: Hashable
+    numbers: tuple[Hashable, ...]
 
 
 @dataclasses.dataclass
@@ -57,17 +78,23 @@ class Call:
     size: int
     exact: bool = False
 
-    def kind(self) -> Hashable:
+    def kind(self) -> Kind:
         """Return what calls have in common that differ in the tensors' values alone, and, if not exact, in ``n``."""
         signature: list[Hashable] = []
+        numbers: list[Hashable] = []
         for leaf, dim in zip(self.leaves, self.dims, strict=True):
             if isinstance(leaf, Tensor):
                 shape = [size for i, size in enumerate(leaf.shape) if dim is None or i != dim % leaf.ndim]
                 signature.append((tuple(shape), dim, leaf.dtype, leaf.device))
+            elif type(leaf) in (int, float, complex):
+                signature.append(type(leaf).__name__)
+                # Not the number itself: 0.0 equals -0.0, and NaN does not equal itself.
+                numbers.append(repr(leaf))
             else:
                 signature.append((type(leaf), repr(leaf)))
         ranks = tuple(_rank(value) for value in self.factors.values())
-        return self.module, str(self.spec), tuple(signature), ranks, self.size if self.exact else None
+        form = self.module, str(self.spec), tuple(signature), ranks, self.size if self.exact else None
+        return Kind(form, tuple(numbers))
 
     def parts(self, ranges: Sequence[tuple[int, int]]) -> list[Call]:
         """Return the calls for members ``start, …, stop - 1`` of each of the ranges."""
@@ -90,7 +117,7 @@ class Call:
         own = [leaf for leaf, dim in pairs if dim is not None]
         shared = [leaf for leaf, dim in pairs if dim is None and isinstance(leaf, Tensor)]
         # The unused counter gives vmap its size where a module has neither parameters nor inputs of each member.
-        return torch.arange(self.size), self.centres, self.factors, own, shared
+        return torch.arange(self.size, device="cpu"), self.centres, self.factors, own, shared
 
     def devices(self) -> list[torch.device]:
         """Return the accelerators that its tensors are on."""
@@ -167,10 +194,13 @@ class Forwards:
         self.backend = Backend()
         self.reports: list[str] = []
         self.one_by_one = False
-        self.refused: dict[Hashable, str] = {}
-        self._tiles: dict[Hashable, int] = {}
-        # None for kinds that are not compiled.
-        self._compiled: dict[Hashable, tuple[int, Callable[..., Result]] | None] = {}
+        self.refused: Recent[Hashable, str] = Recent(_MAX_KINDS)
+        # By forms of calls.
+        self._rooms: Recent[Hashable, _Room] = Recent(_MAX_KINDS)
+        self._values: Recent[Hashable, _Values] = Recent(_MAX_KINDS)
+        self._compiled: dict[Kind, _Compiled] = {}
+        # Kinds that cannot be compiled.
+        self._eager: Recent[Kind, None] = Recent(_MAX_KINDS)
 
     def run(self, call: Call) -> Any:
         """Return what the module returns, each tensor with a leading dimension ``n``.
@@ -180,23 +210,22 @@ class Forwards:
         """
         kind = call.kind()
         while True:
+            tile = self._tile(call, kind)
             try:
                 together = self.compile and call.size > 1
-                return self._run_compiled(call, kind) if together else self._run_eagerly(call, kind)
+                return self._run_compiled(call, kind, tile) if together else self._run_eagerly(call, tile)
             except Exception as error:
-                if not is_out_of_memory(error) or self._tiles.get(kind, 1) == 1:
+                if not is_out_of_memory(error) or tile == 1:
                     raise
             # Not while the exception is handled, which holds on to tensors.
-            self._tiles[kind] = min(self._tiles[kind], call.size) // 2
+            self._rooms[kind.form].most = tile // 2
             self._compiled.pop(kind, None)
 
-    def _run_compiled(self, call: Call, kind: Hashable) -> Any:
-        if kind not in self._compiled:
-            self._compiled[kind] = self._compile(call, kind)
-        compiled = self._compiled[kind]
-        if compiled is None or call.size < compiled[0]:
-            return self._run_eagerly(call, kind)
-        size, function = compiled
+    def _run_compiled(self, call: Call, kind: Kind, tile: int) -> Any:
+        compiled = self._compiled_for(call, kind, tile)
+        if compiled is None or call.size < compiled.size:
+            return self._run_eagerly(call, tile)
+        size = compiled.size
         # Parts of one size, for which it is compiled once: the last one begins among the members of the one before.
         starts = [*range(0, call.size - size, size), call.size - size]
         try:
@@ -204,48 +233,139 @@ class Forwards:
                 # What torch warns of while it compiles is for its own authors.
                 warnings.simplefilter("ignore")
                 parts = call.parts([(i, i + size) for i in starts])
-                return _joined([function(*part.tensors()) for part in parts], call.size)
+                return _joined([compiled.function(*part.tensors()) for part in parts], call.size)
         except Exception as error:
             if is_out_of_memory(error):
                 raise
-            self._compiled[kind] = None
-            result = self._run_eagerly(call, kind)
+            del self._compiled[kind]
+            self._eager[kind] = None
+            result = self._run_eagerly(call, tile)
             # It was not the model's own error, which would have come up again.
             self.reports.append(f"{type(call.module).__name__} is not compiled and runs eagerly: {_reason(error)}")
             return result
 
-    def _compile(self, call: Call, kind: Hashable) -> tuple[int, Callable[..., Result]] | None:
-        if sum(compiled is not None for compiled in self._compiled.values()) >= _MAX_COMPILED:
+    def _compiled_for(self, call: Call, kind: Kind, tile: int) -> _Compiled | None:
+        """Return the compiled code for a kind of call, made now if need be, or None where it is to run eagerly."""
+        if kind.numbers:
+            if kind.form not in self._values:
+                self._values[kind.form] = _Values()
+            came_back = self._values[kind.form].came_back(kind.numbers)
+        compiled = self._compiled.get(kind)
+        if compiled is not None:
+            # The first to call may have been few. Each time it takes twice as large a factor, so that it ends.
+            if tile < compiled.size << compiled.times:
+                return compiled
+            compiled = _Compiled(self._compile(call), tile, compiled.times + 1)
+        elif kind in self._eager:
+            return None
+        elif len(self._compiled) >= _MAX_COMPILED:
             self.reports.append(
                 f"the model is called in more than {_MAX_COMPILED} ways (other shapes of inputs, other values of"
                 " numbers that it is called with); the further ones are not compiled"
             )
             return None
-        function = _with_own_cache(batched(call))
-        return self._tile(call, kind), torch.compile(function, fullgraph=True, dynamic=False, backend=self.backend)
+        elif kind.numbers and not came_back and self._values_compiled(kind) >= _MAX_VALUES:
+            self.reports.append(
+                f"the model is called with numbers that change: it is compiled for their first {_MAX_VALUES} values and"
+                " for those that come back, and runs eagerly for others. Pass a number as a tensor,"
+                " torch.tensor(number), to have it compiled once for all values"
+            )
+            return None
+        else:
+            compiled = _Compiled(self._compile(call), tile, 1)
+        self._compiled[kind] = compiled
+        return compiled
 
-    def _run_eagerly(self, call: Call, kind: Hashable) -> Any:
-        function, size = batched(call), self._tile(call, kind)
+    def _values_compiled(self, kind: Kind) -> int:
+        return sum(other.form == kind.form for other in self._compiled)
+
+    def _compile(self, call: Call) -> Callable[..., Result]:
+        function = _with_own_cache(batched(call))
+        return torch.compile(function, fullgraph=True, dynamic=False, backend=self.backend)
+
+    def _run_eagerly(self, call: Call, tile: int) -> Any:
+        function = batched(call)
         with _uncompiled(call.module):
-            parts = call.parts([(i, min(i + size, call.size)) for i in range(0, call.size, size)])
+            parts = call.parts([(i, min(i + tile, call.size)) for i in range(0, call.size, tile)])
             return _joined([function(*part.tensors()) for part in parts], call.size)
 
-    def _tile(self, call: Call, kind: Hashable) -> int:
+    def _tile(self, call: Call, kind: Kind) -> int:
         """Return how many members to call at a time: a power of two, or all."""
         if call.size == 1:
             return 1
-        if kind not in self._tiles:
+        if kind.form not in self._rooms:
+            self._rooms[kind.form] = _Room()
+        room = self._rooms[kind.form]
+        fitting = room.fitting(kind.numbers)
+        if fitting is None:
             device = next(iter(call.devices()), torch.device("cpu"))
             function = batched(call)
             # Dropout draws in it; who draws after it must not notice.
-            with _uncompiled(call.module), torch.random.fork_rng(call.devices()):
+            with _uncompiled(call.module), kept_rng(call.devices()):
                 one, two = (
                     live_bytes(lambda part=part: function(*part.tensors()))  # type: ignore[misc]
                     for part in call.parts([(0, 1), (0, 2)])
                 )
-            fitting = (self.budget.call_bytes(device) - one) // max(1, two - one)
-            self._tiles[kind] = 1 << (max(1, fitting).bit_length() - 1)
-        return min(self._tiles[kind], call.size)
+            number = max(1, (self.budget.call_bytes(device) - one) // max(1, two - one))
+            fitting = 1 << (number.bit_length() - 1)
+            room.note(kind.numbers, (one, two), fitting)
+        return min(fitting, call.size) if room.most is None else min(fitting, room.most, call.size)
+
+
+class _Compiled(NamedTuple):
+    """Compiled code.
+
+    Attributes:
+        function: What computes a call.
+        size: The number of members that it is for.
+        times: How many times it has been compiled for ever larger numbers.
+    """
+
+    function: Callable[..., Result]
+    size: int
+    times: int
+
+
+class _Room:
+    """How many members calls of one form can be made for at a time.
+
+    Their numbers may say how large a tensor is, but mostly they don't: once another value has needed as much memory as
+    the one before, no further ones are measured.
+
+    Attributes:
+        most: What has turned out to fit, where something did not.
+    """
+
+    def __init__(self) -> None:
+        self.most: int | None = None
+        self._fitting: Recent[Hashable, int] = Recent(_MAX_KINDS)
+        self._last_need: Any = None
+        self._for_all: int | None = None
+
+    def fitting(self, numbers: Hashable) -> int | None:
+        """Return how many members fit, or None where it is to be measured."""
+        return self._fitting.get(numbers, self._for_all)
+
+    def note(self, numbers: Hashable, need: Any, fitting: int) -> None:
+        """Take down what was measured."""
+        if need == self._last_need:
+            self._for_all = fitting
+        self._last_need = need
+        self._fitting[numbers] = fitting
+
+
+class _Values:
+    """The values of the numbers that calls of one form were made with of late."""
+
+    def __init__(self) -> None:
+        self._met: Recent[Hashable, None] = Recent(_MAX_COMPILED)
+        self._last: Hashable = None
+
+    def came_back(self, numbers: Hashable) -> bool:
+        """Take down the values of a call, and return whether they have come back after others."""
+        came_back = numbers != self._last and numbers in self._met
+        self._met[numbers], self._last = None, numbers
+        return came_back
 
 
 def _joined(parts: Sequence[Result], size: int) -> Any:

@@ -10,8 +10,13 @@ import torch
 from torch import Tensor, fx
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from .recent import Recent
+
 # A graph, what it was called with, and what it returned.
 _Record = tuple[Callable[..., Sequence[Any]], tuple[Any, ...], Sequence[Any]]
+
+# Shapes of tensors for which it is remembered how a kernel is called.
+_MAX_PREPARED = 64
 
 
 class Backend:
@@ -92,7 +97,7 @@ class Kernel:
     def __init__(self, function: Callable[..., None]) -> None:
         self._backend = Backend()
         self._function = torch.compile(function, fullgraph=True, dynamic=True, backend=self._backend)
-        self._prepared: dict[Hashable, Callable[[Sequence[Tensor]], Any]] = {}
+        self._prepared: Recent[Hashable, Callable[[Sequence[Tensor]], Any]] = Recent(_MAX_PREPARED)
 
     def __call__(self, *tensors: Tensor) -> None:
         """Call the function."""

@@ -164,7 +164,8 @@ class KeyedESTrainer(ESTrainer):
     def _exact_sum(self, chunks: list[Chunk], weights: Tensor) -> dict[str, Tensor]:
         """Return the sum of the chunks' contributions, taken by as many processes as there are."""
         specs = self._specs()
-        signs = torch.tensor([1.0, -1.0], dtype=weights.dtype).repeat(self._chunk_unit())[: self._chunk_unit()]
+        signs = torch.tensor([1.0, -1.0], dtype=weights.dtype, device=weights.device)
+        signs = signs.repeat(self._chunk_unit())[: self._chunk_unit()]
         largest = float((weights.view(-1, len(signs)) @ signs).abs().sum())
         try:
             total = ExactSum(

@@ -69,10 +69,12 @@ class Budget:
 
 def device_memory(device: torch.device) -> tuple[int, int]:
     """Return the bytes of memory that a device has, and how many of them are free."""
-    if device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(device)
+    module: Any = None if device.type in ("cpu", "meta") else torch.get_device_module(device)
+    if hasattr(module, "mem_get_info"):
+        free, total = module.mem_get_info(device)
         # What torch holds in its cache is free for its tensors.
-        return total, free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return total, free + module.memory_reserved(device) - module.memory_allocated(device)
+    # The memory that such a device has is the system's.
     values = {}
     with contextlib.suppress(OSError), open("/proc/meminfo") as file:
         values = {name: int(rest.split()[0]) * 1024 for name, _, rest in (line.partition(":") for line in file)}
@@ -109,8 +111,9 @@ def keep_freed_memory() -> None:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Return whether an exception says that a tensor did not fit."""
-    # The CPU's allocator raises a RuntimeError.
-    return isinstance(error, torch.OutOfMemoryError) or "not enough memory: you tried to allocate" in str(error)
+    # Some allocators, such as the CPU's, raise a RuntimeError.
+    signs = ("not enough memory: you tried to allocate", "MPS backend out of memory")
+    return isinstance(error, torch.OutOfMemoryError) or any(sign in str(error) for sign in signs)
 
 
 def live_bytes(function: Callable[[], Any]) -> int:

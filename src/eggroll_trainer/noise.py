@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, get_args
 
 import numpy as np
@@ -77,7 +77,7 @@ def keyed_generator(*key: int | str, device: torch.device | str = "cpu") -> torc
 
 @functools.cache
 def _fresh_cpu_state() -> np.ndarray[Any, np.dtype[np.uint8]]:
-    return torch.Generator().manual_seed(0).get_state().numpy()
+    return torch.Generator("cpu").manual_seed(0).get_state().numpy()
 
 
 @contextlib.contextmanager
@@ -88,13 +88,29 @@ def forked_rng(*key: int | str, device: torch.device | str = "cpu") -> Iterator[
     trainer's seed without the caller's own stream moving.
     """
     device = torch.device(device)
-    accelerated = device.type != "cpu"
-    with torch.random.fork_rng([device] if accelerated else [], device_type=device.type if accelerated else "cuda"):
+    with kept_rng([device]):
         torch.set_rng_state(keyed_generator(*key).get_state())
-        if accelerated:
+        if _has_generator(device):
             state = keyed_generator(*key, device=device).get_state()
             torch.get_device_module(device).set_rng_state(state, device)
         yield
+
+
+@contextlib.contextmanager
+def kept_rng(devices: Iterable[torch.device] = ()) -> Iterator[None]:
+    """Put torch's global generators of the CPU and of ``devices`` back after the block, as they were before it."""
+    with contextlib.ExitStack() as stack:
+        # By default it asks for the accelerator's module, in older releases for CUDA's, whatever the devices are.
+        stack.enter_context(torch.random.fork_rng([], device_type="cuda"))
+        for device in devices:
+            if _has_generator(device):
+                stack.enter_context(torch.random.fork_rng([device], device_type=device.type))
+        yield
+
+
+def _has_generator(device: torch.device) -> bool:
+    """Return whether a device has a global generator besides the CPU's."""
+    return device.type not in ("cpu", "meta")
 
 
 class Stream(NamedTuple):

@@ -279,7 +279,7 @@ class Population:
         else:
             factors = {name: self._members[name] for name in names}
         if not everybody:
-            index = torch.as_tensor(members)
+            index = torch.as_tensor(members, device="cpu")
             factors = {name: tree_map(lambda t: t[index.to(t.device)], value) for name, value in factors.items()}
         centres = {name: self._centres[name] for name in factors}
         return Call(module, slots, centres, factors, leaves, spec, dims, len(members), exact)

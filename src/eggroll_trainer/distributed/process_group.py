@@ -205,7 +205,7 @@ class _Report(NamedTuple):
     def of(fingerprint: dict[str, Any], outcomes: Sequence[Outcome], failure: BaseException | None) -> _Report:
         if failure is not None:
             return _Report(fingerprint, [], np.zeros(0), [], [], _portable(failure))
-        scores = packed(torch.cat([outcome.scores for outcome in outcomes] or [torch.zeros(0)]))
+        scores = packed(torch.cat([outcome.scores for outcome in outcomes] or [torch.zeros(0, device="cpu")]))
         statistics = [None if o.statistics is None else o.statistics.numpy() for o in outcomes]
         counts, warned = [len(outcome.scores) for outcome in outcomes], [outcome.warnings for outcome in outcomes]
         return _Report(fingerprint, counts, scores, statistics, warned, None)

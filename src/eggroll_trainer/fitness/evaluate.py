@@ -91,13 +91,13 @@ def evaluate(
         if reason is None:
             try:
                 coalescer = Coalescer(population, score, warned, seeds=outside.seeds())
-                return torch.tensor(coalescer.scores(annotate), dtype=torch.float64)
+                return torch.tensor(coalescer.scores(annotate), dtype=torch.float64, device="cpu")
             except Differentiated:
                 reason = _DIFFERENTIATES
                 # Not to be tried again.
                 warned.note(reason)
         warned.once(f"the fitness function is run for one member at a time: {reason}")
-    return torch.tensor(_one_by_one(population, score, annotate), dtype=torch.float64)
+    return torch.tensor(_one_by_one(population, score, annotate), dtype=torch.float64, device="cpu")
 
 
 def _one_by_one(

@@ -26,7 +26,7 @@ class Learner(Protocol):
 
         Args:
             model: The model that is trained.
-            statistics: From :meth:`pop_statistics`, here or in other processes.
+            statistics: From :meth:`pop_statistics`, here or in other processes; on the CPU, wherever the model is.
         """
 
 

@@ -237,7 +237,7 @@ def sample(
         reuse: How many members share a draw, with alternating signs.
     """
     assert first % reuse == 0 and count % reuse == 0, "a noise draw never straddles two chunks"
-    signs = torch.tensor([1.0, -1.0]).repeat(reuse)[:reuse]
+    signs = torch.tensor([1.0, -1.0], device="cpu").repeat(reuse)[:reuse]
     streams = [
         Stream(spec.name, spec.numel, "gaussian" if spec.rank is None else spec.kind, spec.centre.device)
         for spec in specs

@@ -65,6 +65,8 @@ class ObservationNormalizer(nn.Module):
             statistics: What :class:`Statistics` gave, ``[2·O + 1]`` each.
         """
         for values in statistics:
+            # They come by way of the CPU, maybe from another process.
+            values = values.to(self.mean.device)
             count, (mean, squares) = values[0], values[1:].view(2, -1)
             if count == 0:
                 continue

@@ -72,7 +72,7 @@ class EpisodeReturn:
         self.survival_bonus, self.threads = survival_bonus, threads
         self.steps = 0
         self._simulators: dict[int, Simulator] = {}
-        self._statistics = torch.zeros(1, dtype=torch.float64)
+        self._statistics = torch.zeros(1, dtype=torch.float64, device="cpu")
         self._warned = False
         # What makes this a fitness function for populations.
         batched(self)
@@ -102,8 +102,8 @@ class EpisodeReturn:
             rollout = self._rollout(population.model, len(seeds), forward, state, self.episodes)
             returns, steps = rollout.play(seeds, limit, bonus=self.survival_bonus, seen=seen)
         self._warn(rollout.trouble)
-        observed = torch.zeros(0, dtype=torch.float64) if seen is None else seen.as_tensor()
-        self._statistics = torch.cat([torch.tensor([float(steps)], dtype=torch.float64), observed])
+        observed = torch.zeros(0, dtype=torch.float64, device="cpu") if seen is None else seen.as_tensor()
+        self._statistics = torch.cat([torch.tensor([float(steps)], dtype=torch.float64, device="cpu"), observed])
         return torch.from_numpy(returns).view(len(population), self.episodes).mean(1)
 
     def evaluate(self, policy: nn.Module, episodes: int, seed: int) -> np.ndarray[Any, Any]:
@@ -135,7 +135,7 @@ class EpisodeReturn:
         Returns:
             ``[1]``, or ``[2·O + 2]`` if the policy normalises observations.
         """
-        statistics, self._statistics = self._statistics, torch.zeros(1, dtype=torch.float64)
+        statistics, self._statistics = self._statistics, torch.zeros(1, dtype=torch.float64, device="cpu")
         return statistics
 
     def merge_statistics(self, model: nn.Module, statistics: Sequence[Tensor]) -> None:

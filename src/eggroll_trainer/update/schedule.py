@@ -37,7 +37,7 @@ class Schedules:
         self.lr_scheduler = None if lr_scheduler is None else make_scheduler("lr_scheduler", lr_scheduler, trainer)
         self.sigma_scheduler: LRScheduler | None = None
         if sigma_scheduler is not None:
-            stand_ins = [{"params": [torch.zeros(())], "lr": group["sigma"]} for group in self._groups]
+            stand_ins = [{"params": [torch.zeros((), device="cpu")], "lr": group["sigma"]} for group in self._groups]
             self._stand_in = torch.optim.SGD(stand_ins)
             self.sigma_scheduler = make_scheduler("sigma_scheduler", sigma_scheduler, self._stand_in)
             self._write_sigmas()
