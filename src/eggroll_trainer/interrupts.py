@@ -59,7 +59,8 @@ class _Guard:
         self._previous: dict[int, Any] = {}
         self._arrived: list[int] = []
         self._since = 0.0
-        self._raised: list[tuple[BaseException, int | None]] = []
+        # What handlers have raised, by identity: the exceptions themselves would keep alive what is on their way.
+        self._raised: dict[tuple[type[BaseException], int], int] = {}
         self._armed = self._closing = False
         # An exception that the caller is handling is none of ours.
         self._handled = sys.exc_info()[1]
@@ -121,7 +122,6 @@ class _Guard:
         """Put an outer limit in force again."""
         self.limit = outer
         self.waiting = bool(self._arrived)
-        self._raised = [entry for entry in self._raised if entry[1] is not None]
         self._arm()
 
     def check(self) -> None:
@@ -185,7 +185,7 @@ class _Guard:
         try:
             _pass_on(number, self._previous[number], frame)
         except BaseException as error:
-            self._raised.append((error, number))
+            self._raised[type(error), id(error)] = number
             raise
 
     def _exceed(self) -> None:
@@ -195,9 +195,7 @@ class _Guard:
         self._armed = True
         # It comes again where it is swallowed.
         signal.setitimer(signal.ITIMER_REAL, _AGAIN, _AGAIN)
-        error = TimeLimitExceeded()
-        self._raised.append((error, None))
-        raise error
+        raise TimeLimitExceeded
 
     def _users(self, frame: FrameType | None, patient: bool) -> bool:
         """Return whether the user's code is running, and, to the patient, nowhere that it would rather not end."""
@@ -228,14 +226,15 @@ class _Guard:
 
     def _unraisable(self, args: Any) -> None:
         """See that an exception which was lost, as in a ``__del__``, comes again."""
-        for error, number in self._raised:
-            if error is args.exc_value:
-                if number is not None and number not in self._arrived:
-                    self._note(number)
-                self.waiting = True
-                self._arm()
-                return
-        self._hook(args)
+        error = args.exc_value
+        number = self._raised.get((type(error), id(error)))
+        if number is not None:
+            if number not in self._arrived:
+                self._note(number)
+            self.waiting = True
+            self._arm()
+        elif self.limit is None or not isinstance(error, TimeLimitExceeded):
+            self._hook(args)
 
     def _arm(self) -> None:
         """Set the timer for what comes next."""
@@ -421,7 +420,6 @@ class time_limit:
         self._guard = self._own = None
         if guard is None:
             return
-        ours = [raised for raised, number in guard._raised if number is None]
         guard.stop(self._outer)
         if self._exit_when_stuck:
             faulthandler.cancel_dump_traceback_later()
@@ -432,20 +430,19 @@ class time_limit:
                 guard.check()
         finally:
             # One that was swallowed, or made into another exception, was raised all the same.
-            if self.raised and (error is None or (isinstance(error, Exception) and _stems_from(error, ours))):
+            if self.raised and (error is None or (isinstance(error, Exception) and _stems_from(error))):
                 raise TimeLimitExceeded from error
 
 
-def _stems_from(error: BaseException, others: list[BaseException]) -> bool:
-    """Return whether an exception was raised because of one of the others, or while it was handled."""
+def _stems_from(error: BaseException) -> bool:
+    """Return whether an exception was raised because a time limit was exceeded, or while that was handled."""
     seen: set[int] = set()
     todo: list[BaseException | None] = [error]
     while todo:
         one = todo.pop()
-        if one is None or id(one) in seen:
-            continue
-        if any(one is other for other in others):
+        if isinstance(one, TimeLimitExceeded):
             return True
-        seen.add(id(one))
-        todo += [one.__cause__, one.__context__]
+        if one is not None and id(one) not in seen:
+            seen.add(id(one))
+            todo += [one.__cause__, one.__context__]
     return False
