@@ -22,12 +22,13 @@ from .fitness.evaluate import evaluate, is_batched
 from .fitness.learning import learner
 from .fitness.scores import check_scores, metrics_of, to_score, to_scores
 from .forward import Forwards
-from .interrupts import delayed_interrupt, exit_on_sigterm
+from .interrupts import delayed_interrupt, exit_on_sigterm, interruptible
 from .memory import Budget, is_out_of_memory
 from .noise import forked_rng
 from .perturbation.sample import Draws, FullRankDraws, ParameterSpec, Perturbations, wide_dtype
 from .population import Population
 from .run_state import Generation, RunState
+from .thread_state import restored_thread_state
 from .update.centre import Centre, OptimizerFactory
 from .update.schedule import LRSchedulerFactory, Schedules
 from .warned import Warned
@@ -271,7 +272,7 @@ class ESTrainer(RunState, ABC):
         """
         self._start_generation()
         # The fitness function runs under the caller's modes.
-        with thread_modes.kept():
+        with interruptible(), restored_thread_state(), thread_modes.kept():
             scores, statistics = self._evaluate_all()
         return self._advance(scores, statistics)
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..interrupts import TimeLimitExceeded, time_limit
+from ..thread_state import restored_thread_state
 from ..validation import check_int, check_real
 
 T = TypeVar("T")
@@ -134,7 +135,7 @@ class Engine(ABC):
     def _evaluate_chunk(self, trainer: Evaluator, chunk: Chunk, exit_when_stuck: bool) -> Outcome:
         for attempt in range(self.retries + 1):
             try:
-                with time_limit(self.timeout, exit_when_stuck=exit_when_stuck):
+                with time_limit(self.timeout, exit_when_stuck=exit_when_stuck), restored_thread_state():
                     return trainer.evaluate_chunk(chunk)
             except TimeLimitExceeded:
                 if attempt == self.retries:
