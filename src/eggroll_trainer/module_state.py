@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.nn.modules.batchnorm import _NormBase
+from torch.utils._pytree import tree_leaves
 
+from .perturbation import DenseParameter, PerturbedTensor
 from .snapshot import Snapshot, is_immutable
 
 
@@ -25,47 +28,97 @@ class NotBatchable(RuntimeError):
         self.stateful = stateful
 
 
-Slot = tuple[Any, Any, str]
+class Slot(NamedTuple):
+    """A place ``container[key]`` that holds a parameter, or an immutable value with parameters in it.
+
+    Attributes:
+        container: A list or dictionary.
+        key: Index or key.
+        names: Of the parameters.
+        build: From their values to what belongs in the place.
+    """
+
+    container: Any
+    key: Any
+    names: tuple[str, ...]
+    build: Callable[[Mapping[str, Any]], Any]
+
 
 # The attributes that every module has, among them the dictionaries of its parameters, buffers, submodules and hooks.
 _INTERNALS = frozenset(nn.Module().__dict__)
 
+# Values that are looked through for parameters; what refers to more is part of something larger.
+_LIMIT = 10_000
+
 
 def parameter_slots(model: nn.Module, by_identity: Mapping[int, str]) -> list[Slot]:
-    """Return every place ``container[key]`` where a module keeps a parameter of interest, with the parameter's name.
+    """Return every place where a module keeps a parameter of interest.
 
-    A tied parameter has several.
+    A tied parameter has several. Besides the parameters proper these are the attributes that hold one as well, as
+    ``nn.LSTM``'s flat weights do, however deep in lists, dictionaries, tuples and objects.
 
     Args:
         model: Looked at with all modules below it.
         by_identity: Names of the parameters of interest by their ``id``.
     """
-    slots: list[Slot] = []
+    finder = _Finder(by_identity)
     for module in model.modules():
-        # Besides the parameters proper: attributes and lists that hold one as well, as nn.LSTM's flat weights do.
-        containers = [module._parameters, module.__dict__, *parameter_lists(module)]
-        for container in containers:
-            items = container.items() if isinstance(container, dict) else enumerate(container)
-            slots += [(container, key, by_identity[id(value)]) for key, value in items if id(value) in by_identity]
-        # By these nn.RNNBase notices that its weights have changed, and would flatten them anew for cuDNN.
-        references = getattr(module, "_flat_weight_refs", [])
-        slots += [
-            (references, i, by_identity[id(reference())])
-            for i, reference in enumerate(references)
-            if reference is not None and id(reference()) in by_identity
-        ]
-    return slots
+        finder.look_into(module._parameters)
+        finder.look_into({key: value for key, value in module.__dict__.items() if key not in _INTERNALS}, module)
+    return finder.slots
 
 
-def parameter_lists(module: nn.Module) -> list[Any]:
-    """Return the lists and dictionaries among a module's attributes that hold parameters."""
-    return [
-        container
-        for key, container in module.__dict__.items()
-        if type(container) in (list, dict) and key not in _INTERNALS
-        for values in [container.values() if isinstance(container, dict) else container]
-        if any(isinstance(value, nn.Parameter) for value in values)
-    ]
+class _Finder:
+    """Looks for parameters in containers and objects."""
+
+    def __init__(self, by_identity: Mapping[int, str]) -> None:
+        self.by_identity = by_identity
+        self.slots: list[Slot] = []
+        self._seen: set[int] = set()
+
+    def look_into(self, contents: Any, owner: Any = None) -> None:
+        """Note the places in a list or dictionary, or in the attributes ``contents`` of ``owner``."""
+        if id(contents) in self._seen or len(self._seen) > _LIMIT:
+            return
+        container = contents
+        if owner is not None:
+            container = owner.__dict__
+        self._seen.add(id(container))
+        items = contents.items() if isinstance(contents, dict) else enumerate(contents)
+        for key, value in list(items):
+            found = self._found(value)
+            if found is not None:
+                self.slots.append(Slot(container, key, *found))
+
+    def _found(self, value: Any) -> tuple[tuple[str, ...], Callable[[Mapping[str, Any]], Any]] | None:
+        """Return the names and the builder of a value that must be replaced; places inside others are noted."""
+        name = self.by_identity.get(id(value))
+        if name is not None:
+            return (name,), lambda values: values[name]
+        if isinstance(value, weakref.ref):
+            # By these nn.RNNBase notices that its weights have changed, and would flatten them anew for cuDNN.
+            name = self.by_identity.get(id(value()))
+            return None if name is None else ((name,), lambda values: weakref.ref(values[name]))
+        if isinstance(value, tuple):
+            return self._in_tuple(value)
+        if isinstance(value, (list, dict)):
+            self.look_into(value)
+        elif not isinstance(value, (nn.Module, Tensor, type)) and not is_immutable(value):
+            attributes = getattr(value, "__dict__", None)
+            if type(attributes) is dict and id(attributes) not in self._seen:
+                self.look_into(attributes, value)
+        return None
+
+    def _in_tuple(self, value: tuple[Any, ...]) -> tuple[tuple[str, ...], Callable[[Mapping[str, Any]], Any]] | None:
+        parts = [self._found(part) for part in value]
+        if all(part is None for part in parts):
+            return None
+
+        def build(values: Mapping[str, Any]) -> Any:
+            new = [x if part is None else part[1](values) for x, part in zip(value, parts, strict=True)]
+            return type(value)(*new) if hasattr(value, "_fields") else type(value)(new)
+
+        return tuple(name for part in parts if part is not None for name in part[0]), build
 
 
 @contextlib.contextmanager
@@ -75,16 +128,17 @@ def swapped(slots: Sequence[Slot], values: Mapping[str, Tensor]) -> Iterator[Non
     Raises:
         NotBatchable: The block replaced one of them; ``stateful`` is true.
     """
-    originals = [container[key] for container, key, _ in slots]
+    originals = [container[key] for container, key, _, _ in slots]
+    placed = [build(values) for _, _, _, build in slots]
     try:
-        for container, key, name in slots:
-            container[key] = weakref.ref(values[name]) if isinstance(container[key], weakref.ref) else values[name]
+        for (container, key, _, _), value in zip(slots, placed, strict=True):
+            container[key] = value
         yield
-        for container, key, name in slots:
-            if isinstance(container, dict) and container.get(key) is not values[name]:
+        for (container, key, _, _), value in zip(slots, placed, strict=True):
+            if isinstance(container, dict) and container.get(key) is not value:
                 raise NotBatchable(f"the model's forward replaces its parameter {key}", stateful=True)
     finally:
-        for (container, key, _), original in zip(slots, originals, strict=True):
+        for (container, key, _, _), original in zip(slots, originals, strict=True):
             container[key] = original
 
 
@@ -119,16 +173,38 @@ def unchanged_state(module: nn.Module) -> Iterator[None]:
     Raises:
         NotBatchable: Attributes, buffers or submodules were changed; ``stateful`` is true.
     """
-    seen: set[int] = set()
-    before = [_State(name, m, seen) for name, m in module.named_modules()]
+    before = ModuleState(module)
     changed: list[str] = []
     try:
         yield
     finally:
-        for state in before:
-            changed += state.restore()
+        changed = before.restore()
     if changed:
         raise NotBatchable(f"the model's forward changes {' and '.join(changed)}", stateful=True)
+
+
+class ModuleState:
+    """What a module and those below it hold besides the values of parameters."""
+
+    def __init__(self, module: nn.Module) -> None:
+        seen: set[int] = set()
+        self._states = [_State(name, m, seen) for name, m in module.named_modules()]
+
+    def differs(self) -> bool:
+        """Return whether anything is different now."""
+        return any(state.changed() for state in self._states)
+
+    def restore(self) -> list[str]:
+        """Put everything back and return what differed."""
+        return [text for state in self._states for text in state.restore()]
+
+    def differs_by_member(self) -> bool:
+        """Return whether what is different now is, or may be, another one for every member of a batched call."""
+        return any(
+            isinstance(value, (DenseParameter, PerturbedTensor)) or (isinstance(value, Tensor) and is_functorch_wrapped_tensor(value))
+            for state in self._states
+            for value in state.new_values()
+        )
 
 
 class _State:
@@ -145,30 +221,45 @@ class _State:
             if key not in _INTERNALS and not is_immutable(value)
         }
 
+    def changed(self) -> set[str]:
+        """Return the names of what is different now."""
+        now = self.module.__dict__
+        changed = _differing(now, self.attributes)
+        for key, entries in self.registered.items():
+            changed |= _differing(self.attributes[key], entries)
+        return changed | {key for key, snapshot in self.snapshots.items() if snapshot.changed()}
+
+    def new_values(self) -> Iterator[Any]:
+        """Yield what attributes and buffers hold that they did not hold before."""
+        places = [(self.module.__dict__, self.attributes)]
+        places += [(self.attributes[key], entries) for key, entries in self.registered.items()]
+        for now, before in places:
+            for key in _differing(now, before) & now.keys():
+                yield from tree_leaves(now[key])
+
     def restore(self) -> list[str]:
         """Put everything back and return what differed."""
-        missing = object()
-        now = self.module.__dict__
-        changed = {k for k, v in self.attributes.items() if now.get(k, missing) is not v}
-        changed |= now.keys() - self.attributes.keys()
-        if changed:
-            now.clear()
-            now.update(self.attributes)
-        for key, entries in self.registered.items():
-            container = self.attributes[key]
-            differing = {k for k, v in entries.items() if container.get(k, missing) is not v}
-            differing |= container.keys() - entries.keys()
-            if differing:
-                container.clear()
-                container.update(entries)
-                changed |= differing
-        for key, snapshot in self.snapshots.items():
-            if snapshot.changed():
-                snapshot.restore()
-                changed.add(key)
+        changed = self.changed()
+        if not changed:
+            return []
+        for place, entries in [
+            (self.module.__dict__, self.attributes),
+            *((self.attributes[key], entries) for key, entries in self.registered.items()),
+        ]:
+            if _differing(place, entries):
+                place.clear()
+                place.update(entries)
+        for snapshot in self.snapshots.values():
+            snapshot.restore()
         buffers = sorted(changed & self.registered["_buffers"].keys())
-        others = sorted(changed - self.registered["_buffers"].keys())
+        # A training mode is put back like the rest, but it is nothing that somebody would miss.
+        others = sorted(changed - self.registered["_buffers"].keys() - {"training"})
         at = f"{self.name}." if self.name else ""
         return [f"buffer {at}{name}" for name in buffers] + (
             [f"{', '.join(others)} of {self.name or type(self.module).__name__}"] if others else []
         )
+
+
+def _differing(now: Mapping[str, Any], before: Mapping[str, Any]) -> set[str]:
+    missing = object()
+    return {k for k, v in before.items() if now.get(k, missing) is not v} | (now.keys() - before.keys())

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 import functools
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
+from .agreement import disagreement, precision
 from .forward import PLAIN_TYPES, Call, Forwards
 from .graphs import replay
 from .interrupts import delayed_interrupt
 from .memory import is_out_of_memory, keep_freed_memory
-from .module_state import NotBatchable, Slot, parameter_slots, training_modes, unchanged_state
+from .copying import copy_of
+from .module_state import ModuleState, NotBatchable, Slot, parameter_slots, training_modes
+from .noise import kept_rng
 from .perturbation import densify
 from .perturbation.sample import FullRankDraws, ParameterSpec, Perturbations, perturb
 from .warned import Warned
@@ -71,7 +73,10 @@ class Population:
         self._centres = {name: draws.spec.centre for name, draws in perturbations.draws.items()}
         self._slots: dict[nn.Module, list[Slot]] = {}
         self._training: dict[nn.Module, bool] = {}
-        self._scratch: nn.Module | None = None
+        # The model's state before calls that have filled a cache in it.
+        self._before_caches: list[ModuleState] = []
+        self.audit: Audit | None = None
+        self._dense: dict[int, dict[str, Tensor]] = {}
         self._warned = Warned() if warned is None else warned
         self.forwards = Forwards() if forwards is None else forwards
 
@@ -103,7 +108,8 @@ class Population:
             ValueError: A BatchNorm layer is in training mode.
         """
         leaves, _ = tree_flatten((args, kwargs))
-        return self._call(args, kwargs, [None] * len(leaves))
+        dims: list[int | None] = [None] * len(leaves)
+        return self._audited(self._call(args, kwargs, dims), args, kwargs, dims)
 
     def each(self, *args: Any, in_dims: int | Sequence[int | None] = 0, **kwargs: Any) -> Any:
         """Call every member with arguments of its own: member ``i`` gets ``xs[i]``.
@@ -135,7 +141,7 @@ class Population:
                         f" of shape {list(leaf.shape)}; pass in_dims=None for an input that all members share"
                     )
                 dims.append(dim if own else None)
-        return self._call(args, kwargs, dims)
+        return self._audited(self._call(args, kwargs, dims), args, kwargs, dims)
 
     def train(self, mode: bool = True) -> Population:
         """Run the members in training mode, whatever mode the model is in, and return ``self``."""
@@ -154,7 +160,7 @@ class Population:
         """
         if not 0 <= index < len(self):
             raise IndexError(f"member {index} of a population of {len(self)}")
-        clone = copy.deepcopy(self.model)
+        clone = copy_of(self.model)
         self._copy_modes(clone)
         self.write_member(index, clone)
         return clone
@@ -172,6 +178,62 @@ class Population:
         return {
             name: densify(perturb(self._centres[name], _take(value, index))).detach() for name, value in chosen.items()
         }
+
+    @contextlib.contextmanager
+    def holding(self, index: int) -> Iterator[list[str]]:
+        """Have the user's own model hold one member's weights inside the block: what the member *is*, by definition.
+
+        Closures over the model, registers of modules, hooks and caches find the model that they know. Afterwards
+        everything in the model is put back, whatever has happened.
+
+        Yields:
+            A list that says after the block what it has changed in the model besides weights.
+
+        Raises:
+            RuntimeError: The block has changed a frozen parameter in place, of which there is no copy.
+        """
+        parameters = dict(self.model.named_parameters(remove_duplicate=False))
+        values = self._dense.get(index)
+        if values is None:
+            with torch.inference_mode(False), torch.no_grad():
+                values = self.member_parameters(index)
+        # Whatever else is trained inside the block, by an optimizer of the user's, must not reach the model either.
+        others = {
+            name: p.detach().clone() for name, p in parameters.items() if name not in values and p.requires_grad
+        }
+        frozen = [(name, p, p._version) for name, p in parameters.items() if not p.requires_grad and not p.is_inference()]
+        held = [(p, p.data, p.grad, p.requires_grad) for p in parameters.values()]
+        state = ModuleState(self.model)
+        changed: list[str] = []
+        try:
+            with delayed_interrupt():
+                for module, mode in self._training.items():
+                    module.training = mode
+                for name, value in (*values.items(), *others.items()):
+                    parameters[name].data = value
+            yield changed
+        finally:
+            with delayed_interrupt():
+                for p, data, grad, trained in held:
+                    p.data, p.grad = data, grad
+                    p.requires_grad_(trained)
+                changed += state.restore()
+        written = next((name for name, p, version in frozen if p._version != version), None)
+        if written is not None:
+            raise RuntimeError(
+                f"the fitness function changes the frozen parameter {written!r} in place, which cannot be undone:"
+                " work on a copy of it, or make it trainable"
+            )
+
+    def remember(self, indices: Collection[int]) -> None:
+        """Keep the weights of some members in full, who are going to be held more than once."""
+        with torch.inference_mode(False), torch.no_grad():
+            self._dense = {index: self.member_parameters(index) for index in indices}
+
+    def close(self) -> None:
+        """End an evaluation: undo what calls have cached in the model."""
+        while self._before_caches:
+            self._before_caches.pop().restore()
 
     def run(
         self,
@@ -228,6 +290,9 @@ class Population:
         everybody = range(len(self))
 
         def each(*tensors: Tensor, members: range | tuple[int, ...] = everybody) -> Any:
+            return self._audited(call(tensors, members), tensors, {}, [0] * len(tensors), members)
+
+        def call(tensors: tuple[Tensor, ...], members: range | tuple[int, ...]) -> Any:
             kind = members, tuple((t.shape, t.stride(), t.dtype, t.device) for t in tensors)
             if kind in prepared:
                 try:
@@ -242,19 +307,25 @@ class Population:
                     if not shape or shape[0] != len(members):
                         raise ValueError(f"expected one input for each of {len(members)} members, got shape {shape}")
                 calls[kind] = self._call_of(self.model, tensors, {}, dims, members, exact=True)
-            call = dataclasses.replace(calls[kind], leaves=list(tensors))
+            one = dataclasses.replace(calls[kind], leaves=list(tensors))
             with self.forwards.backend.recording() as records:
-                result = self._call(tensors, {}, dims, members, call)
+                result = self._call(tensors, {}, dims, members, one)
             again = replay(records, tensors, result)
             if again is not None:
                 prepared[kind] = again
             return result
 
+        before, caches = ModuleState(self.model), len(self._before_caches)
+        failed = True
         try:
-            with training_modes(self.model, self._training), unchanged_state(self.model):
+            with training_modes(self.model, self._training):
                 yield each
-        except NotBatchable as error:
-            raise _lost(error) from None
+            failed = False
+        finally:
+            # What a cache was filled with stays until the evaluation is over.
+            changed = before.restore() if caches == len(self._before_caches) else []
+        if changed and not failed:
+            raise _lost(_changes(changed))
 
     def _call_of(
         self,
@@ -267,7 +338,7 @@ class Population:
     ) -> Call:
         leaves, spec = tree_flatten((args, kwargs))
         slots = self._slots_in(module)
-        names = [name for _, _, name in slots]
+        names = list(dict.fromkeys(name for slot in slots for name in slot.names))
         everybody = members is None or list(members) == list(range(len(self)))
         members = range(len(self)) if members is None else members
         factors: Any
@@ -289,13 +360,12 @@ class Population:
             # An interrupted vmap would leave its transforms, and its weights in the model.
             delayed_interrupt(),
             training_modes(call.module, self._training if training is None else training),
-            unchanged_state(call.module),
         ):
             try:
                 with torch.no_grad(), warnings.catch_warnings():
                     # An operation that vmap runs member by member is slow, but right.
                     warnings.filterwarnings("ignore", "There is a performance drop")
-                    result = self.forwards.run(call)
+                    result = self._steady(call)
             except NotBatchable:
                 raise
             except Exception as error:
@@ -304,6 +374,66 @@ class Population:
                 raise NotBatchable(f"{type(error).__name__}: {error}") from error
         while self.forwards.reports:
             self._warned.once(self.forwards.reports.pop())
+        return result
+
+    def _steady(self, call: Call) -> Any:
+        """Make a call that leaves the module as it was, or has filled a cache in it that depends on no member."""
+        before = ModuleState(call.module)
+        try:
+            result = self.forwards.run(call)
+            if not before.differs():
+                return result
+            filled = None
+            if not before.differs_by_member():
+                # A cache is filled once: made again, the call finds it.
+                filled = ModuleState(call.module)
+                result = self.forwards.run(call)
+                if not filled.differs():
+                    self._before_caches.append(before)
+                    return result
+        except BaseException:
+            before.restore()
+            raise
+        if filled is not None:
+            filled.restore()
+        raise _changes(before.restore())
+
+    def _audited(
+        self,
+        result: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        dims: Sequence[int | None],
+        members: Sequence[int] | None = None,
+    ) -> Any:
+        """Return the result of a batched call, compared with what members by themselves give if that is asked for."""
+        audit = self.audit
+        if audit is None or self.forwards.one_by_one or audit.found is not None:
+            return result
+        audit.calls += 1
+        leaves, spec = tree_flatten((args, kwargs))
+        eps = precision(self.model, leaves)
+        rows = list(range(len(self)) if members is None else members)
+        for member in audit.members:
+            if member not in rows or audit.found is not None:
+                continue
+            at = rows.index(member)
+            own = [leaf if dim is None else leaf.select(dim, at) for leaf, dim in zip(leaves, dims, strict=True)]
+            own_args, own_kwargs = tree_unflatten(own, spec)
+
+            def call(own_args: Any = own_args, own_kwargs: Any = own_kwargs) -> Any:
+                with torch.no_grad():
+                    return self.model(*own_args, **own_kwargs)
+
+            ours = tree_map(lambda leaf, at=at: leaf[at] if isinstance(leaf, Tensor) else leaf, result)
+            with kept_rng({leaf.device for leaf in own if isinstance(leaf, Tensor)}), self.holding(member):
+                difference = disagreement(self.model, call, ours, eps)
+            if difference is not None:
+                audit.found = (
+                    f"in call {audit.calls} of generation {self.generation + 1} the output of member"
+                    f" {self.first + member}, computed for all members at once, is not what the model gives with that"
+                    f" member's weights: {difference}"
+                )
         return result
 
     @functools.cached_property
@@ -349,23 +479,36 @@ class Population:
         dims: Sequence[int | None],
         members: Sequence[int] | None = None,
     ) -> Any:
-        if self._scratch is None:
-            self._scratch = copy.deepcopy(self.model)
-        scratch = self._scratch
         leaves, spec = tree_flatten((args, kwargs))
         rows = []
-        self._copy_modes(scratch)
         for i, member in enumerate(range(len(self)) if members is None else members):
             own = [leaf if dim is None else leaf.select(dim, i) for leaf, dim in zip(leaves, dims, strict=True)]
             own_args, own_kwargs = tree_unflatten(own, spec)
-            self.write_member(member, scratch)
-            try:
-                with torch.no_grad(), unchanged_state(scratch):
-                    rows.append(tree_flatten(scratch(*own_args, **own_kwargs)))
-            except NotBatchable as error:
-                raise _lost(error) from None
+            with torch.no_grad(), self.holding(member) as changed:
+                rows.append(tree_flatten(self.model(*own_args, **own_kwargs)))
+            if changed:
+                raise _lost(_changes(changed))
         columns = zip(*(leaves for leaves, _ in rows), strict=True)
         return tree_unflatten([_stack(column) for column in columns], rows[0][1])
+
+
+@dataclasses.dataclass
+class Audit:
+    """A comparison of batched calls with members who are called by themselves.
+
+    Attributes:
+        members: Their indices in the population.
+        calls: Calls compared so far.
+        found: What differed, if anything did.
+    """
+
+    members: Sequence[int]
+    calls: int = 0
+    found: str | None = None
+
+
+def _changes(changed: Sequence[str]) -> NotBatchable:
+    return NotBatchable(f"the model's forward changes {' and '.join(changed)}", stateful=True)
 
 
 def _lost(error: NotBatchable) -> ValueError:

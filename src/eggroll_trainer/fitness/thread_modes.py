@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
-from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import _disable_current_modes
 
 # (inference mode, gradients on, autocast of the CPU, its dtype, autocast of the accelerator, its dtype)
@@ -173,31 +172,14 @@ class Suspended:
 def foreign_context() -> tuple[Any, ...]:
     """Return what else of the thread's state a function may have changed and cannot take along when it is switched.
 
-    Function and dispatch modes (``torch.device`` as a context), functorch transforms, the default dtype, a backward
-    pass or a trace that is going on, hooks on saved tensors, cached parametrizations, the choice of attention kernels,
-    and a running asyncio loop.
+    Function and dispatch modes (``torch.device`` as a context), functorch transforms, the default dtype, and a running
+    asyncio loop.
     """
-    return (
-        _function_modes(),
-        _dispatch_modes(),
-        _transform(),
-        torch.get_default_dtype(),
-        _graph_task(),
-        _trace(),
-        _saved_tensors_hooks(True),
-        parametrize._cache_enabled,
-        _flash(),
-        _mem_efficient(),
-        _math(),
-        _running_loop(),
-    )
+    return _function_modes(), _dispatch_modes(), _transform(), torch.get_default_dtype(), _running_loop()
 
 
 # Asked at every call of every member: without the way through their modules, in half the time.
 _function_modes, _dispatch_modes = torch._C._len_torch_function_stack, torch._C._len_torch_dispatch_stack
-_transform, _graph_task = torch._C._functorch.peek_interpreter_stack, torch._C._current_graph_task_id
-_trace, _saved_tensors_hooks = torch._C._get_tracing_state, torch._C._autograd._top_saved_tensors_default_hooks
-_flash, _mem_efficient = torch._C._get_flash_sdp_enabled, torch._C._get_mem_efficient_sdp_enabled
-_math, _running_loop = torch._C._get_math_sdp_enabled, asyncio._get_running_loop
+_transform, _running_loop = torch._C._functorch.peek_interpreter_stack, asyncio._get_running_loop
 _inference, _gradients = torch.is_inference_mode_enabled, torch.is_grad_enabled
 _autocast, _autocast_dtype = torch.is_autocast_enabled, torch.get_autocast_dtype

@@ -2,10 +2,11 @@
 
 # Importing a module of rules registers them.
 from . import attention, conv, embedding, linear, products, recurrent
-from .tensor import BatchingRules, PerturbedTensor, dense_sum, densify
+from .tensor import BatchingRules, DenseParameter, PerturbedTensor, dense_sum, densify
 
 __all__ = [
     "BatchingRules",
+    "DenseParameter",
     "PerturbedTensor",
     "attention",
     "conv",

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..noise import LARGEST_NORMAL, Noise, NoiseKind, Stream
-from .tensor import PerturbedTensor
+from .tensor import DenseParameter, PerturbedTensor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -263,7 +263,7 @@ def perturb(centre: Tensor, member: tuple[Tensor, Tensor] | Tensor) -> Tensor:
     if isinstance(member, tuple):
         return PerturbedTensor.wrap(centre, *member)
     wide = torch.promote_types(centre.dtype, member.dtype)
-    return (centre.to(wide) + member).to(centre.dtype)
+    return (centre.to(wide) + member).to(centre.dtype).as_subclass(DenseParameter)
 
 
 def wide_dtype(tensor: Tensor) -> torch.dtype:

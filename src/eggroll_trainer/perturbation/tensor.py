@@ -49,6 +49,8 @@ class PerturbedTensor(torch.Tensor):
     A: Tensor
     B: Tensor
     _dense: Tensor | None
+    # By this isinstance(…, nn.Parameter) holds.
+    _is_param = True
 
     @staticmethod
     def wrap(centre: Tensor, A: Tensor, B: Tensor) -> PerturbedTensor:
@@ -71,13 +73,16 @@ class PerturbedTensor(torch.Tensor):
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func in _METADATA:
+        if func is _REQUIRES_GRAD:
+            return True
+        if func in METADATA:
             return func(args[0].centre, *args[1:], **kwargs)
         if func in _OWN_ATTRIBUTES:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         implementation = RULES.get(func)
         if implementation is not None:
+            args, kwargs = _plain(args), _plain(kwargs)
             result = implementation(*args, **kwargs)
             if result is not NotImplemented:
                 return result
@@ -90,9 +95,42 @@ class PerturbedTensor(torch.Tensor):
         return func(*tree_map(densify, args), **tree_map(densify, kwargs))
 
 
+class DenseParameter(torch.Tensor):
+    """A parameter of one member in full, where the perturbation has no factors: a bias, say.
+
+    A tensor like any other, but for what a model may ask of a parameter: ``isinstance(…, nn.Parameter)`` and
+    ``requires_grad``, which tensors under ``torch.vmap`` do not have.
+    """
+
+    _is_param = True
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is _REQUIRES_GRAD:
+            return True
+        if func in _OWN_ATTRIBUTES:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **(kwargs or {}))
+        return func(*_plain(args), **_plain(kwargs or {}))
+
+
+def _ordinary(value: Any) -> Any:
+    if type(value) is DenseParameter:
+        with torch._C.DisableTorchFunctionSubclass():
+            return value.as_subclass(torch.Tensor)
+    return value
+
+
+def _plain(values: Any) -> Any:
+    """Return arguments in which parameters in full are ordinary tensors."""
+    return tree_map(_ordinary, values)
+
+
 def densify(value: Any) -> Any:
     """Return the dense form of a perturbed tensor, and anything else as it is."""
-    return value.dense() if isinstance(value, PerturbedTensor) else value
+    return value.dense() if isinstance(value, PerturbedTensor) else _ordinary(value)
 
 
 def dense_sum(centre: Tensor, A: Tensor, B: Tensor) -> Tensor:
@@ -120,6 +158,7 @@ class BatchingRules(TorchFunctionMode):
         kwargs = kwargs or {}
         implementation = ALWAYS.get(func)
         if implementation is not None:
+            args, kwargs = _plain(args), _plain(kwargs)
             result = implementation(*args, **kwargs)
             if result is not NotImplemented:
                 return result
@@ -140,7 +179,7 @@ def _getters(*names: str) -> set[Any]:
 
 
 # What these say of the centre is true of the sum.
-_METADATA = _getters(
+METADATA = _getters(
     "shape", "dtype", "device", "ndim", "layout", "requires_grad", "is_cuda", "is_cpu", "is_meta", "is_mps", "is_xpu",
     "is_sparse", "is_quantized", "is_nested", "is_mkldnn", "is_leaf", "itemsize", "nbytes", "names", "grad_fn", "grad",
 ) | {
@@ -151,3 +190,4 @@ _METADATA = _getters(
     torch.is_tensor, torch.is_inference, torch.is_same_size,
 }  # fmt: skip
 _OWN_ATTRIBUTES: set[Any] = {torch.Tensor.__hash__}
+_REQUIRES_GRAD: Any = torch.Tensor.requires_grad.__get__  # type: ignore[attr-defined]

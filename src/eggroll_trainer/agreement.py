@@ -1,0 +1,129 @@
+"""Whether two results of a model are the same, but for rounding.
+
+A batched forward adds up in another order than the model by itself, so its results differ in their last digits. How much
+that may matter depends on the model: a threshold turns a last digit into a whole step. So a result that differs by more
+than rounding alone explains is compared with what the model gives for weights that are changed by as much as rounding
+does. A batched forward that used other weights is far outside that range.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
+
+# How often the model is asked again with changed weights: a threshold that rounding reaches is crossed by half of them.
+_TRIES = 10
+
+
+def precision(model: nn.Module, leaves: Sequence[Any]) -> float:
+    """Return the relative distance of neighbouring numbers in the coarsest dtype that a call computes in."""
+    tensors = [*model.parameters(), *(leaf for leaf in leaves if isinstance(leaf, Tensor))]
+    dtypes = {t.dtype for t in tensors if t.is_floating_point()}
+    devices = {t.device.type for t in tensors} or {"cpu"}
+    dtypes |= {torch.get_autocast_dtype(device) for device in devices if torch.is_autocast_enabled(device)}
+    eps = max((torch.finfo(dtype).eps for dtype in dtypes), default=torch.finfo(torch.float32).eps)
+    if "cuda" in devices and (torch.backends.cudnn.allow_tf32 or torch.backends.cuda.matmul.allow_tf32):
+        # Products of float32 numbers of which 10 bits count.
+        eps = max(eps, 2.0**-10)
+    return eps
+
+
+def disagreement(model: nn.Module, call: Callable[[], Any], result: Any, eps: float) -> str | None:
+    """Return how ``result`` differs from what ``call`` gives by more than rounding, or None.
+
+    Args:
+        model: Holds the weights that are meant to have been used.
+        call: Calls it. What draws random numbers, so that two calls differ, is not compared.
+        result: What came of the batched forward.
+        eps: See :func:`precision`.
+    """
+    tolerance = (256 if eps < 1e-5 else 4) * eps
+    expected = call()
+    difference = _difference(result, expected, tolerance)
+    if difference is None or _difference(expected, call(), 0.0) is not None:
+        return None
+    tried = [expected, *_with_rounded_weights(model, call, (16 if eps < 1e-5 else 2) * eps)]
+    return None if _within(result, tried, tolerance) else difference
+
+
+def _with_rounded_weights(model: nn.Module, call: Callable[[], Any], size: float) -> list[Any]:
+    """Return what the model gives for weights that are changed by a relative ``size``, some times over."""
+    parameters = [p for p in model.parameters() if p.is_floating_point()]
+    held = [p.data for p in parameters]
+    generator = torch.Generator("cpu").manual_seed(0)
+    results = []
+    try:
+        for _ in range(_TRIES):
+            for p, value in zip(parameters, held, strict=True):
+                noise = torch.randn(value.shape, generator=generator, device="cpu").to(value.device)
+                p.data = (value * (1 + size * noise)).to(value.dtype)
+            results.append(call())
+    finally:
+        for p, value in zip(parameters, held, strict=True):
+            p.data = value
+    return results
+
+
+def _difference(result: Any, expected: Any, tolerance: float) -> str | None:
+    """Return how two results differ, beyond a tolerance relative to the largest number in a tensor."""
+    (ours, our_spec), (theirs, their_spec) = tree_flatten(result), tree_flatten(expected)
+    if our_spec != their_spec:
+        return "it has another structure"
+    for a, b in zip(ours, theirs, strict=True):
+        if isinstance(a, Tensor) and isinstance(b, Tensor):
+            if a.shape != b.shape or a.dtype != b.dtype:
+                return f"it is {a.dtype} of shape {list(a.shape)} instead of {b.dtype} of shape {list(b.shape)}"
+            off, scale = _distance(a.detach(), b.detach())
+            if off > tolerance * scale:
+                return f"it is off by {off:.2g}, where its largest number is {scale:.2g}"
+        elif isinstance(a, Tensor) or isinstance(b, Tensor) or not (a is b or a == b):
+            return f"it has {_shown(a)} in the place of {_shown(b)}"
+    return None
+
+
+def _distance(a: Tensor, b: Tensor) -> tuple[float, float]:
+    """Return the largest difference, infinite where one is not finite and the other is another, and the scale."""
+    if a.numel() == 0:
+        return 0.0, 0.0
+    if not (a.is_floating_point() or a.is_complex()):
+        return (0.0 if torch.equal(a, b) else float("inf")), 1.0
+    kind = torch.complex128 if a.is_complex() else torch.float64
+    a, b = a.to("cpu", kind), b.to("cpu", kind)
+    same = (a == b) | (a.isnan() & b.isnan())
+    off = torch.where(same, torch.zeros((), dtype=torch.float64, device="cpu"), (a - b).abs())
+    finite = b[b.isfinite()].abs()
+    return float(off.nan_to_num(float("inf")).max()), float(finite.max()) if len(finite) else 0.0
+
+
+def _within(result: Any, tried: Sequence[Any], tolerance: float) -> bool:
+    """Return whether every number of a result lies among those that were tried, which are of one structure."""
+    leaves, spec = tree_flatten(result)
+    columns = [tree_flatten(one) for one in tried]
+    if any(other != spec for _, other in columns):
+        return False
+    for i, a in enumerate(leaves):
+        values = [other[i] for other, _ in columns]
+        if not isinstance(a, Tensor):
+            if not any(a == value for value in values):
+                return False
+            continue
+        if any(not isinstance(value, Tensor) or value.shape != a.shape for value in values):
+            return False
+        if a.numel() == 0:
+            continue
+        stacked = torch.stack([value.detach().to("cpu", torch.float64) for value in values])
+        own = a.detach().to("cpu", torch.float64)
+        finite = stacked[stacked.isfinite()].abs()
+        slack = tolerance * (float(finite.max()) if len(finite) else 0.0)
+        inside = (own >= stacked.amin(0) - slack) & (own <= stacked.amax(0) + slack)
+        if not (inside | (own.isnan() & stacked.isnan().any(0))).all():
+            return False
+    return True
+
+
+def _shown(value: Any) -> str:
+    return f"a tensor of shape {list(value.shape)}" if isinstance(value, Tensor) else repr(value)[:40]
