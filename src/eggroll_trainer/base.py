@@ -18,7 +18,7 @@ from .callbacks import Checkpoints, Progress
 from .checkpoint import plain_copy, untrained
 from .distributed import Chunk, Engine, Outcome, local_device, make_engine
 from .fitness import thread_modes
-from .fitness.evaluate import evaluate, is_batched
+from .fitness.evaluate import Coalesce, Evaluation, evaluate, is_batched
 from .fitness.learning import learner
 from .fitness.scores import check_scores, metrics_of, to_score, to_scores
 from .forward import Forwards
@@ -65,7 +65,10 @@ class ESTrainer(RunState, ABC):
         chunk_size: How many members are evaluated at a time; bounds memory, and is what an engine shares out. If None,
             as many as fit in ``memory_budget``, up to 1024 on a CPU; where an accelerator runs out of memory, half as
             many from then on.
-        coalesce: Whether a plain ``fitness_fn`` may be run for the members of a chunk together.
+        coalesce: Whether a plain ``fitness_fn`` is run for the members of a chunk together. If True, that is checked
+            now and then: some members are evaluated alone as well, on the model that you passed, and if anything
+            differs, all members run alone from then on, with a warning. ``"unchecked"`` goes without; with False they
+            run alone.
         compile: Whether to run the model's batched forwards with ``torch.compile``. What cannot be compiled runs as it
             would without, and one warning says why.
         memory_budget: Bytes that an evaluation may take besides the model; a share of the device's memory if None. A
@@ -111,7 +114,7 @@ class ESTrainer(RunState, ABC):
         lr_scheduler: LRSchedulerFactory | None = None,
         sigma_scheduler: LRSchedulerFactory | None = None,
         chunk_size: int | None = None,
-        coalesce: bool = True,
+        coalesce: Coalesce = True,
         compile: bool = False,
         memory_budget: int | None = None,
         evaluation_dtype: torch.dtype | None = None,
@@ -133,7 +136,7 @@ class ESTrainer(RunState, ABC):
         self.fitness_fn = fitness_fn
         self.population_size, self.chunk_size = population_size, chunk_size
         self._check_sizes()
-        self.coalesce, self.compile = bool(coalesce), bool(compile)
+        self.coalesce, self.compile = validation.check_coalesce(coalesce), bool(compile)
         self.evaluation_dtype = validation.check_evaluation_dtype(evaluation_dtype)
         if memory_budget is not None:
             memory_budget = validation.check_int("memory_budget", memory_budget, 1)
@@ -485,36 +488,43 @@ class ESTrainer(RunState, ABC):
     def _evaluate_all(self) -> tuple[Tensor, list[Tensor]]:
         """Return the fitness of all members, ``[N]``, and what each chunk has shown to a fitness function that learns.
 
-        If memory runs out, the chunks become smaller.
+        If memory runs out, the chunks become smaller; if members turn out to have to be evaluated alone, all are.
         """
         while True:
             chunks = self._chunks()
             size = chunks[0].size
             try:
                 outcomes = self.engine.evaluate(self, chunks)
+                alone = next((outcome.alone for outcome in outcomes if outcome.alone is not None), None)
                 for message, kind in (warning for outcome in outcomes for warning in outcome.warnings):
                     self._warn_once(message, kind)
-                statistics = [outcome.statistics for outcome in outcomes if outcome.statistics is not None]
-                return torch.cat([outcome.scores for outcome in outcomes]), statistics
+                if alone is None:
+                    statistics = [outcome.statistics for outcome in outcomes if outcome.statistics is not None]
+                    return torch.cat([outcome.scores for outcome in outcomes]), statistics
             except Exception as error:
                 if not is_out_of_memory(error) or self.chunk_size is not None or size == self._chunk_unit():
                     raise
-            self._most_members = size // 2
-            self._warn_once(f"memory ran out with {size} members at a time: half as many from now on", "memory")
+                alone = None
+            if alone is not None:
+                self._findings.alone = alone
+                self._warn_once(f"the fitness function is run for one member at a time, which is slow: {alone}", "alone")
+            else:
+                self._most_members = size // 2
+                self._warn_once(f"memory ran out with {size} members at a time: half as many from now on", "memory")
             with delayed_interrupt(), thread_modes.neutral():
                 self._begin_generation()
 
     def _start_generation(self) -> None:
         with delayed_interrupt(), thread_modes.neutral():
             self._check_live()
+            self._findings.begin_generation(self.generation, self._fitness_fn(), self.model)
             self._begin_generation()
 
     def evaluate_chunk(self, chunk: Chunk) -> Outcome:
         """Evaluate some members of the current generation in this process: for engines."""
         self._warned.quiet = not self.is_main
-        scores = self._evaluate(*chunk)
-        statistics = None if self._learner is None else self._learner.pop_statistics().cpu()
-        return Outcome(scores, statistics, self._warned.take())
+        result = self._evaluate(*chunk)
+        return Outcome(result.scores, result.statistics, self._warned.take(), result.alone)
 
     def _advance(self, scores: Tensor, statistics: list[Tensor]) -> dict[str, Any]:
         """End the generation with the members' scores, and return its metrics."""
@@ -560,8 +570,13 @@ class ESTrainer(RunState, ABC):
             self.population_size, self.chunk_size = live["sizes"]
             self._set_options(live["options"])
 
-    def _evaluate(self, first: int, count: int) -> Tensor:
-        """Return the fitness of members ``first, …, first + count - 1``, ``[count]``."""
+    def _fitness_fn(self) -> Callable[..., Any]:
+        """Return the fitness function, or the method of a subclass in its place."""
+        overridden = type(self).evaluate_fitness is not ESTrainer.evaluate_fitness
+        return self.evaluate_fitness if overridden else self.fitness_fn
+
+    def _evaluate(self, first: int, count: int) -> Evaluation:
+        """Evaluate members ``first, …, first + count - 1``."""
         with torch.no_grad():
             perturbations = self._perturbations(first, count)
             population = Population(
@@ -573,17 +588,16 @@ class ESTrainer(RunState, ABC):
                 generation=self.generation,
                 seed=self.seed,
             )
-        overridden = type(self).evaluate_fitness is not ESTrainer.evaluate_fitness
-        fitness_fn = self.evaluate_fitness if overridden else self.fitness_fn
-        with (
-            forked_rng(self.seed, self.generation, "evaluation", first, device=self.device),
-            thread_modes.autocast_to(self.evaluation_dtype, self.device),
-        ):
+        fitness_fn = self._fitness_fn()
+        self._findings.begin_generation(self.generation, fitness_fn, self.model)
+        with thread_modes.autocast_to(self.evaluation_dtype, self.device):
             return evaluate(
                 population,
                 fitness_fn,
-                generation=self.generation + 1,
                 coalesce=self.coalesce,
+                findings=self._findings,
+                to_check=self._findings.to_check(self.seed, first, count, self.population_size),
+                learner=self._learner,
                 warned=self._warned,
             )
 

@@ -230,6 +230,11 @@ class Population:
         with torch.inference_mode(False), torch.no_grad():
             self._dense = {index: self.member_parameters(index) for index in indices}
 
+    @property
+    def caches(self) -> int:
+        """How many calls have filled a cache in the model since the evaluation began."""
+        return len(self._before_caches)
+
     def close(self) -> None:
         """End an evaluation: undo what calls have cached in the model."""
         while self._before_caches:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .checkpoint import FORMAT, check_format, check_same_run, plain_copy, read_checkpoint, untrained, write_checkpoint
 from .distributed.engine import Engine, LocalEngine
+from .fitness.findings import Findings
 from .fitness.learning import Learner, learner_state, set_learner_state
 from .fitness.scores import METRICS
 from .interrupts import delayed_interrupt
@@ -66,6 +67,7 @@ class RunState(OptimizerFace):
     _best: Tensor | None
     _best_untrained: dict[str, Tensor]
     _warned: Warned
+    _findings: Findings
 
     @property
     def is_main(self) -> bool:
@@ -93,6 +95,7 @@ class RunState(OptimizerFace):
             "best_untrained": self._best_untrained,
             "initial_untrained": self._initial_untrained,
             "learner": learner_state(self._learner),
+            "alone": self._findings.alone,
             **self._schedules.state_dict(),
         }
         return cast(dict[str, Any], plain_copy(state))
@@ -168,6 +171,7 @@ class RunState(OptimizerFace):
             "population_size": self.population_size,
             "options": self._options(),
             "learner": learner_state(self._learner),
+            "alone": self._findings.alone,
             "trained": {name: _to_numpy(value.detach()) for name, value in self._centre.parameters.items()},
             "untrained": {name: _to_numpy(value.detach()) for name, value in self._untrained().items()},
         }
@@ -182,6 +186,7 @@ class RunState(OptimizerFace):
         for name, value in self._tensors().items():
             _copy_from_numpy(value, arrays[name])
         set_learner_state(self._learner, state["learner"])
+        self._findings.alone = state["alone"]
         self._restart_noise()
         self._begin_generation()
 
@@ -229,6 +234,7 @@ class RunState(OptimizerFace):
         self._initial_untrained = plain_copy(state["initial_untrained"])
         self._best_untrained = plain_copy(state["best_untrained"])
         self._seed, self.generation = state["seed"], state["generation"]
+        self._findings = Findings(state.get("alone"))
         self.history, self.last_generation = copy.deepcopy(state["history"]), None
         self.best_fitness = state["best_fitness"]
         self._best = None if state["best_params"] is None else state["best_params"].to(self.device, copy=True)
@@ -239,6 +245,7 @@ class RunState(OptimizerFace):
         self.history = {key: [] for key in METRICS}
         self.best_fitness = float("-inf")
         self._best, self._best_untrained = None, {}
+        self._findings = Findings()
         self._restart_noise()
 
     def _learnt(self) -> dict[str, Tensor]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -62,6 +63,22 @@ def check_evaluation_dtype(value: Any) -> torch.dtype | None:
     if value not in (None, torch.bfloat16, torch.float16):
         raise ValueError(f"evaluation_dtype must be torch.bfloat16 or torch.float16, got {value}")
     return value
+
+
+def check_coalesce(value: Any) -> bool | Literal["unchecked"]:
+    """Return ``value`` if it is True, False or ``"unchecked"``.
+
+    Raises:
+        TypeError: It is neither a bool nor a string.
+        ValueError: It is another string.
+    """
+    if isinstance(value, str):
+        if value != "unchecked":
+            raise ValueError(f'coalesce must be True, False or "unchecked", got {value!r}')
+        return "unchecked"
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError(f'coalesce must be True, False or "unchecked", got {type(value).__name__} {value!r}')
+    return bool(value)
 
 
 def check_divides(divisor_name: str, divisor: int, name: str, value: int) -> None:

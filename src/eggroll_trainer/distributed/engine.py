@@ -37,11 +37,13 @@ class Outcome(NamedTuple):
         scores: ``[size]`` in float64, on the CPU.
         statistics: What it has shown to a fitness function that learns along the way, on the CPU; else None.
         warnings: Messages and kinds of the warnings that the first process is to give.
+        alone: Why all members must be evaluated alone instead, if the evaluation has found that out.
     """
 
     scores: Tensor
     statistics: Tensor | None
     warnings: tuple[tuple[str, str], ...] = ()
+    alone: str | None = None
 
 
 class Evaluator(Protocol):

@@ -199,22 +199,24 @@ class _Report(NamedTuple):
     scores: np.ndarray[Any, Any]
     statistics: list[np.ndarray[Any, Any] | None]
     warnings: list[tuple[tuple[str, str], ...]]
+    alone: list[str | None]
     failure: BaseException | None
 
     @staticmethod
     def of(fingerprint: dict[str, Any], outcomes: Sequence[Outcome], failure: BaseException | None) -> _Report:
         if failure is not None:
-            return _Report(fingerprint, [], np.zeros(0), [], [], _portable(failure))
+            return _Report(fingerprint, [], np.zeros(0), [], [], [], _portable(failure))
         scores = packed(torch.cat([outcome.scores for outcome in outcomes] or [torch.zeros(0, device="cpu")]))
         statistics = [None if o.statistics is None else o.statistics.numpy() for o in outcomes]
         counts, warned = [len(outcome.scores) for outcome in outcomes], [outcome.warnings for outcome in outcomes]
-        return _Report(fingerprint, counts, scores, statistics, warned, None)
+        alone = [outcome.alone for outcome in outcomes]
+        return _Report(fingerprint, counts, scores, statistics, warned, alone, None)
 
     def outcomes(self) -> list[Outcome]:
         parts = torch.from_numpy(self.scores.astype(np.float64)).split(self.counts)
         return [
-            Outcome(part, None if values is None else torch.from_numpy(values), warned)
-            for part, values, warned in zip(parts, self.statistics, self.warnings, strict=True)
+            Outcome(part, None if values is None else torch.from_numpy(values), warned, alone)
+            for part, values, warned, alone in zip(parts, self.statistics, self.warnings, self.alone, strict=True)
         ]
 
 

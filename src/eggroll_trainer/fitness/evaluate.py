@@ -1,31 +1,50 @@
-"""How a fitness function is run for a population: as it stands if it is batched, else coalesced, else one by one."""
+"""From a fitness function to scores: the one entrance.
+
+A function marked as batched is called with the population. A plain function is run for the members together, or alone,
+if that was asked for or nothing else is right. What is quick is checked, now and then, against what is right.
+"""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from typing import Any, TypeVar
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
 
-from ..population import Population
+from ..population import Audit, Population
 from ..warned import Warned
-from . import thread_modes
-from .coalesce import Coalescer
-from .environments import Outside
-from .member_state import Differentiated
+from . import alone, together
+from .check import DiffersFromItself, difference
+from .findings import Findings
+from .learning import Learner
+from .randomness import Source, keyed, sources
+from .record import Record
 from .scores import to_score, to_scores
-from .view import view_class
 
 F = TypeVar("F", bound=Callable[..., Any])
+Coalesce = bool | Literal["unchecked"]
+
+# Seconds that an evaluation waits for one in another thread before it says so.
+_LONG_WAIT = 10.0
 
 
-def batched(fitness_fn: F) -> F:
+@overload
+def batched(fitness_fn: F, *, check: bool = True) -> F: ...
+@overload
+def batched(fitness_fn: None = None, *, check: bool = True) -> Callable[[F], F]: ...
+def batched(fitness_fn: Callable[..., Any] | None = None, *, check: bool = True) -> Any:
     """Mark a fitness function as written for a whole population.
 
     It is called with a :class:`~eggroll_trainer.Population` of ``N`` members (a chunk of the population) and returns
     ``N`` scores, ``[N]``; higher is better.
+
+    Args:
+        fitness_fn: The function.
+        check: Whether to compare, now and then, the outputs of some members with those of the model holding their
+            weights.
 
     Example:
         >>> @batched
@@ -34,119 +53,230 @@ def batched(fitness_fn: F) -> F:
         ...     return population(x).mean((1, 2))  # [N, 4, O] → [N]
         >>> is_batched(fitness)
         True
+        >>> @batched(check=False)
+        ... def quick(population):
+        ...     return population(torch.ones(4, 3)).mean((1, 2))
     """
+    if fitness_fn is None:
+        return functools.partial(batched, check=check)
+    mark = "checked" if check else "unchecked"
     try:
-        fitness_fn._eggroll_batched = True  # type: ignore[attr-defined]
+        fitness_fn._eggroll_batched = mark  # type: ignore[attr-defined]
         return fitness_fn
     except AttributeError:
         # Bound methods and built-ins don't take attributes.
         marked: Any = functools.partial(fitness_fn)
-        marked._eggroll_batched = True
+        marked._eggroll_batched = mark
         return marked
 
 
 def is_batched(fitness_fn: Callable[..., Any]) -> bool:
     """Return whether the function was marked by :func:`batched`."""
-    return getattr(fitness_fn, "_eggroll_batched", False)
+    return hasattr(fitness_fn, "_eggroll_batched")
+
+
+class Evaluation(NamedTuple):
+    """What an evaluation gave.
+
+    Attributes:
+        scores: ``[N]`` in float64.
+        statistics: What it has shown to a function that learns along the way, or None.
+        alone: Why the members must be evaluated alone instead, if this has been found out; the scores mean nothing.
+    """
+
+    scores: Tensor
+    statistics: Tensor | None
+    alone: str | None
 
 
 def evaluate(
     population: Population,
     fitness_fn: Callable[..., Any],
     *,
-    generation: int,
-    coalesce: bool = True,
+    coalesce: Coalesce,
+    findings: Findings,
+    to_check: Sequence[int],
+    learner: Learner | None,
     warned: Warned,
-) -> Tensor:
-    """Return the fitness of every member, ``[N]`` in float64.
+) -> Evaluation:
+    """Return the fitness of every member.
 
     Args:
         population: The members.
         fitness_fn: From a model to its fitness or, marked as batched, from the population to all.
-        generation: Its index, to be noted on exceptions.
-        coalesce: Whether a function of one model may be run for the members together.
+        coalesce: Whether a function of one model is run for the members together, and whether that is checked.
+        findings: What is known about the function; added to.
+        to_check: Indices of members that are to be checked, if anything is.
+        learner: The function, if it learns along the way.
         warned: The warnings already given; each is given once.
 
     Raises:
         TypeError: The function returned something that is not a number.
         ValueError: The function returned an array of the wrong shape.
     """
-    if is_batched(fitness_fn):
+    together.refuse_nested()
+    with _one_at_a_time(warned):
         try:
-            return to_scores(fitness_fn(population), len(population))
+            runner = _Runner(population, fitness_fn, coalesce, findings, to_check, learner, warned)
+            return runner.batched() if is_batched(fitness_fn) else runner.plain()
+        finally:
+            population.close()
+
+
+class _Runner:
+    """One evaluation of a population (or chunk)."""
+
+    def __init__(
+        self,
+        population: Population,
+        fitness_fn: Callable[..., Any],
+        coalesce: Coalesce,
+        findings: Findings,
+        to_check: Sequence[int],
+        learner: Learner | None,
+        warned: Warned,
+    ) -> None:
+        self.population, self.fitness_fn, self.coalesce = population, fitness_fn, coalesce
+        self.findings, self.to_check, self.learner, self.warned = findings, to_check, learner, warned
+        parameters = list(population.model.parameters())
+        self.generators: list[Source] = sources(parameters[0].device if parameters else torch.device("cpu"))
+
+    def batched(self) -> Evaluation:
+        """Call a function of the whole population."""
+        population = self.population
+        if self.findings.alone is not None:
+            population.forwards.one_by_one = True
+        elif getattr(self.fitness_fn, "_eggroll_batched", "") == "checked" and self.to_check:
+            population.remember(self.to_check)
+            population.audit = Audit(self.to_check)
+        members = f"members {population.first}-{population.first + len(population) - 1}"
+        try:
+            with keyed(self.generators, population.seed, population.generation, "evaluation", population.first):
+                scores = to_scores(self.fitness_fn(population), len(population))
         except Exception as error:
-            last = population.first + len(population) - 1
-            _add_note(error, f"in the fitness of members {population.first}-{last} of generation {generation}")
+            self._annotate(error, members)
             raise
+        audit = population.audit
+        found = None if audit is None else audit.found
+        return Evaluation(scores, self._statistics(), found)
 
-    def annotate(error: BaseException, index: int) -> None:
-        _add_note(error, f"in the fitness of member {population.first + index} of generation {generation}")
-
-    def score(model: nn.Module) -> float:
-        return to_score(fitness_fn(model))
-
-    if coalesce:
-        outside = Outside(fitness_fn)
-        reason = _DIFFERENTIATES if _DIFFERENTIATES in warned else why_not_coalesced(population.model, outside)
-        if reason is None:
-            try:
-                coalescer = Coalescer(population, score, warned, seeds=outside.seeds())
-                return torch.tensor(coalescer.scores(annotate), dtype=torch.float64, device="cpu")
-            except Differentiated:
-                reason = _DIFFERENTIATES
-                # Not to be tried again.
-                warned.note(reason)
-        warned.once(f"the fitness function is run for one member at a time: {reason}")
-    return torch.tensor(_one_by_one(population, score, annotate), dtype=torch.float64, device="cpu")
-
-
-def _one_by_one(
-    population: Population,
-    score: Callable[[nn.Module], float],
-    annotate: Callable[[BaseException, int], None],
-) -> list[float]:
-    scores = []
-    for i in range(len(population)):
-        with thread_modes.kept():
-            try:
-                scores.append(score(population.member(i)))
-            except BaseException as error:
-                annotate(error, i)
-                raise
-    return scores
-
-
-def _add_note(error: BaseException, text: str) -> None:
-    if hasattr(error, "add_note"):
-        error.add_note(text)
-    else:
-        # Python 3.10 has no notes; the message is the only place left.
-        error.args = (f"{error.args[0]} ({text})", *error.args[1:]) if error.args else (text,)
-
-
-_DIFFERENTIATES = "it takes gradients through its model"
-
-
-def why_not_coalesced(model: nn.Module, outside: Outside) -> str | None:
-    """Return why the members cannot take turns in a function, or None if nothing speaks against it.
-
-    Args:
-        model: The model.
-        outside: What the function uses from outside.
-    """
-    for module in model.modules():
-        if isinstance(module, torch.jit.ScriptModule):
-            return "the model is a TorchScript module"
+    def plain(self) -> Evaluation:
+        """Run a function of one model for all members."""
+        if self.coalesce is False or self.findings.alone is not None:
+            return self._alone()
+        for module in self.population.model.modules():
+            if isinstance(module, torch.jit.ScriptModule):
+                return self._refused("the model is a TorchScript module")
+        check = self.coalesce != "unchecked" and not self.findings.unjudgeable
+        records = {index: Record() for index in self.to_check} if check else {}
         try:
-            view_class(module.__class__)
-        except TypeError as error:
-            return f"{type(module).__name__} cannot be subclassed: {error}"
-    environment, lock = outside.environment(), outside.lock()
-    if environment is not None:
-        return (
-            f"all its calls step the same environment {environment!r}; make one inside the function, and the members"
-            " can run together"
+            scores = together.scores(
+                self.population,
+                self._score,
+                findings=self.findings,
+                warned=self.warned,
+                generators=self.generators,
+                records=records,
+            )
+        except together.NotTogether as reason:
+            return self._refused(str(reason))
+        except together.MemberFailed as failed:
+            return self._failed(failed)
+        statistics = self._statistics()
+        for index, record in records.items():
+            found = self._difference(index, record)
+            if found is not None:
+                return self._refused(found)
+        return Evaluation(torch.tensor(scores, dtype=torch.float64, device="cpu"), statistics, None)
+
+    def _alone(self) -> Evaluation:
+        scores = [self._score_alone(i) for i in range(len(self.population))]
+        return Evaluation(torch.tensor(scores, dtype=torch.float64, device="cpu"), self._statistics(), None)
+
+    def _score(self, model: nn.Module) -> float:
+        return to_score(self.fitness_fn(model))
+
+    def _score_alone(self, index: int) -> float:
+        try:
+            value, changed = alone.score(self.population, self._score, index, self.generators)
+        except BaseException as error:
+            self._annotate(error, f"member {self.population.first + index}")
+            raise
+        buffers = [what for what in changed if what.startswith("buffer ")]
+        if buffers:
+            self.warned.once(
+                f"the fitness function changes {', '.join(buffers)} of the model: the changes are undone after each"
+                " member, and lost. To keep such statistics, update the buffers of trainer.model between generations, or"
+                " give the fitness function pop_statistics() and merge_statistics()",
+                "buffers",
+            )
+        return value
+
+    def _failed(self, failed: together.MemberFailed) -> Evaluation:
+        """Find out whether a member who failed together with others does so alone as well."""
+        error = failed.error
+        if not isinstance(error, Exception):
+            self._annotate(error, f"member {self.population.first + failed.index}")
+            raise error
+        self._score_alone(failed.index)
+        self._statistics()
+        return self._refused(
+            f"member {self.population.first + failed.index} raised {type(error).__name__} ({error}), and does not when it"
+            " is evaluated by itself"
         )
-    if lock is not None:
-        return f"all its calls take the same lock {lock!r}, which can be taken once"
-    return None
+
+    def _difference(self, index: int, record: Record) -> str | None:
+        """Return how a member's evaluation differs from the one alone, or None."""
+        try:
+            return difference(self.population, self._score, index, record, self.generators)
+        except DiffersFromItself:
+            self.findings.unjudgeable = True
+            self.warned.once(
+                "the scores cannot be checked: evaluated twice with the same weights, the fitness function does not do the"
+                " same, as with an unseeded simulator. Seed it, from torch's, NumPy's or Python's global generator say,"
+                ' or pass coalesce="unchecked" to silence this; if its calls share a simulator or a generator, pass'
+                " coalesce=False",
+                "unjudgeable",
+            )
+            return None
+        except Exception as error:
+            self._annotate(error, f"member {self.population.first + index}, evaluated by itself")
+            raise
+        finally:
+            # What the check has shown to a function that learns was shown to it before.
+            self._statistics()
+
+    def _statistics(self) -> Tensor | None:
+        return None if self.learner is None else self.learner.pop_statistics().cpu()
+
+    def _refused(self, reason: str) -> Evaluation:
+        scores = torch.zeros(len(self.population), dtype=torch.float64, device="cpu")
+        return Evaluation(scores, self._statistics(), reason)
+
+    def _annotate(self, error: BaseException, who: str) -> None:
+        text = f"in the fitness of {who} of generation {self.population.generation + 1}"
+        if hasattr(error, "add_note"):
+            error.add_note(text)
+        else:
+            # Python 3.10 has no notes; the message is the only place left.
+            error.args = (f"{error.args[0]} ({text})", *error.args[1:]) if error.args else (text,)
+
+
+class _one_at_a_time:
+    """Let one thread at a time evaluate: generators belong to the process, and models may be shared."""
+
+    _lock = threading.RLock()
+
+    def __init__(self, warned: Warned) -> None:
+        self._warned = warned
+
+    def __enter__(self) -> None:
+        if not self._lock.acquire(timeout=_LONG_WAIT):
+            self._warned.once(
+                "this evaluation waits for one that another thread has under way, as only one can run at a time in a"
+                " process. If that one waits for this one in turn, neither will ever end"
+            )
+            self._lock.acquire()
+
+    def __exit__(self, *exception: object) -> None:
+        self._lock.release()

@@ -1,4 +1,4 @@
-"""Calls of a model's modules, led past the modules to a function of ours."""
+"""Calls of a model's modules, handed to a function of ours instead."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 # torch.nn.Module looks for this attribute at every call, and calls it instead of forward() and hooks: it is where
 # Module.compile() puts what it has compiled. Without it only a subclass of each module's class could do the same, and
 # type(module) would be another one. In a release that lacks it no call would be noticed, which tests would show.
-_ATTRIBUTE = "_compiled_call_impl"
+ATTRIBUTE = "_compiled_call_impl"
 
 Handler = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Any]
 
@@ -24,26 +24,26 @@ class Interception:
     """
 
     def __init__(self, model: nn.Module, handler: Handler) -> None:
-        self._places = [(module.__dict__, _caller(module, handler)) for module in model.modules()]
+        self._places = [(module.__dict__, _Caller(module, handler)) for module in model.modules()]
         self._before: list[Any] = []
         self.on = False
 
     def start(self) -> None:
         """Begin."""
+        self._before = [attributes.get(ATTRIBUTE) for attributes, _ in self._places]
         self.on = True
-        self._before = [attributes.get(_ATTRIBUTE) for attributes, _ in self._places]
-        for attributes, call in self._places:
-            attributes[_ATTRIBUTE] = call
+        for attributes, caller in self._places:
+            attributes[ATTRIBUTE] = caller
 
     def stop(self) -> None:
         """End."""
         if self.on:
-            self.on = False
             for (attributes, _), before in zip(self._places, self._before, strict=True):
                 if before is None:
-                    attributes.pop(_ATTRIBUTE, None)
+                    attributes.pop(ATTRIBUTE, None)
                 else:
-                    attributes[_ATTRIBUTE] = before
+                    attributes[ATTRIBUTE] = before
+            self.on = False
 
     def __enter__(self) -> Interception:
         self.start()
@@ -53,11 +53,25 @@ class Interception:
         self.stop()
 
 
-def _caller(module: nn.Module, handler: Handler) -> Callable[..., Any]:
-    def call(*args: Any, **kwargs: Any) -> Any:
-        return handler(module, args, kwargs)
+class _Caller:
+    """What a module calls while its calls are intercepted. A copy of the module is not intercepted."""
 
-    return call
+    __slots__ = ("_handler", "_module")
+
+    def __init__(self, module: nn.Module, handler: Handler) -> None:
+        self._module, self._handler = module, handler
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._handler(self._module, args, kwargs)
+
+    def __copy__(self) -> None:
+        return None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        return None
+
+    def __reduce__(self) -> Any:
+        return type(None), ()
 
 
 def plain_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -1,15 +1,17 @@
-"""Coalescing: a fitness function of one model, run for many members at the speed of batched inference.
+"""Members taking turns: a fitness function of one model, run for many members at the speed of batched inference.
 
 Every member's call of the function runs in a greenlet of its own. Where it calls the model it waits; when all members
 wait or have finished, one batched forward serves those that wait at the same place with inputs of the same shape, and
-each goes on with its own result. What cannot be batched runs in the member's greenlet as the user wrote it, on a view
-of the model that shows that member's weights.
+each goes on with its own result. What cannot be batched runs in the member's greenlet as the user wrote it, on that
+member's weights.
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Sequence
+import contextlib
+import sys
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import greenlet
@@ -18,14 +20,20 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from ..forward import PLAIN_TYPES
-from ..module_state import NotBatchable
-from ..population import Population
-from ..warned import Warned
-from . import thread_modes, turns, workers
-from .member_state import Differentiated, MemberState, Origin
-from .randomness import RandomStates
-from .view import Blueprint, natural_call, release, view_of
+from ...forward import PLAIN_TYPES
+from ...interrupts import delayed_interrupt
+from ...module_state import NotBatchable
+from ...population import Population
+from ...warned import Warned
+from .. import thread_modes, turns
+from ..alone import member_key
+from ..findings import Findings
+from ..interception import plain_call
+from ..randomness import Source, TorchSource, keyed, seed_all
+from ..record import Record, copies, describe
+from . import workers
+from .deadlock import Deadlock, Watch
+from .model import Holding, SharedModel
 from .waiting import Group, Inputs
 
 # Why a call runs in the member's own greenlet, on its own weights.
@@ -35,275 +43,303 @@ _FOREIGN = (
     "the fitness function calls the model inside a block that cannot be left and entered again (torch.device,"
     " torch.func, an asyncio loop, …)"
 )
-_THREAD = "the fitness function calls the model in another thread or after it has returned"
 _HOOKS = "the model has forward hooks"
 _DIFFERENTIATES = "the fitness function differentiates"
 
+# Why members cannot take turns at all.
+_THREAD = "it uses the model in another thread or greenlet"
+_DEADLOCK = "a member waits for something, such as a lock, that another one holds"
+_WRITES = "it changes buffers or parameters of the model in place"
+_NESTED = "it evaluates a population of its own"
 
-class _Member(MemberState):
+
+class NotTogether(RuntimeError):
+    """Members cannot take turns in the function; the message says why."""
+
+
+class MemberFailed(Exception):
+    """The function raised for a member.
+
+    Attributes:
+        index: Of the member in the population.
+        error: What it raised.
+    """
+
+    def __init__(self, index: int, error: BaseException) -> None:
+        super().__init__(index, error)
+        self.index, self.error = index, error
+
+
+class _Again(Exception):
+    """The evaluation has to begin again, as more has been found out about the function."""
+
+
+def scores(
+    population: Population,
+    function: Callable[[nn.Module], float],
+    *,
+    findings: Findings,
+    warned: Warned,
+    generators: Sequence[Source],
+    records: Mapping[int, Record],
+) -> list[float]:
+    """Return the fitness of every member, evaluated together.
+
+    Args:
+        population: The members.
+        function: From a model to its fitness.
+        findings: What is known about the function; added to.
+        warned: The warnings already given; each is given once.
+        generators: The global generators of random numbers.
+        records: For some members, by their index, what is to be filled with their calls.
+
+    Raises:
+        NotTogether: Members cannot take turns.
+        MemberFailed: The function raised for one of them.
+    """
+    while True:
+        for record in records.values():
+            record.calls.clear()
+        evaluation = _Evaluation(population, function, findings, generators, records)
+        try:
+            with thread_modes.kept(), turns.young_garbage_only() as collect:
+                # The members are gone when garbage is collected again, which would go through all that they hold.
+                values = evaluation.run(collect)
+        except _Again:
+            continue
+        for kind, message in evaluation.reports:
+            warned.once(message, kind)
+        return values
+
+
+def refuse_nested() -> None:
+    """Leave a member's turn, if one is under way in this thread: two evaluations cannot take turns in each other."""
+    for evaluation in _running:
+        if evaluation.thread == threading.get_ident():
+            evaluation.refused = _NESTED
+            raise greenlet.GreenletExit
+
+
+_running: list[_Evaluation] = []
+
+
+class _Member:
     """One member's run of the fitness function."""
 
     # What the function returned or raised, if it has ended.
     value: Any = None
     failure: BaseException | None = None
     ended = False
-    # How its last request was served: a result, an error to raise, or the reason why it was not.
+    # How its last call was served: a result, or the reason why it was not.
     result: Any = None
-    error: BaseException | None = None
     refusal: str | None = None
     # The modes under which it waits, and what is to be put in force when it goes on.
     waiting_modes: thread_modes.Modes | None = None
     suspended: thread_modes.Suspended | None = None
     # Where it runs, once it has begun.
     greenlet: greenlet.greenlet | None = None
-    _why: str | None = _READS
+    # States of the generators that are each member's own.
+    random: dict[int, Any] | None = None
+    # Why its weights are formed, where they are.
+    why: str | None = _READS
 
-    def __init__(self, scheduler: Coalescer, index: int) -> None:
-        super().__init__(scheduler.origin, index)
-        self.scheduler = scheduler
-        self.random: dict[Any, Any] = {}
+    def __init__(self, index: int, record: Record | None) -> None:
+        self.index, self.record = index, record
+        self.holding = Holding()
 
-    def go_on(self) -> None:
-        """Run the function until it waits or ends."""
-        if self.greenlet is None:
-            workers.start(self._run, self.scheduler.hub)
-        else:
-            self.greenlet.switch()
 
-    def abandon(self) -> None:
-        """End the function where it waits."""
-        if self.greenlet is not None:
-            self.greenlet.throw()
+class _Evaluation:
+    """One evaluation of all members of a population (or chunk)."""
 
-    def _run(self) -> None:
-        self.greenlet = greenlet.getcurrent()
+    def __init__(
+        self,
+        population: Population,
+        function: Callable[[nn.Module], float],
+        findings: Findings,
+        generators: Sequence[Source],
+        records: Mapping[int, Record],
+    ) -> None:
+        self.population, self.function, self.findings = population, function, findings
+        self.hub, self.thread = greenlet.getcurrent(), threading.get_ident()
+        self.refused: str | None = None
+        self.reports: list[tuple[str, str]] = []
+        self._generators = generators
+        self._shared = [i for i in range(len(generators)) if i not in findings.divided]
+        self._members = [_Member(i, records.get(i)) for i in range(len(population))]
+        self._current: _Member | None = None
+        self._aborted = False
+        # Calls that could not be batched, with the reason.
+        self._refusals = population.forwards.refused
+        self._groups: dict[Any, Group] = {}
+        self._inputs = Inputs()
+        # Numbers in the largest tensor that a member was last given; None before the first.
+        self._largest: int | None = None
+
+    def run(self, collect: Callable[[], None]) -> list[float]:
+        """Let the members take turns until all have ended, and return what the function returned for each."""
+        population = self.population
+        with keyed(self._generators, population.seed, population.generation, "evaluation", population.first):
+            self._stage, self._foreign = thread_modes.Stage(), thread_modes.foreign_context()
+            self._model = SharedModel(population, self._call, isolate=self.findings.isolate)
+            self._model.formed, self._model.refuse = self._report_formed, self._refuse
+            _running.append(self)
+            try:
+                with Watch() as self._watch:
+                    self._take_turns(collect)
+            except BaseException:
+                with delayed_interrupt():
+                    self._abort()
+                raise
+            finally:
+                _running.remove(self)
+                with delayed_interrupt():
+                    self._model.restore()
+        return [member.value for member in self._members]
+
+    def _take_turns(self, collect: Callable[[], None]) -> None:
+        self._note_generators()
+        active = self._members
+        while active:
+            with turns.threads_for(self._largest), _uncompiled():
+                for member in active:
+                    self._take_turn(member)
+                active = [member for member in active if not member.ended]
+            collect()
+            self._look_around()
+            if active:
+                self._serve()
+                self._note_generators()
+
+    def _take_turn(self, member: _Member) -> None:
+        """Run a member until it waits or has ended."""
+        self._watch.turns += 1
+        self._current = member
+        self._model.enter(member.index, member.holding)
+        if self.findings.divided:
+            self._enter_generators(member)
+        if member.suspended is not None:
+            member.suspended.resume()
         try:
-            # No variable refers to the view: whether the function keeps it shows by its being alive afterwards.
-            self.value = self.scheduler.function(self.view(self.origin.population.model))
-            self._why = "the fitness function keeps a reference to its model"
-            release(self)
+            if member.greenlet is None:
+                workers.start(lambda: self._evaluate(member), self.hub)
+            else:
+                member.greenlet.switch()
+        finally:
+            modes, member.waiting_modes = member.waiting_modes, None
+            member.suspended = self._stage.clear(thread_modes.current() if modes is None else modes)
+            if self.findings.divided:
+                self._leave_generators(member)
+            self._model.leave(member.holding)
+            self._current = None
+        if isinstance(member.failure, Deadlock):
+            raise NotTogether(_DEADLOCK)
+        if self.refused is not None:
+            raise NotTogether(self.refused)
+        if member.failure is not None:
+            raise MemberFailed(member.index, member.failure)
+
+    def _evaluate(self, member: _Member) -> None:
+        member.greenlet = greenlet.getcurrent()
+        if member.record is not None:
+            member.record.threads = torch.get_num_threads()
+        try:
+            member.value = self.function(self.population.model)
         except greenlet.GreenletExit:
             pass
         except BaseException as error:
-            self.failure = error
-        self.greenlet, self.ended = None, True
+            member.failure = error
+        member.greenlet, member.ended = None, True
+        if member.record is not None:
+            member.record.score = member.value
 
-    def view(self, base: nn.Module) -> nn.Module:
-        return view_of(self, base)
+    # Calls of the model.
 
-    def blueprint(self, base: nn.Module) -> Blueprint:
-        return self.scheduler.blueprint(base)
-
-    def report_dense(self) -> None:
-        if self._why is not None:
-            self.scheduler.report("dense", f"the weights of each member are formed in full, which is slow: {self._why}")
-
-    def call(self, view: nn.Module, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Call the member's form of ``base``: together with the other members if that is possible."""
-        why: str | None = _THREAD
-        refusal = None
-        if greenlet.getcurrent() is self.greenlet:
-            if self.scheduler.aborted:
-                raise greenlet.GreenletExit
-            why, refusal = self._join(base, args, kwargs)
-            if why is None and refusal is None:
-                self.scheduler.hub.switch()
-                result, self.result = self.result, None
-                if self.error is None and self.refusal is None:
-                    return result
-                error, refusal = self.error, self.refusal
-                self.error = self.refusal = None
-                if error is not None:
-                    raise error
-        before, self._why = self._why, why
+    def _call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call a module of the model: together with other members if that is possible."""
+        member = self._current
+        if member is None or greenlet.getcurrent() is not member.greenlet:
+            self.refused = _THREAD
+            raise NotTogether(_THREAD)
+        if self._aborted:
+            raise greenlet.GreenletExit
+        leaves, spec = describe(args, kwargs)
+        why, refusal = self._join(member, module, leaves, spec)
+        recorded = None
+        if member.record is not None:
+            recorded = member.record.begin(module, copies(leaves), spec)
+        if why is None and refusal is None:
+            self.hub.switch()
+            result, member.result = member.result, None
+            refusal, member.refusal = member.refusal, None
+            if refusal is None:
+                if recorded is not None:
+                    Record.end(recorded, result)
+                return result
+        before, member.why = member.why, why
         try:
-            result = natural_call(view, args, kwargs)
+            result = plain_call(module, args, kwargs)
         finally:
-            self._why = before
+            member.why = before
         if refusal is not None:
-            self.scheduler.report_refusal(base, refusal)
+            self._report_refusal(module, refusal)
         return result
 
-    def _join(self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str | None, str | None]:
+    def _join(self, member: _Member, module: nn.Module, leaves: list[Any], spec: Any) -> tuple[str | None, str | None]:
         """Wait with others of the same kind, or return why not: a reason of the function's, or of the model's."""
-        scheduler = self.scheduler
-        blueprint = scheduler.blueprint(base)
-        if self._formed or self._watched:
-            self.notice_changes()
-        if self.touched and not self.touched.isdisjoint(blueprint.subtree):
+        model = self._model
+        if member.holding.weights and model.wrote_weights(member.holding):
+            self.refused = _WRITES
+            raise greenlet.GreenletExit
+        changed = model.changed_modules()
+        if changed and not changed.isdisjoint(model.subtree(module)):
             return _CHANGED, None
-        if blueprint.has_hooks or torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
+        if model.has_hooks(module) or torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
             return _HOOKS, None
-        if thread_modes.foreign_context() != scheduler.foreign:
+        if thread_modes.foreign_context() != self._foreign:
             return _FOREIGN, None
-        modes = thread_modes.current()
-        leaves: Sequence[Any] = args
-        spec: Any = len(args)
-        if kwargs or not all(type(arg) is Tensor for arg in args):
-            leaves, spec = tree_flatten((args, kwargs))
-        key: list[Any] = [base, spec, modes[2:], scheduler.interned(self.modes) if self.modes else None]
+        modes, training = thread_modes.current(), model.training_now()
+        key: list[Any] = [module, spec, modes[2:], training]
         held: list[Any] = []
         for leaf in leaves:
             if isinstance(leaf, Tensor):
                 if leaf.requires_grad and modes[1]:
                     return _DIFFERENTIATES, None
                 if type(leaf) not in (Tensor, nn.Parameter) or leaf.layout is not torch.strided:
-                    return f"it is called with a {type(leaf).__name__} of layout {leaf.layout}", None
-                held.append(scheduler.inputs.hold(leaf))
+                    return None, f"it is called with a {type(leaf).__name__} of layout {leaf.layout}"
+                held.append(self._inputs.hold(leaf))
                 key += (leaf.shape, leaf.dtype, leaf.device)
             elif isinstance(leaf, PLAIN_TYPES):
                 held.append(leaf)
                 key += (type(leaf), (leaf.start, leaf.stop, leaf.step) if isinstance(leaf, slice) else leaf)
             else:
-                return f"it is called with a {type(leaf).__name__}", None
-        refusal = scheduler.join(self, tuple(key), held, modes)
-        if refusal is None:
-            self.waiting_modes = modes
-            if modes[1]:
-                self.outputs.differentiable = True
-        return None, refusal
-
-
-class Coalescer:
-    """Runs a fitness function for all members of a population (or chunk) together.
-
-    Args:
-        population: The members.
-        function: From a model to its fitness, in any form.
-        warned: The warnings already given; each is given once.
-        seeds: Whether the function may seed the generators of NumPy or Python.
-    """
-
-    def __init__(
-        self, population: Population, function: Callable[[nn.Module], Any], warned: Warned, *, seeds: bool = False
-    ) -> None:
-        self.population, self.function, self.warned = population, function, warned
-        self.origin = Origin(population)
-        self.aborted = False
-        self.hub = greenlet.getcurrent()
-        self._random = RandomStates(seeds)
-        # Calls that could not be batched, with the reason.
-        self._refused = population.forwards.refused
-        self._groups: dict[Any, Group] = {}
-        self._blueprints: dict[nn.Module, Blueprint] = {}
-        self._interned: dict[Any, Any] = {}
-        self.inputs = Inputs()
-        self._reports: list[tuple[str, str]] = []
-        # Numbers in the largest tensor that a member was last given; None before the first.
-        self._largest: int | None = None
-
-    def scores(self, on_error: Callable[[BaseException, int], None]) -> list[Any]:
-        """Return what the function returned for each member.
-
-        Args:
-            on_error: Called with an exception of the function and the member that it came from, before it is raised.
-
-        Raises:
-            Differentiated: The function wants gradients of what came from a batched forward.
-        """
-        with thread_modes.kept(), turns.young_garbage_only() as collect:
-            # The members are gone when garbage is collected again, which would go through all that they hold.
-            values = self._play(on_error, collect)
-        for kind, message in self._reports:
-            self.warned.once(message, kind)
-        return values
-
-    def _play(self, on_error: Callable[[BaseException, int], None], collect: Callable[[], None]) -> list[Any]:
-        """Let the members take turns until all have ended, and return what the function returned for each."""
-        members = [_Member(self, i) for i in range(len(self.population))]
-        self.stage, self.foreign = thread_modes.Stage(), thread_modes.foreign_context()
-        try:
-            active = members
-            while active:
-                with turns.threads_for(self._largest):
-                    waiting = [member for i, member in enumerate(active) if self._go_on(member, i == 0, on_error)]
-                collect()
-                self._serve()
-                active = waiting
-        except BaseException:
-            self._abort(members)
-            raise
-        return [member.value for member in members]
-
-    def blueprint(self, base: nn.Module) -> Blueprint:
-        """Return the blueprint of the views of ``base``."""
-        known = self._blueprints.get(base)
-        if known is None:
-            known = self._blueprints[base] = Blueprint(base)
-        return known
-
-    def report(self, kind: str, message: str) -> None:
-        """Keep a warning until the members have finished, who may have filters of their own in force."""
-        if kind not in self.warned and all(kind != other for other, _ in self._reports):
-            self._reports.append((kind, message))
-
-    def report_refusal(self, base: nn.Module, reason: str) -> None:
-        """Warn of a module that the members had to run one by one."""
-        name = next((name for name, module in self.population.model.named_modules() if module is base), "")
-        together = ", its submodules together" if len(self.blueprint(base).subtree) > 1 else ""
-        self.report(
-            "refused",
-            f"{name or 'the model'} ({type(base).__name__}) runs for each member on its own{together}: {reason}",
-        )
-
-    def interned(self, modes: dict[nn.Module, bool]) -> Any:
-        """Return one and the same object for equal training modes."""
-        key = frozenset(modes.items())
-        return self._interned.setdefault(key, key)
-
-    def join(self, member: _Member, key: Any, leaves: list[Any], modes: thread_modes.Modes) -> str | None:
-        """Add a member to the group that waits for the same, or return why there can be none."""
-        group = self._groups.get(key)
+                return None, f"it is called with a {type(leaf).__name__}"
+        kind = tuple(key)
+        group = self._groups.get(kind)
         if group is None:
-            if key in self._refused:
-                return self._refused[key]
-            group = self._groups[key] = Group(key[0], key[1], modes, member.modes, len(leaves))
+            if kind in self._refusals:
+                return None, self._refusals[kind]
+            group = self._groups[kind] = Group(module, spec, modes, model.training_modes(training), len(held))
         group.members.append(member)
-        for column, leaf in zip(group.columns, leaves, strict=True):
+        for column, leaf in zip(group.columns, held, strict=True):
             column.append(leaf)
-        return None
-
-    def _go_on(self, member: _Member, first: bool, on_error: Callable[[BaseException, int], None]) -> bool:
-        """Run a member until it waits or has finished, and return whether it waits."""
-        if first or member.random or self._random.divided:
-            self._random.enter(member.random, first)
-        if member.suspended is not None:
-            member.suspended.resume()
-        try:
-            member.go_on()
-            if member.failure is not None:
-                raise member.failure
-        except Differentiated:
-            raise
-        except BaseException as error:
-            if isinstance(error, RuntimeError) and member.outputs.differentiable and "grad" in str(error):
-                # Such as "element 0 of tensors does not require grad".
-                raise Differentiated from error
-            on_error(error, member.index)
-            raise
-        finally:
-            modes, member.waiting_modes = member.waiting_modes, None
-            member.suspended = self.stage.clear(thread_modes.current() if modes is None else modes)
-            self._random.leave(member.random)
-        return not member.ended
+        member.waiting_modes = modes
+        return None, None
 
     def _serve(self) -> None:
+        """Make the calls that members wait for."""
         groups, self._groups = self._groups, {}
-        self.inputs.clear()
+        self._inputs.clear()
         self._largest = 0
-        for key, group in groups.items():
-            try:
-                # Ordinary tensors, whatever the caller's modes are: they count their versions.
-                with torch.inference_mode(False), torch.no_grad():
-                    self._run(group)
-            except NotBatchable as error:
-                self._refused[key] = str(error)
-                for member in group.members:
-                    member.refusal = str(error)
-            except ValueError as error:
-                for member in group.members:
-                    # Each raises its own: they collect tracebacks.
-                    member.error = copy.copy(error)
+        with self._model.released():
+            for kind, group in groups.items():
+                try:
+                    # Ordinary tensors, whatever the caller's modes are: they count their versions.
+                    with torch.inference_mode(False), torch.no_grad():
+                        self._run(group)
+                except (NotBatchable, ValueError) as error:
+                    self._refusals[kind] = str(error)
+                    for member in group.members:
+                        member.refusal = str(error)
 
     def _run(self, group: Group) -> None:
         leaves: list[Any] = []
@@ -315,14 +351,13 @@ class Coalescer:
             dims.append(None if shared else 0)
         versions = [leaf._version for leaf in leaves if isinstance(leaf, Tensor)]
         args, kwargs = (leaves, {}) if isinstance(group.spec, int) else tree_unflatten(leaves, group.spec)
-        state = self._random.state() if self._random.seeded else None
+        states = [source.get() for source in self._generators]
         with thread_modes.autocast(group.modes):
             members = [member.index for member in group.members]
-            result = self.population.run(group.base, tuple(args), kwargs, dims, members, group.training)
+            result = self.population.run(group.module, tuple(args), kwargs, dims, members, group.training)
         if versions != [leaf._version for leaf in leaves if isinstance(leaf, Tensor)]:
             raise NotBatchable("the model's forward changes its input in place")
-        if state is not None and state != self._random.state():
-            raise NotBatchable("the model's forward draws random numbers from a generator that the function has seeded")
+        self._check_drawing(states)
         results, spec = ([result], None) if isinstance(result, Tensor) else tree_flatten(result)
         sizes = [leaf.numel() // len(group.members) for leaf in results if isinstance(leaf, Tensor) and leaf.is_cpu]
         self._largest = max(self._largest or 0, *sizes, 0)
@@ -338,19 +373,96 @@ class Coalescer:
             for i, member in enumerate(group.members):
                 member.result = tree_unflatten([column[i] for column in columns], spec)
 
-    def _abort(self, members: Sequence[_Member]) -> None:
+    # What members might share.
+
+    def _look_around(self) -> None:
+        """See whether the members of this round have changed something that they share."""
+        if self.refused is not None:
+            raise NotTogether(self.refused)
+        if self._model.changed_in_place():
+            raise NotTogether(_WRITES)
+        if not self._model.isolate and self._model.changed():
+            self.findings.isolate = True
+            raise _Again
+        moved = {
+            i
+            for i, before in zip(self._shared, self._noted, strict=True)
+            if not self._generators[i].same(self._generators[i].get(), before)
+        }
+        if moved:
+            self.findings.divided |= moved
+            raise _Again
+
+    def _note_generators(self) -> None:
+        self._noted = [self._generators[i].get() for i in self._shared]
+
+    def _enter_generators(self, member: _Member) -> None:
+        for i in self.findings.divided:
+            if member.random is None:
+                seed_all([self._generators[i]], *member_key(self.population, member.index))
+            else:
+                self._generators[i].set(member.random[i])
+
+    def _leave_generators(self, member: _Member) -> None:
+        member.random = {i: self._generators[i].get() for i in self.findings.divided}
+
+    def _check_drawing(self, states: Sequence[Any]) -> None:
+        """Raise where a batched forward has drawn what would have to be each member's own."""
+        for i, (source, state) in enumerate(zip(self._generators, states, strict=True)):
+            # torch.vmap draws for every member by itself.
+            allowed = isinstance(source, TorchSource) and i not in self.findings.divided
+            if not allowed and not source.same(source.get(), state):
+                source.set(state)
+                raise NotBatchable("the model's forward draws from a generator that each member needs for itself")
+
+    # Reports and the end.
+
+    def _refuse(self) -> None:
+        self.refused = _THREAD
+
+    def _report(self, kind: str, message: str) -> None:
+        """Keep a warning until the members have finished, who may have filters of their own in force."""
+        if all(kind != other for other, _ in self.reports):
+            self.reports.append((kind, message))
+
+    def _report_formed(self) -> None:
+        why = None if self._current is None else self._current.why
+        if why is not None:
+            self._report("dense", f"the weights of each member are formed in full, which is slow: {why}")
+
+    def _report_refusal(self, module: nn.Module, reason: str) -> None:
+        """Warn of a module that the members had to run one by one."""
+        name = next((name for name, other in self.population.model.named_modules() if other is module), "")
+        together = ", its submodules together" if len(self._model.subtree(module)) > 1 else ""
+        self._report(
+            "refused",
+            f"{name or 'the model'} ({type(module).__name__}) runs for each member on its own{together}: {reason}",
+        )
+
+    def _abort(self) -> None:
         """End the functions that still wait, so that their ``with`` and ``finally`` blocks run."""
-        self.aborted = True
-        for member in members:
-            if member.greenlet is not None:
-                self._random.enter(member.random, False)
-                if member.suspended is not None:
-                    member.suspended.resume()
-                try:
-                    member.abandon()
-                finally:
-                    self.stage.clear(thread_modes.current())
-                    self._random.leave(member.random)
-                if member.failure is not None:
-                    self.warned.once(f"a fitness function raised while it was abandoned: {member.failure!r}")
-            member.end()
+        self._aborted = True
+        for member in self._members:
+            if member.greenlet is None:
+                continue
+            self._current = member
+            self._model.enter(member.index, member.holding)
+            if self.findings.divided and member.random is not None and member.random.keys() == self.findings.divided:
+                self._enter_generators(member)
+            if member.suspended is not None:
+                member.suspended.resume()
+            try:
+                member.greenlet.throw()
+            finally:
+                self._stage.clear(thread_modes.current())
+                self._model.leave(member.holding)
+                self._current = None
+
+
+def _uncompiled() -> contextlib.AbstractContextManager[Any]:
+    """Run what torch.compile has made of the user's code as it was written: it knows nothing of turns."""
+    # Who has compiled something has imported this, which takes a second.
+    if "torch._dynamo" not in sys.modules:
+        return contextlib.nullcontext()
+    stance: contextlib.AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
+    return stance

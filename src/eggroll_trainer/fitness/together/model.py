@@ -7,22 +7,23 @@ member's, as long as it is the member's turn. What a member sets in the modules,
 
 from __future__ import annotations
 
+import contextlib
 import operator
 import os
+import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from ...module_state import NotBatchable
 from ...perturbation.tensor import METADATA
 from ...population import Population
 from ...snapshot import Snapshot, is_immutable
 from .. import thread_modes
-from ..interception import Handler, Interception
+from ..interception import ATTRIBUTE, Handler, Interception
 
 # The dictionaries of a module that calls, or the function, may change.
 _REGISTRIES = ("_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks")
@@ -54,68 +55,94 @@ class SharedModel:
         isolate: Whether attributes that a member sets are its own, which takes a look at all modules at each turn.
 
     Attributes:
-        current: Index and holding of the member whose turn it is, or None.
-        serving: Whether a batched forward is under way.
         formed: Called when a weight of a member is formed in full.
+        refuse: Called when a weight is looked at where it is nobody's turn.
     """
 
     def __init__(self, population: Population, call: Handler, *, isolate: bool) -> None:
         self.population, self.isolate = population, isolate
+        self.formed: Callable[[], None] = lambda: None
+        self.refuse: Callable[[], None] = lambda: None
         model = population.model
-        self.interception = Interception(model, call)
-        self.modules = list(model.modules())
-        self._attributes = [module.__dict__ for module in self.modules]
-        self.subtrees: dict[nn.Module, frozenset[nn.Module]] = {}
-        self.hooked = {m for m in self.modules if m._forward_hooks or m._forward_pre_hooks}
+        self._interception = Interception(model, call)
+        self._modules = list(model.modules())
+        self._attributes = [module.__dict__ for module in self._modules]
+        self._subtrees: dict[nn.Module, tuple[frozenset[nn.Module], bool]] = {}
         named = dict(model.named_parameters(remove_duplicate=False))
         self._names = {named[name]: name for name in population.perturbations.draws}
         self._centres = {p: p.data for p in self._names if type(p) is nn.Parameter}
-        self.current: tuple[int, Holding] | None = None
-        self.serving = False
-        self.formed: Callable[[], None] = lambda: None
-        # Before calls are intercepted, which changes attributes.
-        self._training = self._current_training = self._read_training()
-        self._watched = [
-            Snapshot(value, restorable=False)
-            for attributes in self._attributes
-            for key, value in attributes.items()
-            if key not in _MODULE_ATTRIBUTES and not is_immutable(value) and not isinstance(value, Tensor)
-        ]
-        self._tensors = [t for t in (*model.buffers(), *model.parameters()) if not t.is_inference()]
-        self._versions = [t._version for t in self._tensors]
-        self.start()
+        self._gradients = {p: (p.requires_grad, p.grad) for p in self._centres}
+        self._turn: tuple[int, Holding] | None = None
+        self._thread = threading.get_ident()
+        self._training = self._training_now = self._read_training()
+        self._note()
+        self._start()
+
+    def _note(self) -> None:
+        """Note what the modules hold: outside of turns, it must not change."""
         self._places = [
             place
             for attributes in self._attributes
             for place in (attributes, *(attributes[name] for name in _REGISTRIES))
         ]
         self._before = [dict(place) for place in self._places]
-        self._values = [tuple(place.values()) for place in self._places]
+        self._watched = [
+            Snapshot(value, restorable=False)
+            for attributes in self._attributes
+            for key, value in attributes.items()
+            if key not in _MODULE_ATTRIBUTES and not is_immutable(value) and not isinstance(value, Tensor)
+        ]
+        model = self.population.model
+        self._tensors = [t for t in (*model.buffers(), *model.parameters()) if not t.is_inference()]
+        self._versions = [t._version for t in self._tensors]
 
-    def start(self) -> None:
-        """Intercept calls, and uses of the parameters."""
-        self.interception.start()
+    def _start(self) -> None:
+        self._interception.start()
+        for attributes, before in zip(self._attributes, self._before[:: 1 + len(_REGISTRIES)], strict=True):
+            before[ATTRIBUTE] = attributes[ATTRIBUTE]
+        self._values = [tuple(before.values()) for before in self._before]
         for p in self._centres:
             _shared[id(p)] = weakref.ref(self)
             p.__class__ = _SharedParameter  # type: ignore[assignment]
 
-    def stop(self) -> None:
-        """Be the user's own again."""
-        self.interception.stop()
+    def _stop(self) -> None:
+        self._interception.stop()
         for p in self._centres:
             _shared.pop(id(p), None)
             p.__class__ = nn.Parameter  # type: ignore[assignment]
 
-    def subtree(self, module: nn.Module) -> frozenset[nn.Module]:
-        """Return a module and all below it."""
-        known = self.subtrees.get(module)
-        if known is None:
-            known = self.subtrees[module] = frozenset(module.modules())
-        return known
+    @contextlib.contextmanager
+    def released(self) -> Iterator[None]:
+        """Let the model be the user's own in the block, with the centre's weights."""
+        self._set_training(self._training)
+        self._stop()
+        caches = self.population.caches
+        try:
+            yield
+        finally:
+            if caches != self.population.caches:
+                self._note()
+            self._start()
+
+    def restore(self) -> None:
+        """Put back all that members may have left, for good."""
+        self._stop()
+        self._turn = None
+        for p, data in self._centres.items():
+            trained, p.grad = self._gradients[p]
+            p.data = data
+            p.requires_grad_(trained)
+        for place, before in zip(self._places, self._before, strict=True):
+            contents = {key: value for key, value in before.items() if key != ATTRIBUTE}
+            if ATTRIBUTE in place:
+                contents[ATTRIBUTE] = place[ATTRIBUTE]
+            if place.keys() != contents.keys() or any(place[k] is not v for k, v in contents.items()):
+                place.clear()
+                place.update(contents)
 
     def enter(self, index: int, holding: Holding) -> None:
         """Begin a member's turn."""
-        self.current = index, holding
+        self._turn = index, holding
         self._set_training(self._training if holding.training is None else holding.training)
         for p, (data, _) in holding.weights.items():
             _set_data(p, data)
@@ -125,19 +152,90 @@ class SharedModel:
 
     def leave(self, holding: Holding) -> None:
         """End a member's turn."""
-        self.current = None
-        holding.training = self._current_training = self._read_training()
+        self._turn = None
+        holding.training = self._training_now = self._read_training()
         for p, (_, copied) in holding.weights.items():
             holding.weights[p] = _data(p), copied
             _set_data(p, self._centres[p])
         if self.isolate:
             self._set_training(self._training)
-            holding.changes = self.differences()
+            holding.changes = self._differences()
             for place in holding.changes:
                 self._places[place].clear()
                 self._places[place].update(self._before[place])
 
-    def differences(self) -> dict[int, dict[str, Any]]:
+    def subtree(self, module: nn.Module) -> frozenset[nn.Module]:
+        """Return a module and all below it."""
+        return self._subtree(module)[0]
+
+    def has_hooks(self, module: nn.Module) -> bool:
+        """Return whether a module, or one below it, has forward hooks."""
+        return self._subtree(module)[1]
+
+    def _subtree(self, module: nn.Module) -> tuple[frozenset[nn.Module], bool]:
+        known = self._subtrees.get(module)
+        if known is None:
+            modules = frozenset(module.modules())
+            hooks = any(m._forward_hooks or m._forward_pre_hooks for m in modules)
+            known = self._subtrees[module] = modules, hooks
+        return known
+
+    def training_now(self) -> tuple[Any, ...] | None:
+        """Return the training modes of all modules, in a member's turn, or None if they are the model's."""
+        training = self._read_training()
+        return None if training == self._training else training
+
+    def training_modes(self, training: tuple[Any, ...] | None) -> dict[nn.Module, bool]:
+        """Return the modules whose mode differs from the model's, with the mode."""
+        if training is None:
+            return {}
+        pairs = zip(self._modules, training, self._training, strict=True)
+        return {module: mode for module, mode, before in pairs if mode != before}
+
+    def changed_modules(self) -> set[nn.Module]:
+        """Return the modules of which the member whose turn it is has changed attributes, if these are kept apart."""
+        if not self.isolate:
+            return set()
+        return {self._modules[i // (1 + len(_REGISTRIES))] for i in self._differences()}
+
+    def wrote_weights(self, holding: Holding) -> bool:
+        """Return whether a member, in its turn, has changed the weights that it holds."""
+        return any(not torch.equal(_data(p), copied) for p, (_, copied) in holding.weights.items())
+
+    def changed(self) -> bool:
+        """Return whether attributes of modules have changed, outside of a turn."""
+        return bool(self._differences())
+
+    def changed_in_place(self) -> bool:
+        """Return whether buffers, parameters or containers were changed in place, outside of a turn."""
+        with torch._C.DisableTorchFunctionSubclass():
+            written = any(t._version != version for t, version in zip(self._tensors, self._versions, strict=True))
+        return written or any(snapshot.changed() for snapshot in self._watched)
+
+    def form(self, parameter: nn.Parameter) -> None:
+        """Have a parameter hold what it is for the member whose turn it is."""
+        if self._turn is None or threading.get_ident() != self._thread:
+            self.refuse()
+            return
+        index, holding = self._turn
+        if parameter in holding.weights:
+            return
+        self.formed()
+        name = self._names[parameter]
+        with thread_modes.neutral():
+            value = self.population.member_parameters(index, [name])[name]
+            holding.weights[parameter] = value, value.clone()
+        _set_data(parameter, value)
+
+    def leave_to_child(self) -> None:
+        """In a forked process: be the model of the member whose turn it was."""
+        self._thread = threading.get_ident()
+        if self._turn is not None:
+            for parameter in self._centres:
+                self.form(parameter)
+        self._stop()
+
+    def _differences(self) -> dict[int, dict[str, Any]]:
         """Return the dictionaries of modules that are not as they were, by their index."""
         found = {}
         for i, (place, values) in enumerate(zip(self._places, self._values, strict=True)):
@@ -148,83 +246,33 @@ class SharedModel:
                 found[i] = dict(place)
         return found
 
-    def changed_modules(self, holding: Holding) -> set[nn.Module]:
-        """Return the modules that do not do what they do for the others, in the turn of the holder."""
-        changed = {self.modules[i // (1 + len(_REGISTRIES))] for i in self.differences()} if self.isolate else set()
-        for p, (_, copied) in holding.weights.items():
-            if not torch.equal(_data(p), copied):
-                changed |= {m for m in self.modules if any(p is own for own in m._parameters.values())} or {
-                    self.population.model
-                }
-        return changed
-
-    def changed(self) -> bool:
-        """Return whether attributes of modules have changed, outside of a turn."""
-        return bool(self.differences())
-
-    def changed_in_place(self) -> bool:
-        """Return whether buffers, parameters or containers were changed in place, outside of a turn."""
-        versions = any(t._version != version for t, version in zip(self._tensors, self._versions, strict=True))
-        return versions or any(snapshot.changed() for snapshot in self._watched)
-
-    def training_modes(self, training: tuple[Any, ...]) -> dict[nn.Module, bool]:
-        """Return the modules of which the training mode differs from the model's, with the mode."""
-        pairs = zip(self.modules, training, self._training, strict=True)
-        return {module: mode for module, mode, before in pairs if mode != before}
-
-    def read_training(self) -> tuple[Any, ...]:
-        """Return the training modes of all modules, in a member's turn."""
-        return self._read_training()
-
-    def reset(self) -> None:
-        """Put the model in its own state, for a batched forward or at the end."""
-        self._set_training(self._training)
-
-    def restore(self) -> None:
-        """Put back all that members may have left."""
-        self.stop()
-        self.current = None
-        for p, data in self._centres.items():
-            p.data = data
-        for place, before in zip(self._places, self._before, strict=True):
-            contents = {key: value for key, value in before.items() if key != "_compiled_call_impl"}
-            if "_compiled_call_impl" in place:
-                contents["_compiled_call_impl"] = place["_compiled_call_impl"]
-            if place.keys() != contents.keys() or any(place[k] is not v for k, v in contents.items()):
-                place.clear()
-                place.update(contents)
-
-    def form(self, parameter: nn.Parameter) -> None:
-        """Have a parameter hold what it is for the member whose turn it is."""
-        if self.current is None or _pid != os.getpid():
-            if self.serving:
-                raise NotBatchable(f"the model uses its parameter {self._names[parameter]!r} from where it is not looked for")
-            return
-        index, holding = self.current
-        if parameter in holding.weights:
-            return
-        self.formed()
-        name = self._names[parameter]
-        with thread_modes.neutral():
-            value = self.population.member_parameters(index, [name])[name]
-        holding.weights[parameter] = value, value.clone()
-        _set_data(parameter, value)
-
     def _read_training(self) -> tuple[Any, ...]:
         return tuple([attributes.get("training") for attributes in self._attributes])
 
     def _set_training(self, training: tuple[Any, ...]) -> None:
-        if training != self._current_training:
+        if training != self._training_now:
             for attributes, mode in zip(self._attributes, training, strict=True):
                 attributes["training"] = mode
-            self._current_training = training
+            self._training_now = training
 
 
 _MODULE_ATTRIBUTES = frozenset(nn.Module().__dict__)
 
 # The models whose parameters are shared, by the parameters' id.
 _shared: dict[int, weakref.ref[SharedModel]] = {}
-_pid = os.getpid()
+
+
+# What neither looks at values nor changes any.
+_HARMLESS: set[Any] = METADATA | {
+    torch.Tensor.requires_grad_, torch.Tensor.requires_grad.__set__, torch.Tensor.grad.__set__,  # type: ignore[attr-defined]
+    torch.Tensor.is_shared, torch.Tensor.__hash__, torch._has_compatible_shallow_copy_type,
+}  # fmt: skip
+# What returns the tensor itself where it is of the right kind already.
+_CONVERSIONS: set[Any] = {
+    torch.Tensor.to, torch.Tensor.cpu, torch.Tensor.cuda, torch.Tensor.float, torch.Tensor.double, torch.Tensor.half,
+    torch.Tensor.bfloat16, torch.Tensor.type, torch.Tensor.contiguous,
+}  # fmt: skip
+_SET_DATA: Any = torch.Tensor.data.__set__  # type: ignore[attr-defined]
 
 
 class _SharedParameter(nn.Parameter):
@@ -235,11 +283,19 @@ class _SharedParameter(nn.Parameter):
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func not in METADATA:
+        with torch._C.DisableTorchFunctionSubclass():
+            if func in _HARMLESS:
+                return func(*args, **kwargs)
+            if func in _CONVERSIONS:
+                # Moving a model to where it is already is common, and changes nothing.
+                result = func(*args, **kwargs)
+                if result is args[0]:
+                    return result
+            elif func is _SET_DATA and args[0] is args[1]:
+                return None
             for leaf in tree_leaves((args, kwargs)):
                 if type(leaf) is _SharedParameter:
                     _form(leaf)
-        with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:
@@ -274,15 +330,9 @@ def _set_data(parameter: nn.Parameter, value: Tensor) -> None:
 
 
 def _leave_to_the_parent() -> None:
-    """In a forked process: let every shared model be that of the member whose turn it was."""
-    global _pid
-    _pid = os.getpid()
-    models = {id(model): model for reference in _shared.values() if (model := reference()) is not None}
-    for model in models.values():
-        if model.current is not None:
-            for parameter in model._centres:
-                model.form(parameter)
-        model.stop()
+    """In a forked process: take no part in the turns."""
+    for model in {id(model): model for reference in _shared.values() if (model := reference()) is not None}.values():
+        model.leave_to_child()
 
 
 if hasattr(os, "register_at_fork"):

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import thread_modes
+from .. import thread_modes
 
 # Up to so many values, looking whether they are the same costs no more than asking for the version.
 _SMALL = 1024
@@ -17,7 +17,7 @@ class Group:
     """Members that wait for the same module with inputs of the same shape.
 
     Args:
-        base: The module.
+        module: The module.
         spec: The structure of the arguments, or the number of positional tensors.
         modes: Modes of the thread.
         training: Modules whose training mode differs from the model's.
@@ -25,9 +25,9 @@ class Group:
     """
 
     def __init__(
-        self, base: nn.Module, spec: Any, modes: thread_modes.Modes, training: dict[nn.Module, bool], width: int
+        self, module: nn.Module, spec: Any, modes: thread_modes.Modes, training: dict[nn.Module, bool], width: int
     ) -> None:
-        self.base, self.spec, self.modes, self.training = base, spec, modes, training
+        self.module, self.spec, self.modes, self.training = module, spec, modes, training
         self.members: list[Any] = []
         self.columns: list[list[Any]] = [[] for _ in range(width)]
 

@@ -1,0 +1,48 @@
+"""One member, evaluated alone: what a fitness *is*, by definition, and what everything else is compared with.
+
+The user's own model object holds the member's weights, the function is called, and everything is put back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import nn
+
+from ..population import Population
+from . import thread_modes
+from .interception import Interception
+from .randomness import Source, keyed
+
+
+def score(
+    population: Population,
+    function: Callable[[nn.Module], float],
+    index: int,
+    generators: Sequence[Source],
+    interception: Interception | None = None,
+) -> tuple[float, list[str]]:
+    """Return the fitness of one member, and what its evaluation has changed in the model, which is undone.
+
+    Args:
+        population: The members.
+        function: From a model to its fitness.
+        index: Of the member in the population.
+        generators: The global generators, which are seeded from the seed, the generation and the member.
+        interception: Is on meanwhile, if given.
+    """
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(keyed(generators, *member_key(population, index)))
+        stack.enter_context(thread_modes.kept())
+        changed = stack.enter_context(population.holding(index))
+        if interception is not None:
+            stack.enter_context(interception)
+        value = function(population.model)
+    return value, changed
+
+
+def member_key(population: Population, index: int) -> tuple[int | str, ...]:
+    """Return the key from which the global generators are seeded for a member's evaluation."""
+    return population.seed, population.generation, "member", population.first + index

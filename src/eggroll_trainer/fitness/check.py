@@ -1,0 +1,197 @@
+"""The check of members that are evaluated together: a member is evaluated alone as well, and compared.
+
+It is evaluated alone *on the recorded outputs* of its calls, so that rounding cannot drive two evaluations apart. Then
+every input to the model, the order of calls and the score must be the same to the bit, and every output must be what
+the model gives with that member's weights, to the tolerance of its dtype.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from ..agreement import disagreement, precision
+from ..forward import PLAIN_TYPES
+from ..noise import kept_rng
+from ..population import Population
+from . import alone
+from .interception import Interception, plain_call
+from .randomness import Source
+from .record import Record, RecordedCall, copies, describe, same_bits
+
+Function = Callable[[nn.Module], float]
+
+SHARED = "the function seems to share something, such as a simulator or a random generator, between calls"
+
+
+class DiffersFromItself(Exception):
+    """The function, run alone twice, does not do the same: nothing can be said about it."""
+
+
+def difference(
+    population: Population, function: Function, index: int, record: Record, generators: Sequence[Source]
+) -> str | None:
+    """Return how a member's evaluation together with others differs from the one alone, or None.
+
+    Args:
+        population: The members.
+        function: From a model to its fitness.
+        index: Of the member in the population.
+        record: What it did together with the others.
+        generators: The global generators.
+
+    Raises:
+        DiffersFromItself: Run alone twice, the function does not do the same.
+        Exception: The function raised, run alone.
+    """
+    try:
+        found = _Replay(population, record).run(function, index, generators)
+    except Exception as error:
+        # Alone, the model's outputs may want gradients.
+        found = f"it raised {type(error).__name__} when evaluated by itself: {error}"
+    if found is None:
+        return None
+    own = _Recording(population)
+    own.run(function, index, generators)
+    try:
+        if _Replay(population, own.record).run(function, index, generators) is not None:
+            raise DiffersFromItself
+    except Exception as error:
+        raise DiffersFromItself from error
+    return found.replace("{member}", str(population.first + index))
+
+
+class _Alone:
+    """One evaluation of a member alone, in which each call of the model is led to :meth:`call`."""
+
+    def __init__(self, population: Population) -> None:
+        self.population = population
+        self._thread = threading.get_ident()
+        self._interception = Interception(population.model, self._on_call)
+
+    def evaluate(self, function: Function, index: int, generators: Sequence[Source]) -> float:
+        return alone.score(self.population, function, index, generators, self._interception)[0]
+
+    def _on_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if threading.get_ident() != self._thread:
+            return plain_call(module, args, kwargs)
+        return self.call(module, args, kwargs)
+
+    def call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        raise NotImplementedError
+
+    def plain(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call a module, and those inside it, as if nothing were intercepted."""
+        self._interception.stop()
+        try:
+            return module(*args, **kwargs)
+        finally:
+            self._interception.start()
+
+
+class _Recording(_Alone):
+    """Records an evaluation alone."""
+
+    def __init__(self, population: Population) -> None:
+        super().__init__(population)
+        self.record = Record()
+
+    def run(self, function: Function, index: int, generators: Sequence[Source]) -> None:
+        """Evaluate the member."""
+        self.record.score = self.evaluate(function, index, generators)
+
+    def call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Make a call, and note it."""
+        leaves, spec = describe(args, kwargs)
+        recorded = self.record.begin(module, copies(leaves), spec)
+        result = self.plain(module, args, kwargs)
+        Record.end(recorded, result)
+        return result
+
+
+class _Found(BaseException):
+    """Ends an evaluation that has turned out to differ; the message says how."""
+
+
+class _Replay(_Alone):
+    """Evaluates a member alone on recorded outputs."""
+
+    def __init__(self, population: Population, record: Record) -> None:
+        super().__init__(population)
+        self._record, self._at = record, 0
+
+    def run(self, function: Function, index: int, generators: Sequence[Source]) -> str | None:
+        """Return how the evaluation differs from the recorded one, or None."""
+        threads = torch.get_num_threads()
+        torch.set_num_threads(self._record.threads)
+        try:
+            score = self.evaluate(function, index, generators)
+        except _Found as found:
+            return str(found)
+        finally:
+            torch.set_num_threads(threads)
+        if self._at < len(self._record.calls):
+            return f"member {{member}} called the model more often than when it is evaluated by itself: {SHARED}"
+        if score != self._record.score and not (score != score and self._record.score != self._record.score):
+            return (
+                f"member {{member}} earned {self._record.score!r}, and {score!r} when it is evaluated by itself, from the"
+                f" same outputs of the model: {SHARED}"
+            )
+        return None
+
+    def call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Compare a call with the recorded one, and return the recorded output."""
+        number, self._at = self._at, self._at + 1
+        where = f"in its {_ordinal(number + 1)} call member {{member}}"
+        if number == len(self._record.calls):
+            raise _Found(f"member {{member}} called the model less often than when it is evaluated by itself: {SHARED}")
+        recorded = self._record.calls[number]
+        if recorded.module is not module:
+            raise _Found(f"{where} called another module than when it is evaluated by itself: {SHARED}")
+        leaves, spec = describe(args, kwargs)
+        if spec != recorded.spec or not all(map(_same, leaves, recorded.leaves)):
+            raise _Found(f"{where} was given another input than when it is evaluated by itself: {SHARED}")
+        if not recorded.batched:
+            return plain_call(module, args, kwargs)
+        outputs: list[Any] = []
+
+        def call() -> Any:
+            outputs[:] = [self.plain(module, args, kwargs)]
+            return outputs[0]
+
+        devices = {leaf.device for leaf in leaves if isinstance(leaf, Tensor)}
+        with kept_rng(devices):
+            off = disagreement(self.population.model, call, recorded.result, precision(self.population.model, leaves))
+        if off is not None:
+            raise _Found(
+                f"{where} got an output, computed for several members at once, that is not what the model gives with"
+                f" its weights: {off}"
+            )
+        torch.set_num_threads(recorded.threads)
+        return tree_map(_with_gradients, recorded.result, outputs[0])
+
+
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor) or isinstance(other, Tensor):
+        return isinstance(one, Tensor) and isinstance(other, Tensor) and same_bits(one.detach(), other.detach())
+    if isinstance(one, PLAIN_TYPES):
+        return type(one) is type(other) and (one == other or one != one)
+    # Objects of the user's own may be other ones each time.
+    return True
+
+
+def _with_gradients(recorded: Any, output: Any) -> Any:
+    """Return a recorded output that wants gradients where the true one does."""
+    if isinstance(recorded, Tensor) and isinstance(output, Tensor) and output.requires_grad:
+        return recorded.requires_grad_()
+    return recorded
+
+
+def _ordinal(number: int) -> str:
+    ending = "th" if 10 <= number % 100 <= 20 else {1: "st", 2: "nd", 3: "rd"}.get(number % 10, "th")
+    return f"{number}{ending}"

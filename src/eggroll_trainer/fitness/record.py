@@ -1,0 +1,102 @@
+"""What one member's fitness function hands to its model and gets back."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_map
+
+_ALIGNMENT = 64
+
+
+@dataclasses.dataclass
+class RecordedCall:
+    """One call.
+
+    Attributes:
+        module: The model, or one of its modules.
+        leaves: The leaves of its arguments, tensors as copies.
+        spec: Their structure.
+        result: What it returned, if ``batched``.
+        batched: Whether it was computed for several members at once. Otherwise the calls of the modules inside follow.
+        threads: Number of torch's threads that the function went on with.
+    """
+
+    module: nn.Module
+    leaves: list[Any]
+    spec: Any
+    result: Any = None
+    batched: bool = False
+    threads: int = 1
+
+
+class Record:
+    """The calls of one member's evaluation, in order.
+
+    Attributes:
+        calls: The calls.
+        threads: Number of torch's threads that the function began with.
+        score: What the function returned in the end.
+    """
+
+    def __init__(self) -> None:
+        self.calls: list[RecordedCall] = []
+        self.threads = torch.get_num_threads()
+        self.score: float | None = None
+
+    def begin(self, module: nn.Module, leaves: list[Any], spec: Any) -> RecordedCall:
+        """Note a call, with copies of its arguments."""
+        call = RecordedCall(module, leaves, spec)
+        self.calls.append(call)
+        return call
+
+    @staticmethod
+    def end(call: RecordedCall, result: Any) -> None:
+        """Note what a call that was computed for several members has returned."""
+        call.result, call.batched = tree_map(_copy, result), True
+        call.threads = torch.get_num_threads()
+
+
+def describe(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], Any]:
+    """Return the leaves of a call's arguments and their structure: for positional tensors alone, their number."""
+    if not kwargs and all(type(arg) is Tensor for arg in args):
+        return list(args), len(args)
+    return tree_flatten((args, kwargs))
+
+
+def copies(leaves: list[Any]) -> list[Any]:
+    """Return leaves in which tensors are copies."""
+    return [leaf.detach().clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+
+
+def same_bits(one: Tensor, other: Tensor) -> bool:
+    """Return whether two tensors are of the same dtype, shape and values, NaNs among them."""
+    if one.dtype != other.dtype or one.shape != other.shape or one.device != other.device:
+        return False
+    if one.layout is not torch.strided or other.layout is not torch.strided:
+        return one.layout is other.layout and torch.equal(one.detach().to_dense(), other.detach().to_dense())
+    if torch.equal(one, other):
+        return True
+    if not (one.is_floating_point() or one.is_complex()):
+        return False
+    both_nan = one.isnan() & other.isnan()
+    return bool(((one == other) | both_nan).all())
+
+
+def _copy(leaf: Any) -> Any:
+    """Return a copy of a tensor that kernels treat alike: they begin and end their vectors where memory is aligned."""
+    if not isinstance(leaf, Tensor):
+        return leaf
+    leaf = leaf.detach()
+    if not leaf.is_cpu or leaf.layout is not torch.strided or leaf.numel() == 0 or leaf.is_conj() or leaf.is_neg():
+        return leaf.clone()
+    size = leaf.element_size()
+    span = size * (1 + sum((n - 1) * stride for n, stride in zip(leaf.shape, leaf.stride(), strict=True)))
+    memory = torch.empty(span + 2 * _ALIGNMENT, dtype=torch.uint8, device="cpu")
+    start = (leaf.data_ptr() - memory.data_ptr()) % _ALIGNMENT
+    if start % size:
+        return leaf.clone()
+    return memory[start : start + span].view(leaf.dtype).as_strided(leaf.shape, leaf.stride()).copy_(leaf).data

@@ -1,0 +1,127 @@
+"""Members that wait for each other: found out, instead of waited for for ever.
+
+A member that holds a lock while it waits for the model blocks the next one that takes the lock, and with it the thread
+in which all members run. Nothing would ever happen again.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from types import FrameType
+from typing import Any
+
+# Seconds without a turn, nothing being computed, after which all must be waiting for each other: where no thread of
+# the process could change that, and where only one that is not Python's could.
+_PATIENCE, _LONG_PATIENCE = 3.0, 30.0
+_TICK = 0.5
+# Its default is to do nothing, and Python uses it for nothing.
+_SIGNAL: signal.Signals | None = getattr(signal, "SIGURG", None)
+_TASKS = "/proc/self/task"
+
+
+class Deadlock(BaseException):
+    """Raised in a function that waits for what another member holds."""
+
+
+class Watch:
+    """Raises :class:`Deadlock` in the block where members wait for each other. On Linux, in the main thread.
+
+    Attributes:
+        turns: To be changed whenever a member gets its turn.
+    """
+
+    def __init__(self) -> None:
+        self.turns = 0
+        self._suspect = -1
+        self._handler: Any = None
+
+    def __enter__(self) -> Watch:
+        global _watched
+        main = threading.current_thread() is threading.main_thread()
+        if main and _SIGNAL is not None and os.path.isdir(_TASKS):
+            self._handler = signal.getsignal(_SIGNAL)
+            if self._handler in (signal.SIG_DFL, signal.SIG_IGN):
+                signal.signal(_SIGNAL, self._raise)
+                _watched = self
+                _watcher.watch()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        global _watched
+        if _watched is self:
+            _watched = None
+            assert _SIGNAL is not None
+            signal.signal(_SIGNAL, self._handler)
+
+    def suspect(self, turn: int) -> None:
+        """Raise in the main thread if the turn is still the same."""
+        self._suspect = turn
+        assert _SIGNAL is not None
+        signal.pthread_kill(threading.main_thread().ident or 0, _SIGNAL)
+
+    def _raise(self, number: int, frame: FrameType | None) -> None:
+        if _watched is self and self._suspect == self.turns:
+            raise Deadlock
+
+
+class _Watcher:
+    """A thread that looks at the watch in force now and then."""
+
+    def __init__(self) -> None:
+        self._thread: threading.Thread | None = None
+        self._awake = threading.Event()
+
+    def watch(self) -> None:
+        """Begin, if need be: in a forked process there is no thread any more."""
+        if self._thread is None or not self._thread.is_alive():
+            self._awake = threading.Event()
+            self._thread = threading.Thread(target=self._look, name="eggroll-deadlock", daemon=True)
+            self._thread.start()
+        self._awake.set()
+
+    def _look(self) -> None:
+        known: Any = None
+        since = cpu = 0.0
+        while True:
+            self._awake.wait()
+            watch = _watched
+            if watch is None:
+                self._awake.clear()
+                if _watched is not None:
+                    self._awake.set()
+                continue
+            now, used = time.monotonic(), time.process_time()
+            # What computes, in whatever thread, may be what the members wait for.
+            if known != (watch, watch.turns) or used - cpu > 0.1 * (now - since):
+                known, since, cpu = (watch, watch.turns), now, used
+            elif now - since > _PATIENCE and _python_waits():
+                if now - since > _LONG_PATIENCE or _all_wait():
+                    watch.suspect(known[1])
+            del watch
+            time.sleep(_TICK)
+
+
+_watched: Watch | None = None
+_watcher = _Watcher()
+
+
+def _python_waits() -> bool:
+    """Return whether all of Python's threads wait for locks."""
+    return all(_waits(t.native_id) for t in threading.enumerate() if t.native_id != threading.get_native_id())
+
+
+def _all_wait() -> bool:
+    """Return whether all threads of the process wait for locks."""
+    return all(_waits(int(task)) for task in os.listdir(_TASKS) if int(task) != threading.get_native_id())
+
+
+def _waits(task: int | None) -> bool:
+    try:
+        with open(f"{_TASKS}/{task}/wchan", encoding="ascii") as file:
+            return "futex" in file.read()
+    except OSError:
+        # It has just ended.
+        return True
