@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from coalescing_oracle import CHUNK, N, Net, Run, X, Y, assert_coalesced, compare, loss, made, untouched
+from coalescing_oracle import CHUNK, UNDONE, N, Net, Run, X, Y, assert_coalesced, compare, loss, made, untouched
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -341,7 +341,7 @@ USES = [
 @pytest.mark.parametrize("fitness", USES)
 def test_the_model_is_the_members_own(fitness: Fitness) -> None:
     run = compare(Net, fitness)
-    assert len(run.messages) <= 1, "one warning says why"
+    assert sum(UNDONE not in message for message in run.messages) <= 1, "one warning says why"
 
 
 # Models that do more than compute.
@@ -470,16 +470,18 @@ MODELS: list[tuple[Any, Fitness]] = [
 @pytest.mark.parametrize(("make", "fitness"), MODELS, ids=lambda value: getattr(value, "__name__", ""))
 def test_models_that_do_more_than_compute(make: Any, fitness: Fitness) -> None:
     run = compare(make, fitness)
-    assert len(run.messages) <= 1, "one warning says why"
+    assert sum(UNDONE not in message for message in run.messages) <= 1, "one warning says why"
 
 
 def test_recurrent_methods_are_batched_call_by_call() -> None:
-    assert_coalesced_names(compare(Recurrent, episode), ["GRUCell", "Linear"] * 3)
-
-
-def assert_coalesced_names(run: Run, names: list[str]) -> None:
+    run = compare(Recurrent, episode)
     assert run.messages == []
-    assert run.forwards == [(name, members) for _ in range(2) for members in (CHUNK, N - CHUNK) for name in names]
+    # One more, before it shows that members set an attribute.
+    names = ["GRUCell", *["GRUCell", "Linear"] * 3]
+    assert run.forwards[:7] == [(name, CHUNK) for name in names]
+    assert run.forwards[7:] == [
+        (name, members) for members in (N - CHUNK, CHUNK, N - CHUNK) for name in ["GRUCell", "Linear"] * 3
+    ]
 
 
 # Environments.
@@ -512,7 +514,8 @@ ENVIRONMENT = Environment()
 
 def test_an_environment_of_all_is_stepped_by_one_member_at_a_time() -> None:
     run = compare(Net, lambda model: rollout(ENVIRONMENT, model))
-    assert run.forwards == [] and len(run.messages) == 1 and "'ENVIRONMENT'" in run.messages[0]
+    assert [members for _, members in run.forwards] == [CHUNK] * 3, "checked in the first chunk"
+    assert len(run.messages) == 1 and "3rd call member 0 was given another input" in run.messages[0]
 
 
 def test_environments_of_their_own_are_stepped_together() -> None:
@@ -522,12 +525,9 @@ def test_environments_of_their_own_are_stepped_together() -> None:
 # What cannot be served, and what goes wrong.
 
 
-def test_batch_norm_in_training_mode_is_a_clear_error() -> None:
-    model = made(Compiled)
-    trainer = EGGROLLTrainer(model=model, fitness_fn=lambda m: loss(m(X)["out"]), seed=0)
-    with pytest.raises(ValueError, match=r"BatchNorm1d 'inner.1' is in training mode") as raised:
-        trainer.step()
-    assert "member 0 of generation 1" in str(getattr(raised.value, "__notes__", raised.value))
+def test_batch_norm_in_training_mode_runs_alone() -> None:
+    run = compare(Compiled, lambda model: loss(model(X)["out"]))
+    assert len(run.messages) == 2 and UNDONE in run.messages[1] and "inner.1.running_mean" in run.messages[1]
 
 
 def test_dropout_is_each_members_own_and_follows_the_seed() -> None:
@@ -549,47 +549,35 @@ def test_scripted_models_run_one_at_a_time() -> None:
 
 
 def test_an_exception_ends_all_members_in_order() -> None:
-    ended: list[tuple[int, bool]] = []
-    started: list[int] = []
+    values: list[float] = []
+    ended: list[bool] = []
     failing = True
 
     def fitness(model: Any) -> float:
-        index = len(started)
-        started.append(index)
         try:
             with torch.no_grad():
                 value = loss(model(X))
-                if failing and index == 3:
+                if failing and abs(value - bad) < 1e-9:
                     raise KeyError("no such thing")
                 return value + loss(model(2 * X))
         finally:
-            ended.append((index, torch.is_grad_enabled()))
+            ended.append(torch.is_grad_enabled())
 
     def trainer() -> EGGROLLTrainer:
         return EGGROLLTrainer(model=made(Net), fitness_fn=fitness, population_size=N, noise_reuse=2, seed=5)
 
     first = trainer()
+    first._start_generation()
+    for i in range(N):
+        with first._population(0, N).holding(i), torch.no_grad():
+            values.append(loss(first.model(X)))
+    bad = values[3]
     with untouched(first.model), pytest.raises(KeyError, match="no such thing") as raised:
         first.step()
     assert "member 3 of generation 1" in str(getattr(raised.value, "__notes__", raised.value))
-    assert sorted(ended) == [(i, True) for i in range(N)], "their blocks were left, and their modes with them"
+    assert ended == [True] * (N + 1), "their blocks were left, and their modes with them; one ran alone as well"
     failing = False
     second = trainer()
     for run in (first, second):
         run.train(2, verbose=False)
     assert first.history == second.history and torch.equal(first.current_params, second.current_params)
-
-
-def test_a_kept_model_becomes_an_ordinary_one() -> None:
-    kept: list[Any] = []
-
-    def fitness(model: Any) -> float:
-        kept.append(model)
-        return loss(model(X))
-
-    trainer = EGGROLLTrainer(model=made(Net), fitness_fn=fitness, population_size=4, seed=0)
-    with pytest.warns(RuntimeWarning, match="keeps a reference to its model"):
-        trainer.step()
-    scores = [loss(model(X)) for model in kept]
-    assert max(scores) == pytest.approx(trainer.best_fitness, rel=1e-12)
-    assert all(type(model) is Net and type(model.head.weight) is nn.Parameter for model in kept)

@@ -58,10 +58,11 @@ class Faulty:
 
 
 WAYS: dict[str, dict[str, Any]] = {
-    "coalesced": {},
+    # Faults strike by the number of the call, which a check would count as well.
+    "coalesced": {"coalesce": "unchecked"},
     "one by one": {"coalesce": False},
-    "in chunks": {"chunk_size": 2},
-    "custom": {"cls": Custom},
+    "in chunks": {"coalesce": "unchecked", "chunk_size": 2},
+    "custom": {"coalesce": "unchecked", "cls": Custom},
 }
 
 

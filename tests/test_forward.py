@@ -486,10 +486,10 @@ class TestEvaluationDtype:
         members = Population(wide.model, wide._perturbations(0, 32))
         with torch.autocast("cpu", torch.bfloat16):
             expected = torch.tensor([fitness(members.member(i)) for i in range(32)], dtype=torch.float64)
-        scores = trainer._evaluate(0, 32)
+        scores = trainer._evaluate(0, 32).scores
         # bf16 keeps 8 bits; a dense member rounds its weights, a low-rank one its factors.
         torch.testing.assert_close(scores, expected, rtol=0.05, atol=0.02)
-        assert not torch.equal(scores, wide._evaluate(0, 32))
+        assert not torch.equal(scores, wide._evaluate(0, 32).scores)
         assert not torch.is_autocast_enabled("cpu")
 
     def test_weights_and_update_stay_wide(self) -> None:

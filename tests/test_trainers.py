@@ -173,7 +173,7 @@ def test_optimizers_get_the_negated_estimate(factory: Any) -> None:
     for generation in range(4):
         assert isinstance(trainer, EGGROLLTrainer)
         perturbations = trainer.sample_perturbations(40)
-        scores = trainer._evaluate(0, 40)
+        scores = trainer._evaluate(0, 40).scores
         shadow.grad = -trainer.compute_update(perturbations, scores).to(shadow)
         optimizer.step()
         assert trainer.step()["generation"] == generation + 1
@@ -283,7 +283,7 @@ def test_fitness_may_look_at_the_generation() -> None:
         seen.append(trainer.generation)
         return fitness(model)
 
-    trainer = make(fitness_fn=watching)
+    trainer = make(fitness_fn=watching, coalesce="unchecked")
     trainer.train(2, verbose=False)
     assert seen == [0] * 40 + [1] * 40
 

@@ -61,10 +61,12 @@ def _with_rounded_weights(model: nn.Module, call: Callable[[], Any], size: float
             for p, value in zip(parameters, held, strict=True):
                 noise = torch.randn(value.shape, generator=generator, device="cpu").to(value.device)
                 p.data = (value * (1 + size * noise)).to(value.dtype)
+            torch.clear_autocast_cache()
             results.append(call())
     finally:
         for p, value in zip(parameters, held, strict=True):
             p.data = value
+        torch.clear_autocast_cache()
     return results
 
 

@@ -506,7 +506,7 @@ class ESTrainer(RunState, ABC):
                     raise
                 alone = None
             if alone is not None:
-                self._findings.alone = alone
+                self._findings.decide(alone)
                 self._warn_once(f"the fitness function is run for one member at a time, which is slow: {alone}", "alone")
             else:
                 self._most_members = size // 2
@@ -523,7 +523,11 @@ class ESTrainer(RunState, ABC):
     def evaluate_chunk(self, chunk: Chunk) -> Outcome:
         """Evaluate some members of the current generation in this process: for engines."""
         self._warned.quiet = not self.is_main
+        if self._findings.reason is not None:
+            # Found out in another chunk: this one's scores would be thrown away.
+            return Outcome(torch.zeros(chunk.size, dtype=torch.float64, device="cpu"), None, (), self._findings.reason)
         result = self._evaluate(*chunk)
+        self._findings.reason = result.alone
         return Outcome(result.scores, result.statistics, self._warned.take(), result.alone)
 
     def _advance(self, scores: Tensor, statistics: list[Tensor]) -> dict[str, Any]:
@@ -570,6 +574,19 @@ class ESTrainer(RunState, ABC):
             self.population_size, self.chunk_size = live["sizes"]
             self._set_options(live["options"])
 
+    def _population(self, first: int, count: int) -> Population:
+        """Return members ``first, …, first + count - 1`` of the current generation."""
+        with torch.no_grad():
+            return Population(
+                self.model,
+                self._perturbations(first, count),
+                first=first,
+                warned=self._warned,
+                forwards=self._forwards,
+                generation=self.generation,
+                seed=self.seed,
+            )
+
     def _fitness_fn(self) -> Callable[..., Any]:
         """Return the fitness function, or the method of a subclass in its place."""
         overridden = type(self).evaluate_fitness is not ESTrainer.evaluate_fitness
@@ -577,17 +594,7 @@ class ESTrainer(RunState, ABC):
 
     def _evaluate(self, first: int, count: int) -> Evaluation:
         """Evaluate members ``first, …, first + count - 1``."""
-        with torch.no_grad():
-            perturbations = self._perturbations(first, count)
-            population = Population(
-                self.model,
-                perturbations,
-                first=first,
-                warned=self._warned,
-                forwards=self._forwards,
-                generation=self.generation,
-                seed=self.seed,
-            )
+        population = self._population(first, count)
         fitness_fn = self._fitness_fn()
         self._findings.begin_generation(self.generation, fitness_fn, self.model)
         with thread_modes.autocast_to(self.evaluation_dtype, self.device):

@@ -194,6 +194,10 @@ class ModuleState:
         """Return whether anything is different now."""
         return any(state.changed() for state in self._states)
 
+    def differs_in_place(self) -> bool:
+        """Return whether buffers, or what attributes refer to, are different in themselves."""
+        return any(snapshot.changed() for state in self._states for snapshot in state.snapshots.values())
+
     def restore(self) -> list[str]:
         """Put everything back and return what differed."""
         return [text for state in self._states for text in state.restore()]
@@ -261,5 +265,5 @@ class _State:
 
 
 def _differing(now: Mapping[str, Any], before: Mapping[str, Any]) -> set[str]:
-    missing = object()
-    return {k for k, v in before.items() if now.get(k, missing) is not v} | (now.keys() - before.keys())
+    # Those of TorchScript's modules are no real dictionaries.
+    return {k for k, v in before.items() if k not in now or now[k] is not v} | (set(now.keys()) - before.keys())

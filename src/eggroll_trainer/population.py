@@ -211,12 +211,15 @@ class Population:
                     module.training = mode
                 for name, value in (*values.items(), *others.items()):
                     parameters[name].data = value
+                # It knows parameters, not their values.
+                torch.clear_autocast_cache()
             yield changed
         finally:
             with delayed_interrupt():
                 for p, data, grad, trained in held:
                     p.data, p.grad = data, grad
                     p.requires_grad_(trained)
+                torch.clear_autocast_cache()
                 changed += state.restore()
         written = next((name for name, p, version in frozen if p._version != version), None)
         if written is not None:

@@ -186,7 +186,7 @@ class RunState(OptimizerFace):
         for name, value in self._tensors().items():
             _copy_from_numpy(value, arrays[name])
         set_learner_state(self._learner, state["learner"])
-        self._findings.alone = state["alone"]
+        self._findings.decide(state["alone"])
         self._restart_noise()
         self._begin_generation()
 

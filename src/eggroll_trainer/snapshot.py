@@ -28,6 +28,9 @@ _GUARDED = (nn.Module, nn.Parameter, types.MethodType)
 # Of one item: a function that tells whether it differs, and one that puts it back.
 _Note = tuple[Callable[[], bool], Callable[[], object]]
 
+# Tensors of which the values are compared.
+_SMALL = 4096
+
 # More items than a model has for its state; what refers to so many is part of something larger.
 _LIMIT = 1000
 
@@ -43,7 +46,6 @@ class Snapshot:
     Args:
         value: A container, array, tensor or object.
         seen: Identities of values that other snapshots have noted; added to.
-        restorable: Whether tensors are copied, so that they can be put back.
 
     Attributes:
         opaque: Whether something was met that hides its state, or there was too much.
@@ -59,8 +61,8 @@ class Snapshot:
         {'seen': [1, 2]}
     """
 
-    def __init__(self, value: Any, seen: set[int] | None = None, *, restorable: bool = True) -> None:
-        self.opaque, self._restorable = False, restorable
+    def __init__(self, value: Any, seen: set[int] | None = None) -> None:
+        self.opaque = False
         self._notes: list[_Note] = []
         seen = set() if seen is None else seen
         todo = [value]
@@ -90,7 +92,7 @@ class Snapshot:
         if isinstance(item, functools.partial):
             return [item.func, *item.args, *item.keywords.values()]
         if isinstance(item, Tensor):
-            self._notes.append(_note_tensor(item, self._restorable))
+            self._notes.append(_note_tensor(item))
             return []
         for cls, (read, write) in _HIDDEN.items():
             if isinstance(item, cls):
@@ -121,15 +123,28 @@ def _note_hidden(item: Any, read: Callable[[Any], Any], write: Callable[[Any, An
     return lambda: pickle.dumps(read(item)) != state, lambda: write(item, pickle.loads(state))
 
 
-def _note_tensor(tensor: Tensor, restorable: bool) -> _Note:
-    # Inference tensors don't count their versions.
-    counted = not tensor.is_inference()
-    copied = tensor.detach().clone() if restorable or not counted else tensor
-    version = tensor._version if counted else 0
+def _note_tensor(tensor: Tensor) -> _Note:
+    # Inference tensors don't count their versions, and batch normalisation does not count what it writes.
+    compared = tensor.is_inference() or tensor.numel() <= _SMALL
+    copied, version = tensor.detach().clone(), 0 if compared else tensor._version
     return (
-        lambda: tensor._version != version if counted else not torch.equal(tensor, copied),
+        lambda: not same_bits(tensor, copied) if compared else tensor._version != version,
         lambda: tensor.detach().copy_(copied),
     )
+
+
+def same_bits(one: Tensor, other: Tensor) -> bool:
+    """Return whether two tensors are of the same dtype, shape and values, NaNs among them."""
+    if one.dtype != other.dtype or one.shape != other.shape or one.device != other.device:
+        return False
+    if one.layout is not torch.strided or other.layout is not torch.strided:
+        return one.layout is other.layout and torch.equal(one.detach().to_dense(), other.detach().to_dense())
+    if torch.equal(one, other):
+        return True
+    if not (one.is_floating_point() or one.is_complex()):
+        return False
+    both_nan = one.isnan() & other.isnan()
+    return bool(((one == other) | both_nan).all())
 
 
 def _parts(item: Any) -> list[Any]:

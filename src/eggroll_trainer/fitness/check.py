@@ -13,16 +13,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 from ..agreement import disagreement, precision
 from ..forward import PLAIN_TYPES
 from ..noise import kept_rng
 from ..population import Population
+from ..snapshot import same_bits
 from . import alone
 from .interception import Interception, plain_call
 from .randomness import Source
-from .record import Record, RecordedCall, copies, describe, same_bits
+from .record import Record, RecordedCall, copies, describe
 
 Function = Callable[[nn.Module], float]
 
@@ -158,11 +158,9 @@ class _Replay(_Alone):
             raise _Found(f"{where} was given another input than when it is evaluated by itself: {SHARED}")
         if not recorded.batched:
             return plain_call(module, args, kwargs)
-        outputs: list[Any] = []
 
         def call() -> Any:
-            outputs[:] = [self.plain(module, args, kwargs)]
-            return outputs[0]
+            return self.plain(module, args, kwargs)
 
         devices = {leaf.device for leaf in leaves if isinstance(leaf, Tensor)}
         with kept_rng(devices):
@@ -173,7 +171,7 @@ class _Replay(_Alone):
                 f" its weights: {off}"
             )
         torch.set_num_threads(recorded.threads)
-        return tree_map(_with_gradients, recorded.result, outputs[0])
+        return recorded.result
 
 
 def _same(one: Any, other: Any) -> bool:
@@ -183,13 +181,6 @@ def _same(one: Any, other: Any) -> bool:
         return type(one) is type(other) and (one == other or one != one)
     # Objects of the user's own may be other ones each time.
     return True
-
-
-def _with_gradients(recorded: Any, output: Any) -> Any:
-    """Return a recorded output that wants gradients where the true one does."""
-    if isinstance(recorded, Tensor) and isinstance(output, Tensor) and output.requires_grad:
-        return recorded.requires_grad_()
-    return recorded
 
 
 def _ordinal(number: int) -> str:

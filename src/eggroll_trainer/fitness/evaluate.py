@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple, TypeVar, overload
 import torch
 from torch import Tensor, nn
 
+from ..memory import is_out_of_memory
 from ..population import Audit, Population
 from ..warned import Warned
 from . import alone, together
@@ -215,7 +216,7 @@ class _Runner:
     def _failed(self, failed: together.MemberFailed) -> Evaluation:
         """Find out whether a member who failed together with others does so alone as well."""
         error = failed.error
-        if not isinstance(error, Exception):
+        if self.coalesce == "unchecked" or not isinstance(error, Exception) or is_out_of_memory(error):
             self._annotate(error, f"member {self.population.first + failed.index}")
             raise error
         self._score_alone(failed.index)

@@ -18,12 +18,14 @@ class Findings:
 
     Attributes:
         alone: Why members are evaluated alone, or None while nothing speaks against running them together.
+        reason: Why they will have to be, found out in this process, before all processes have been told.
         isolate: Whether members set attributes of the model, which are then kept apart.
         divided: Indices of the global generators that the function draws from: each member has a state of its own.
         unjudgeable: Whether the function differs from itself, so that no check can say anything.
     """
 
     alone: str | None = None
+    reason: str | None = None
     isolate: bool = False
     divided: set[int] = dataclasses.field(default_factory=set)
     unjudgeable: bool = False
@@ -43,12 +45,18 @@ class Findings:
         kind, structure = _kind_of(fitness_fn), _structure_of(model)
         if kind != self._kind or structure != self._structure:
             if self._kind is not None and kind != self._kind:
-                self.alone, self.isolate, self.divided, self.unjudgeable = None, False, set(), False
+                self.alone, self.reason, self.isolate, self.divided, self.unjudgeable = None, None, False, set(), False
             self._kind, self._structure = kind, structure
             self._evaluated, self._generation, self._first_chunk = 0, None, True
         if generation != self._generation:
             self._generation = generation
             self._evaluated += 1
+
+    def decide(self, alone: str | None) -> None:
+        """Note what all processes have been told: why members are evaluated alone, or None."""
+        self.alone = alone
+        if alone is not None:
+            self.reason = None
 
     def to_check(self, seed: int, first: int, size: int, population_size: int) -> list[int]:
         """Return which members of a chunk are to be checked, by their indices in it.

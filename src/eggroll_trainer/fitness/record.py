@@ -72,20 +72,6 @@ def copies(leaves: list[Any]) -> list[Any]:
     return [leaf.detach().clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
 
 
-def same_bits(one: Tensor, other: Tensor) -> bool:
-    """Return whether two tensors are of the same dtype, shape and values, NaNs among them."""
-    if one.dtype != other.dtype or one.shape != other.shape or one.device != other.device:
-        return False
-    if one.layout is not torch.strided or other.layout is not torch.strided:
-        return one.layout is other.layout and torch.equal(one.detach().to_dense(), other.detach().to_dense())
-    if torch.equal(one, other):
-        return True
-    if not (one.is_floating_point() or one.is_complex()):
-        return False
-    both_nan = one.isnan() & other.isnan()
-    return bool(((one == other) | both_nan).all())
-
-
 def _copy(leaf: Any) -> Any:
     """Return a copy of a tensor that kernels treat alike: they begin and end their vectors where memory is aligned."""
     if not isinstance(leaf, Tensor):

@@ -263,7 +263,7 @@ def perturb(centre: Tensor, member: tuple[Tensor, Tensor] | Tensor) -> Tensor:
     if isinstance(member, tuple):
         return PerturbedTensor.wrap(centre, *member)
     wide = torch.promote_types(centre.dtype, member.dtype)
-    return (centre.to(wide) + member).to(centre.dtype).as_subclass(DenseParameter)
+    return DenseParameter.wrap((centre.to(wide) + member).to(centre.dtype))
 
 
 def wide_dtype(tensor: Tensor) -> torch.dtype:

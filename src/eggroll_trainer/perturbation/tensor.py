@@ -103,6 +103,14 @@ class DenseParameter(torch.Tensor):
     """
 
     _is_param = True
+    _value: Tensor
+
+    @staticmethod
+    def wrap(value: Tensor) -> DenseParameter:
+        """Return the parameter with the values of an ordinary tensor."""
+        tensor = value.as_subclass(DenseParameter)
+        tensor._value = value
+        return tensor
 
     @classmethod
     def __torch_function__(
@@ -117,10 +125,7 @@ class DenseParameter(torch.Tensor):
 
 
 def _ordinary(value: Any) -> Any:
-    if type(value) is DenseParameter:
-        with torch._C.DisableTorchFunctionSubclass():
-            return value.as_subclass(torch.Tensor)
-    return value
+    return value._value if type(value) is DenseParameter else value
 
 
 def _plain(values: Any) -> Any:

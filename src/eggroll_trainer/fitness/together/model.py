@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from ...module_state import ModuleState
 from ...perturbation.tensor import METADATA
 from ...population import Population
-from ...snapshot import Snapshot, is_immutable
 from .. import thread_modes
 from ..interception import ATTRIBUTE, Handler, Interception
 
@@ -86,15 +86,9 @@ class SharedModel:
             for place in (attributes, *(attributes[name] for name in _REGISTRIES))
         ]
         self._before = [dict(place) for place in self._places]
-        self._watched = [
-            Snapshot(value, restorable=False)
-            for attributes in self._attributes
-            for key, value in attributes.items()
-            if key not in _MODULE_ATTRIBUTES and not is_immutable(value) and not isinstance(value, Tensor)
-        ]
-        model = self.population.model
-        self._tensors = [t for t in (*model.buffers(), *model.parameters()) if not t.is_inference()]
-        self._versions = [t._version for t in self._tensors]
+        self._state = ModuleState(self.population.model)
+        self._parameters = [p for p in self.population.model.parameters() if not p.is_inference()]
+        self._versions = [p._version for p in self._parameters]
 
     def _start(self) -> None:
         self._interception.start()
@@ -132,20 +126,16 @@ class SharedModel:
             trained, p.grad = self._gradients[p]
             p.data = data
             p.requires_grad_(trained)
-        for place, before in zip(self._places, self._before, strict=True):
-            contents = {key: value for key, value in before.items() if key != ATTRIBUTE}
-            if ATTRIBUTE in place:
-                contents[ATTRIBUTE] = place[ATTRIBUTE]
-            if place.keys() != contents.keys() or any(place[k] is not v for k, v in contents.items()):
-                place.clear()
-                place.update(contents)
+        self._state.restore()
 
     def enter(self, index: int, holding: Holding) -> None:
         """Begin a member's turn."""
         self._turn = index, holding
         self._set_training(self._training if holding.training is None else holding.training)
-        for p, (data, _) in holding.weights.items():
-            _set_data(p, data)
+        if holding.weights:
+            for p, (data, _) in holding.weights.items():
+                _set_data(p, data)
+            torch.clear_autocast_cache()
         for place, contents in holding.changes.items():
             self._places[place].clear()
             self._places[place].update(contents)
@@ -154,9 +144,11 @@ class SharedModel:
         """End a member's turn."""
         self._turn = None
         holding.training = self._training_now = self._read_training()
-        for p, (_, copied) in holding.weights.items():
-            holding.weights[p] = _data(p), copied
-            _set_data(p, self._centres[p])
+        if holding.weights:
+            for p, (_, copied) in holding.weights.items():
+                holding.weights[p] = _data(p), copied
+                _set_data(p, self._centres[p])
+            torch.clear_autocast_cache()
         if self.isolate:
             self._set_training(self._training)
             holding.changes = self._differences()
@@ -209,8 +201,8 @@ class SharedModel:
     def changed_in_place(self) -> bool:
         """Return whether buffers, parameters or containers were changed in place, outside of a turn."""
         with torch._C.DisableTorchFunctionSubclass():
-            written = any(t._version != version for t, version in zip(self._tensors, self._versions, strict=True))
-        return written or any(snapshot.changed() for snapshot in self._watched)
+            written = any(p._version != version for p, version in zip(self._parameters, self._versions, strict=True))
+        return written or self._state.differs_in_place()
 
     def form(self, parameter: nn.Parameter) -> None:
         """Have a parameter hold what it is for the member whose turn it is."""
@@ -255,8 +247,6 @@ class SharedModel:
                 attributes["training"] = mode
             self._training_now = training
 
-
-_MODULE_ATTRIBUTES = frozenset(nn.Module().__dict__)
 
 # The models whose parameters are shared, by the parameters' id.
 _shared: dict[int, weakref.ref[SharedModel]] = {}
