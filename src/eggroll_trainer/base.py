@@ -402,7 +402,7 @@ class ESTrainer(RunState, ABC):
             "sigma_scheduler": type(self._schedules.sigma_scheduler).__name__,
             "population_size": self.population_size,
             "chunk_size": min(self.population_size, self._chunk_members()),
-            "coalesce": self.coalesce,
+            "coalesce": bool(self.coalesce),
             "compile": self.compile,
             "evaluation_dtype": str(self.evaluation_dtype),
             "device": self.device.type,
