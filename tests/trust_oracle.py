@@ -269,7 +269,7 @@ class Judge:
         self._connection.send(name)
         try:
             verdict: Verdict = self._connection.recv()
-        except EOFError:
+        except (EOFError, OSError):
             self.close()
             return Verdict("hung", f"ended after {LIMIT} s, or it crashed; see the traceback on stderr")
         return verdict
