@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 import trust_draws
+import trust_holders
 import trust_models
 import trust_outer
 import trust_places
@@ -16,7 +17,7 @@ from trust_oracle import Judge, Kind, Variation, Verdict
 
 TABLES: list[dict[str, Variation]] = [
     trust_places.VARIATIONS, trust_outer.VARIATIONS, trust_uses.VARIATIONS, trust_draws.VARIATIONS,
-    trust_waits.VARIATIONS, trust_models.VARIATIONS,
+    trust_waits.VARIATIONS, trust_holders.VARIATIONS, trust_models.VARIATIONS,
 ]  # fmt: skip
 VARIATIONS = {name: variation for table in TABLES for name, variation in table.items()}
 
