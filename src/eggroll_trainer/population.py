@@ -198,8 +198,11 @@ class Population:
             with torch.inference_mode(False), torch.no_grad():
                 values = self.member_parameters(index)
         # Whatever else is trained inside the block, by an optimizer of the user's, must not reach the model either.
+        perturbed = {id(parameters[name]) for name in values}
         others = {
-            name: p.detach().clone() for name, p in parameters.items() if name not in values and p.requires_grad
+            name: p.detach().clone()
+            for name, p in self.model.named_parameters()
+            if id(p) not in perturbed and p.requires_grad
         }
         frozen = [(name, p, p._version) for name, p in parameters.items() if not p.requires_grad and not p.is_inference()]
         held = [(p, p.data, p.grad, p.requires_grad) for p in parameters.values()]

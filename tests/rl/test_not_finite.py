@@ -69,8 +69,8 @@ def play(
     fitness = EpisodeReturn(Slide, episodes=episodes)
     policy = kind(*fitness.spaces())
     trainer = EGGROLLTrainer(model=policy, fitness_fn=fitness, population_size=N, noise_reuse=2, sigma=0.5, seed=3)
-    scores = trainer._evaluate(0, N).scores
-    statistics = fitness.pop_statistics()
+    scores, statistics, _ = trainer._evaluate(0, N)
+    assert statistics is not None
     return scores, statistics, trainer.step(), trainer
 
 
@@ -165,14 +165,14 @@ def test_actions(space: Any, instead: float, good: bool, monkeypatch: pytest.Mon
     fitness = EpisodeReturn(Slide)
     policy = Blind(2, instead)
     trainer = EGGROLLTrainer(model=policy, fitness_fn=fitness, population_size=N, sigma=0.5, seed=3)
-    scores = trainer._evaluate(0, N).scores
+    scores, statistics, _ = trainer._evaluate(0, N)
     values = trainer._perturbations(0, N).members()["weight"]
     assert isinstance(values, Tensor)
     bad = (values < 0).any(-1) & (not good)
     assert bad.any() != good and not bad.all()
     assert torch.equal(scores.isnan(), bad)
     # Of a member without an action nothing is stepped.
-    assert fitness.pop_statistics()[0] == LENGTH * int((~bad).sum())
+    assert statistics is not None and statistics[0] == LENGTH * int((~bad).sum())
 
 
 @pytest.mark.parametrize("where", ["observe", "costs"])
@@ -186,7 +186,6 @@ def test_locomotion(where: str, backend: str, monkeypatch: pytest.MonkeyPatch) -
     policy = MLPPolicy(*fitness.spaces(), hidden=(8,))
     trainer = EGGROLLTrainer(model=policy, fitness_fn=fitness, population_size=N, noise_reuse=2, sigma=0.5, seed=3)
     fine = trainer._evaluate(0, N).scores
-    fitness.pop_statistics()
     simulator: Any = LocomotionSimulator("HalfCheetah-v5", N, backend=backend)  # type: ignore[arg-type]
     fitness._simulators[N] = simulator
     right = getattr(simulator._task, where)
@@ -198,8 +197,8 @@ def test_locomotion(where: str, backend: str, monkeypatch: pytest.MonkeyPatch) -
         return values
 
     monkeypatch.setattr(simulator._task, where, broken)
-    scores = trainer._evaluate(0, N).scores
-    statistics = fitness.pop_statistics()
+    scores, statistics, _ = trainer._evaluate(0, N)
+    assert statistics is not None
     assert scores.isnan().nonzero().flatten().tolist() == [2]
     others = [i for i in range(N) if i != 2]
     torch.testing.assert_close(scores[others], fine[others], rtol=1e-3, atol=0)

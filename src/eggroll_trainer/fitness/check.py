@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
 
 from ..agreement import disagreement, precision
 from ..forward import PLAIN_TYPES
@@ -22,7 +23,7 @@ from ..snapshot import same_bits
 from . import alone
 from .interception import Interception, plain_call
 from .randomness import Source
-from .record import Record, RecordedCall, copies, describe
+from .record import Record, aligned_copy, copies, describe
 
 Function = Callable[[nn.Module], float]
 
@@ -78,7 +79,8 @@ class _Alone:
         return alone.score(self.population, function, index, generators, self._interception)[0]
 
     def _on_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if threading.get_ident() != self._thread:
+        if threading.get_ident() != self._thread or torch._C._functorch.peek_interpreter_stack() is not None:
+            # In another thread, or of tensors that have no values yet.
             return plain_call(module, args, kwargs)
         return self.call(module, args, kwargs)
 
@@ -159,8 +161,11 @@ class _Replay(_Alone):
         if not recorded.batched:
             return plain_call(module, args, kwargs)
 
+        outputs: list[Any] = []
+
         def call() -> Any:
-            return self.plain(module, args, kwargs)
+            outputs[:] = [self.plain(module, args, kwargs)]
+            return outputs[0]
 
         devices = {leaf.device for leaf in leaves if isinstance(leaf, Tensor)}
         with kept_rng(devices):
@@ -171,7 +176,28 @@ class _Replay(_Alone):
                 f" its weights: {off}"
             )
         torch.set_num_threads(recorded.threads)
+        if any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in tree_leaves(outputs[0])):
+            return tree_map(_Differentiable.of, recorded.result, outputs[0])
         return recorded.result
+
+
+class _Differentiable(torch.autograd.Function):
+    """A recorded output that asks for gradients as the true one does, and would get none."""
+
+    @staticmethod
+    def of(recorded: Any, output: Any) -> Any:
+        """Return the recorded leaf, which asks for gradients if the output does."""
+        if isinstance(output, Tensor) and output.requires_grad:
+            return _Differentiable.apply(torch.empty(0, requires_grad=True, device="cpu"), recorded)
+        return recorded
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, recorded: Tensor) -> Tensor:
+        return aligned_copy(recorded)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, None]:
+        return None, None
 
 
 def _same(one: Any, other: Any) -> bool:

@@ -56,7 +56,7 @@ class Record:
     @staticmethod
     def end(call: RecordedCall, result: Any) -> None:
         """Note what a call that was computed for several members has returned."""
-        call.result, call.batched = tree_map(_copy, result), True
+        call.result, call.batched = tree_map(aligned_copy, result), True
         call.threads = torch.get_num_threads()
 
 
@@ -72,7 +72,7 @@ def copies(leaves: list[Any]) -> list[Any]:
     return [leaf.detach().clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
 
 
-def _copy(leaf: Any) -> Any:
+def aligned_copy(leaf: Any) -> Any:
     """Return a copy of a tensor that kernels treat alike: they begin and end their vectors where memory is aligned."""
     if not isinstance(leaf, Tensor):
         return leaf

@@ -16,7 +16,8 @@ from typing import Any
 # Seconds without a turn, nothing being computed, after which all must be waiting for each other: where no thread of
 # the process could change that, and where only one that is not Python's could.
 _PATIENCE, _LONG_PATIENCE = 3.0, 30.0
-_TICK = 0.5
+_LITTLE_PATIENCE = 0.3
+_TICK = 0.1
 # Its default is to do nothing, and Python uses it for nothing.
 _SIGNAL: signal.Signals | None = getattr(signal, "SIGURG", None)
 _TASKS = "/proc/self/task"
@@ -31,10 +32,11 @@ class Watch:
 
     Attributes:
         turns: To be changed whenever a member gets its turn.
+        patience: Seconds without a turn after which it looks closer.
     """
 
     def __init__(self) -> None:
-        self.turns = 0
+        self.turns, self.patience = 0, _PATIENCE
         self._suspect = -1
         self._handler: Any = None
 
@@ -55,6 +57,10 @@ class Watch:
             _watched = None
             assert _SIGNAL is not None
             signal.signal(_SIGNAL, self._handler)
+
+    def hurry(self) -> None:
+        """Find further deadlocks sooner: after one, others are likely."""
+        self.patience = _LITTLE_PATIENCE
 
     def suspect(self, turn: int) -> None:
         """Raise in the main thread if the turn is still the same."""
@@ -97,7 +103,7 @@ class _Watcher:
             # What computes, in whatever thread, may be what the members wait for.
             if known != (watch, watch.turns) or used - cpu > 0.1 * (now - since):
                 known, since, cpu = (watch, watch.turns), now, used
-            elif now - since > _PATIENCE and _python_waits():
+            elif now - since > watch.patience and _python_waits():
                 if now - since > _LONG_PATIENCE or _all_wait():
                     watch.suspect(known[1])
             del watch

@@ -70,6 +70,10 @@ class MemberFailed(Exception):
         self.index, self.error = index, error
 
 
+class _Blocked(Exception):
+    """A member waits for something that another one holds."""
+
+
 class _Again(Exception):
     """The evaluation has to begin again, as more has been found out about the function."""
 
@@ -167,7 +171,7 @@ class _Evaluation:
         self._shared = [i for i in range(len(generators)) if i not in findings.divided]
         self._members = [_Member(i, records.get(i)) for i in range(len(population))]
         self._current: _Member | None = None
-        self._aborted = False
+        self._aborted = self._finishing = False
         # Calls that could not be batched, with the reason.
         self._refusals = population.forwards.refused
         self._groups: dict[Any, Group] = {}
@@ -185,7 +189,11 @@ class _Evaluation:
             _running.append(self)
             try:
                 with Watch() as self._watch:
-                    self._take_turns(collect)
+                    try:
+                        self._take_turns(collect)
+                    except _Blocked:
+                        self._finish()
+                        raise NotTogether(_DEADLOCK) from None
             except BaseException:
                 with delayed_interrupt():
                     self._abort()
@@ -231,8 +239,10 @@ class _Evaluation:
                 self._leave_generators(member)
             self._model.leave(member.holding)
             self._current = None
+        if self._finishing:
+            return
         if isinstance(member.failure, Deadlock):
-            raise NotTogether(_DEADLOCK)
+            raise _Blocked
         if self.refused is not None:
             raise NotTogether(self.refused)
         if member.failure is not None:
@@ -263,6 +273,8 @@ class _Evaluation:
         if self._aborted:
             raise greenlet.GreenletExit
         leaves, spec = describe(args, kwargs)
+        if self._finishing:
+            return plain_call(module, args, kwargs)
         why, refusal = self._join(member, module, leaves, spec)
         recorded = None
         if member.record is not None:
@@ -438,6 +450,15 @@ class _Evaluation:
             "refused",
             f"{name or 'the model'} ({type(module).__name__}) runs for each member on its own{together}: {reason}",
         )
+
+    def _finish(self) -> None:
+        """Let the functions that have begun run to their end, one after the other: they give back what they hold."""
+        self._finishing = True
+        self._watch.hurry()
+        for member in self._members:
+            if member.greenlet is not None:
+                member.refusal = _DEADLOCK
+                self._take_turn(member)
 
     def _abort(self) -> None:
         """End the functions that still wait, so that their ``with`` and ``finally`` blocks run."""
