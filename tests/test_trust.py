@@ -20,13 +20,14 @@ TABLES: list[dict[str, Variation]] = [
     trust_waits.VARIATIONS, trust_holders.VARIATIONS, trust_models.VARIATIONS,
 ]  # fmt: skip
 VARIATIONS = {name: variation for table in TABLES for name, variation in table.items()}
+ALL = VARIATIONS | trust_waits.STUCK
 
 RIGHT = {"right", "right, with a warning"}
 
 
 @pytest.fixture(scope="module")
 def judge() -> Iterator[Judge]:
-    judge = Judge("test_trust.VARIATIONS")
+    judge = Judge("test_trust.ALL")
     yield judge
     judge.close()
 
@@ -35,6 +36,12 @@ def judge() -> Iterator[Judge]:
 def test_no_score_is_silently_wrong(name: str, judge: Judge) -> None:
     kind, verdict = VARIATIONS[name].kind, judge(name)
     assert verdict.outcome in accepted(kind), explained(kind, verdict)
+
+
+@pytest.mark.parametrize("name", trust_waits.STUCK)
+def test_what_waits_for_ever_is_an_error(name: str, judge: Judge) -> None:
+    verdict = judge(name)
+    assert verdict.outcome == "raised" and "make it inside the function" in verdict.detail, verdict.detail
 
 
 def accepted(kind: Kind) -> set[str]:

@@ -150,10 +150,12 @@ WAITING: dict[str, Build] = {
     "pool_of_three": pool_of(3, True),
     "impatient_pool": pool_of(3, False),
     "pool_without_finally": pool_without_finally,
-    "bounded_queue": bounded_queue,
     "condition": condition,
     "too_many_open": too_many_open,
     "not_reentrant": not_reentrant,
 }
 
 VARIATIONS = {f"{name}-held": Variation(build) for name, build in WAITING.items()}
+
+# Left in use where members have waited for each other: full, for whoever comes later.
+STUCK = {"bounded_queue": Variation(bounded_queue)}

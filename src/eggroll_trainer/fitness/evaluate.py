@@ -191,7 +191,11 @@ class _Runner:
         return Evaluation(torch.tensor(scores, dtype=torch.float64, device="cpu"), statistics, None)
 
     def _alone(self) -> Evaluation:
-        scores = [self._score_alone(i) for i in range(len(self.population))]
+        scores = []
+        # What the members held who waited for each other may be held still.
+        with together.Watch(self.findings.alone == together.DEADLOCK) as watch:
+            for watch.turns in range(len(self.population)):
+                scores.append(self._score_alone(watch.turns))
         return Evaluation(torch.tensor(scores, dtype=torch.float64, device="cpu"), self._statistics(), None)
 
     def _score(self, model: nn.Module) -> float:
@@ -200,6 +204,13 @@ class _Runner:
     def _score_alone(self, index: int) -> float:
         try:
             value, changed = alone.score(self.population, self._score, index, self.generators)
+        except together.Deadlock as error:
+            stuck = RuntimeError(
+                "the fitness function waits for ever, for a lock, a queue or the like that earlier calls have left in"
+                " use: make it inside the function, or pass coalesce=False from the beginning"
+            )
+            self._annotate(stuck, f"member {self.population.first + index}")
+            raise stuck from error
         except BaseException as error:
             self._annotate(error, f"member {self.population.first + index}")
             raise

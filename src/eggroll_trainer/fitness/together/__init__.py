@@ -1,5 +1,6 @@
 """Members of a population taking turns in a plain fitness function, on one and the same model object."""
 
-from .members import MemberFailed, NotTogether, refuse_nested, scores
+from .deadlock import Deadlock, Watch
+from .members import DEADLOCK, MemberFailed, NotTogether, refuse_nested, scores
 
-__all__ = ["MemberFailed", "NotTogether", "refuse_nested", "scores"]
+__all__ = ["DEADLOCK", "Deadlock", "MemberFailed", "NotTogether", "Watch", "refuse_nested", "scores"]

@@ -30,12 +30,16 @@ class Deadlock(BaseException):
 class Watch:
     """Raises :class:`Deadlock` in the block where members wait for each other. On Linux, in the main thread.
 
+    Args:
+        on: Whether to do anything.
+
     Attributes:
         turns: To be changed whenever a member gets its turn.
         patience: Seconds without a turn after which it looks closer.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, on: bool = True) -> None:
+        self._on = on
         self.turns, self.patience = 0, _PATIENCE
         self._suspect = -1
         self._handler: Any = None
@@ -43,7 +47,7 @@ class Watch:
     def __enter__(self) -> Watch:
         global _watched
         main = threading.current_thread() is threading.main_thread()
-        if main and _SIGNAL is not None and os.path.isdir(_TASKS):
+        if self._on and main and _SIGNAL is not None and os.path.isdir(_TASKS):
             self._handler = signal.getsignal(_SIGNAL)
             if self._handler in (signal.SIG_DFL, signal.SIG_IGN):
                 signal.signal(_SIGNAL, self._raise)

@@ -48,7 +48,7 @@ _DIFFERENTIATES = "the fitness function differentiates"
 
 # Why members cannot take turns at all.
 _THREAD = "it uses the model in another thread or greenlet"
-_DEADLOCK = "a member waits for something, such as a lock, that another one holds"
+DEADLOCK = "a member waits for something, such as a lock, that another one holds"
 _WRITES = "it changes buffers or parameters of the model in place"
 _NESTED = "it evaluates a population of its own"
 
@@ -193,7 +193,7 @@ class _Evaluation:
                         self._take_turns(collect)
                     except _Blocked:
                         self._finish()
-                        raise NotTogether(_DEADLOCK) from None
+                        raise NotTogether(DEADLOCK) from None
             except BaseException:
                 with delayed_interrupt():
                     self._abort()
@@ -457,7 +457,7 @@ class _Evaluation:
         self._watch.hurry()
         for member in self._members:
             if member.greenlet is not None:
-                member.refusal = _DEADLOCK
+                member.refusal = DEADLOCK
                 self._take_turn(member)
 
     def _abort(self) -> None:
