@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import secrets
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, cast
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from . import validation
+from .best import copy_with, holding
 from .callbacks import Checkpoints, Progress
 from .checkpoint import plain_copy, untrained
 from .distributed import Chunk, Engine, Outcome, local_device, make_engine
@@ -184,6 +184,7 @@ class ESTrainer(RunState, ABC):
         self.generation = 0
         self.best_fitness = float("-inf")
         self._best: Tensor | None = None
+        self._in_best_weights = 0
         self._learner = learner(fitness_fn)
         self._initial_untrained = self._learnt()
         self._best_untrained: dict[str, Tensor] = {}
@@ -369,16 +370,46 @@ class ESTrainer(RunState, ABC):
         """Return a new module with the weights of the best member seen so far, the ones that earned its score.
 
         Before the first generation these are the model's own.
+
+        Raises:
+            RuntimeError: A deep copy of the model does not compute what the model itself does; see
+                :meth:`best_weights`.
         """
-        best = copy.deepcopy(self.model)
-        if self._best is not None:
-            parameters = dict(best.named_parameters())
-            with torch.no_grad():
-                for name, value in self._centre.unflatten(self._best).items():
-                    parameters[name].copy_(value)
-                for name, value in untrained(best, self._centre.parameters).items():
-                    value.copy_(self._best_untrained.get(name, value))
-        return best
+        return copy_with(self.model, self._best_values(), self._findings.sample)
+
+    @contextlib.contextmanager
+    def best_weights(self) -> Iterator[nn.Module]:
+        """Put the weights of the best member seen so far into the model itself, inside the block.
+
+        Unlike the copy that :meth:`get_best_model` returns, it is the model that you know: closures over it, hooks and
+        lists of its modules are right as well. Don't take a step inside the block.
+
+        Yields:
+            ``trainer.model``.
+
+        Example:
+            >>> model = nn.Linear(3, 1)
+            >>> x = torch.ones(8, 3)
+            >>> trainer = eggroll_trainer.EGGROLLTrainer(model=model, fitness_fn=lambda m: m(x).mean(), seed=0)
+            >>> _ = trainer.step()
+            >>> with trainer.best_weights() as best:
+            ...     round(best(x).mean().item() - trainer.best_fitness, 5)
+            0.0
+        """
+        self._in_best_weights += 1
+        try:
+            with holding(self.model, self._best_values()):
+                yield self.model
+        finally:
+            self._in_best_weights -= 1
+
+    def _best_values(self) -> dict[str, Tensor]:
+        """Return parameters, buffers and untrained parameters of the best member, by their names."""
+        if self._best is None:
+            return {}
+        known = untrained(self.model, self._centre.parameters)
+        kept = {name: value for name, value in self._best_untrained.items() if name in known}
+        return {**self._centre.unflatten(self._best), **kept}
 
     def reset(self) -> None:
         """Go back to the initial parameters and options, and forget history and optimizer state."""
@@ -516,6 +547,8 @@ class ESTrainer(RunState, ABC):
 
     def _start_generation(self) -> None:
         with delayed_interrupt(), thread_modes.neutral():
+            if self._in_best_weights:
+                raise RuntimeError("step() inside best_weights(): leave the block first")
             self._check_live()
             self._findings.begin_generation(self.generation, self._fitness_fn(), self.model)
             self._begin_generation()

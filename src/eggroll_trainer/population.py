@@ -430,7 +430,7 @@ class Population:
                 continue
             at = rows.index(member)
             own = [leaf if dim is None else leaf.select(dim, at) for leaf, dim in zip(leaves, dims, strict=True)]
-            own_args, own_kwargs = tree_unflatten(own, spec)
+            own_args, own_kwargs = audit.sample = tree_unflatten(own, spec)
 
             def call(own_args: Any = own_args, own_kwargs: Any = own_kwargs) -> Any:
                 with torch.no_grad():
@@ -519,11 +519,13 @@ class Audit:
         members: Their indices in the population.
         calls: Calls compared so far.
         found: What differed, if anything did.
+        sample: Arguments and keyword arguments of one of the calls, as the model itself got them.
     """
 
     members: Sequence[int]
     calls: int = 0
     found: str | None = None
+    sample: tuple[tuple[Any, ...], dict[str, Any]] | None = None
 
 
 def _changes(changed: Sequence[str]) -> NotBatchable:

@@ -75,8 +75,8 @@ class _Alone:
         self._thread = threading.get_ident()
         self._interception = Interception(population.model, self._on_call)
 
-    def evaluate(self, function: Function, index: int, generators: Sequence[Source]) -> float:
-        return alone.score(self.population, function, index, generators, self._interception)[0]
+    def score(self, function: Function, index: int, generators: Sequence[Source]) -> tuple[float, list[str]]:
+        return alone.score(self.population, function, index, generators, self._interception)
 
     def _on_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if threading.get_ident() != self._thread or torch._C._functorch.peek_interpreter_stack() is not None:
@@ -96,6 +96,17 @@ class _Alone:
             self._interception.start()
 
 
+def evaluate_noting(
+    population: Population,
+    function: Function,
+    index: int,
+    generators: Sequence[Source],
+    note: Callable[[tuple[Any, ...], dict[str, Any]], None],
+) -> tuple[float, list[str]]:
+    """Evaluate a member alone as :func:`.alone.score` does, and note the arguments of calls of the model."""
+    return _Noting(population, note).score(function, index, generators)
+
+
 class _Recording(_Alone):
     """Records an evaluation alone."""
 
@@ -105,7 +116,7 @@ class _Recording(_Alone):
 
     def run(self, function: Function, index: int, generators: Sequence[Source]) -> None:
         """Evaluate the member."""
-        self.record.score = self.evaluate(function, index, generators)
+        self.record.score, _ = self.score(function, index, generators)
 
     def call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Make a call, and note it."""
@@ -114,6 +125,20 @@ class _Recording(_Alone):
         result = self.plain(module, args, kwargs)
         Record.end(recorded, result)
         return result
+
+
+class _Noting(_Alone):
+    """Evaluates a member alone and notes the arguments of calls of the model."""
+
+    def __init__(self, population: Population, note: Callable[[tuple[Any, ...], dict[str, Any]], None]) -> None:
+        super().__init__(population)
+        self._note = note
+
+    def call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Make a call, and note its arguments if it is one of the whole model."""
+        if module is self.population.model:
+            self._note(args, kwargs)
+        return self.plain(module, args, kwargs)
 
 
 class _Found(BaseException):
@@ -132,7 +157,7 @@ class _Replay(_Alone):
         threads = torch.get_num_threads()
         torch.set_num_threads(self._record.threads)
         try:
-            score = self.evaluate(function, index, generators)
+            score, _ = self.score(function, index, generators)
         except _Found as found:
             return str(found)
         finally:

@@ -18,7 +18,7 @@ from ..memory import is_out_of_memory
 from ..population import Audit, Population
 from ..warned import Warned
 from . import alone, together
-from .check import DiffersFromItself, difference
+from .check import DiffersFromItself, difference, evaluate_noting
 from .findings import Findings
 from .learning import Learner
 from .randomness import Source, keyed, sources
@@ -159,15 +159,16 @@ class _Runner:
             raise
         audit = population.audit
         found = None if audit is None else audit.found
+        if audit is not None and audit.sample is not None:
+            self.findings.note_sample(*audit.sample)
         return Evaluation(scores, self._statistics(), found)
 
     def plain(self) -> Evaluation:
         """Run a function of one model for all members."""
         if self.coalesce is False or self.findings.alone is not None:
             return self._alone()
-        for module in self.population.model.modules():
-            if isinstance(module, torch.jit.ScriptModule):
-                return self._refused("the model is a TorchScript module")
+        if _is_scripted(self.population.model):
+            return self._refused("the model is a TorchScript module")
         check = self.coalesce != "unchecked" and not self.findings.unjudgeable
         records = {index: Record() for index in self.to_check} if check else {}
         try:
@@ -185,6 +186,9 @@ class _Runner:
             return self._failed(failed)
         statistics = self._statistics()
         for index, record in records.items():
+            call = record.call_of(self.population.model)
+            if call is not None:
+                self.findings.note_sample(*call)
             found = self._difference(index, record)
             if found is not None:
                 return self._refused(found)
@@ -203,7 +207,12 @@ class _Runner:
 
     def _score_alone(self, index: int) -> float:
         try:
-            value, changed = alone.score(self.population, self._score, index, self.generators)
+            if self.findings.sample is None and index == 0 and not _is_scripted(self.population.model):
+                value, changed = evaluate_noting(
+                    self.population, self._score, index, self.generators, self.findings.note_sample
+                )
+            else:
+                value, changed = alone.score(self.population, self._score, index, self.generators)
         except together.Deadlock as error:
             stuck = RuntimeError(
                 "the fitness function waits for ever, for a lock, a queue or the like that earlier calls have left in"
@@ -272,6 +281,10 @@ class _Runner:
         else:
             # Python 3.10 has no notes; the message is the only place left.
             error.args = (f"{error.args[0]} ({text})", *error.args[1:]) if error.args else (text,)
+
+
+def _is_scripted(model: nn.Module) -> bool:
+    return any(isinstance(module, torch.jit.ScriptModule) for module in model.modules())
 
 
 class _one_at_a_time:

@@ -7,9 +7,13 @@ import functools
 from collections.abc import Callable, Hashable
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
 
 from ..noise import derive_seed
+
+# Of the sample.
+_MOST_BYTES = 2**24
 
 
 @dataclasses.dataclass
@@ -21,6 +25,7 @@ class Findings:
         reason: Why they will have to be, found out in this process, before all processes have been told.
         isolate: Whether members set attributes of the model, which are then kept apart.
         divided: Indices of the global generators that the function draws from: each member has a state of its own.
+        sample: Arguments and keyword arguments of a call of the model, unless they are large.
         unjudgeable: Whether the function differs from itself, so that no check can say anything.
     """
 
@@ -28,6 +33,7 @@ class Findings:
     reason: str | None = None
     isolate: bool = False
     divided: set[int] = dataclasses.field(default_factory=set)
+    sample: tuple[tuple[Any, ...], dict[str, Any]] | None = None
     unjudgeable: bool = False
     # Generations that this process has taken part in since the checks began, and the last one of them.
     _evaluated: int = 0
@@ -57,6 +63,13 @@ class Findings:
         self.alone = alone
         if alone is not None:
             self.reason = None
+
+    def note_sample(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Note a call of the model, if there is none yet, with copies of its tensors."""
+        if self.sample is None:
+            tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+            if sum(tensor.nbytes for tensor in tensors) <= _MOST_BYTES:
+                self.sample = tree_map(_copy, (args, kwargs))
 
     def to_check(self, seed: int, first: int, size: int, population_size: int) -> list[int]:
         """Return which members of a chunk are to be checked, by their indices in it.
@@ -91,3 +104,7 @@ def _kind_of(fitness_fn: Callable[..., Any]) -> Hashable:
 
 def _structure_of(model: nn.Module) -> Hashable:
     return tuple((id(module), module.training) for module in model.modules())
+
+
+def _copy(leaf: Any) -> Any:
+    return leaf.detach().clone() if isinstance(leaf, Tensor) else leaf

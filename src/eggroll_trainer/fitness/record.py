@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 _ALIGNMENT = 64
 
@@ -52,6 +52,13 @@ class Record:
         call = RecordedCall(module, leaves, spec)
         self.calls.append(call)
         return call
+
+    def call_of(self, module: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Return the arguments of the first call of a module, or None."""
+        call = next((call for call in self.calls if call.module is module), None)
+        if call is None:
+            return None
+        return (tuple(call.leaves), {}) if isinstance(call.spec, int) else tree_unflatten(call.leaves, call.spec)
 
     @staticmethod
     def end(call: RecordedCall, result: Any) -> None:

@@ -1,0 +1,96 @@
+"""The best member: its weights in the user's own model for a while, or in a copy that computes the same."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .agreement import disagreement, precision
+from .copying import copy_of
+from .interrupts import delayed_interrupt
+from .module_state import ModuleState
+from .noise import kept_rng
+
+# Arguments of a call of the model, and its keyword arguments.
+Sample = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+@contextlib.contextmanager
+def holding(model: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
+    """Have a model hold other values of some of its parameters and buffers inside the block.
+
+    Args:
+        model: The model.
+        values: By the name of the parameter or buffer.
+    """
+    tensors = {**dict(model.named_buffers()), **dict(model.named_parameters())}
+    held = [(tensors[name], tensors[name].data) for name in values]
+    try:
+        with delayed_interrupt(), torch.no_grad():
+            for name, value in values.items():
+                tensors[name].data = value.to(tensors[name]).view_as(tensors[name]).clone()
+            torch.clear_autocast_cache()
+        yield
+    finally:
+        with delayed_interrupt():
+            for tensor, data in held:
+                tensor.data = data
+            torch.clear_autocast_cache()
+
+
+def copy_with(model: nn.Module, values: Mapping[str, Tensor], sample: Sample | None) -> nn.Module:
+    """Return a deep copy of a model with other values of some of its parameters and buffers.
+
+    Args:
+        model: The model.
+        values: By the name of the parameter or buffer.
+        sample: A call for which the copy is compared with the model.
+
+    Raises:
+        RuntimeError: The copy does not compute what the model itself does with these values.
+    """
+    copy = copy_of(model)
+    tensors = {**dict(copy.named_buffers()), **dict(copy.named_parameters())}
+    with torch.no_grad():
+        for name, value in values.items():
+            tensors[name].copy_(value)
+    difference = None if sample is None else _difference(model, copy, values, sample)
+    if difference is not None:
+        raise RuntimeError(
+            "get_best_model() cannot copy this model: the copy does not compute what the model itself does with the best"
+            f" weights ({difference}); something in it, such as a closure, refers to the original. Use the model itself:"
+            " with trainer.best_weights() as model: …"
+        )
+    return copy
+
+
+def _difference(model: nn.Module, copy: nn.Module, values: Mapping[str, Tensor], sample: Sample) -> str | None:
+    args, kwargs = sample
+    devices = {p.device for p in model.parameters()}
+    with torch.no_grad(), kept_rng(devices), _unchanged(model), _unchanged(copy):
+        try:
+            with holding(model, values):
+                model(*args, **kwargs)
+        except Exception:
+            # The call depended on what the fitness function had done before.
+            return None
+        try:
+            # While the model holds other weights, which the copy must not look at.
+            result = copy(*args, **kwargs)
+        except Exception as error:
+            return f"it raises {type(error).__name__}: {error}"
+        with holding(model, values):
+            return disagreement(model, lambda: model(*args, **kwargs), result, precision(model, list(args)))
+
+
+@contextlib.contextmanager
+def _unchanged(module: nn.Module) -> Iterator[None]:
+    state = ModuleState(module)
+    try:
+        yield
+    finally:
+        state.restore()
