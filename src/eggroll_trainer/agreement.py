@@ -1,9 +1,9 @@
 """Whether two results of a model are the same, but for rounding.
 
-A batched forward adds up in another order than the model by itself, so its results differ in their last digits. How much
-that may matter depends on the model: a threshold turns a last digit into a whole step. So a result that differs by more
-than rounding alone explains is compared with what the model gives for weights that are changed by as much as rounding
-does. A batched forward that used other weights is far outside that range.
+A batched forward adds up in another order than the model by itself, so its results differ in their last digits. How
+much that may matter depends on the model: a threshold turns a last digit into a whole step. So a result that differs by
+more than rounding alone explains is compared with what the model gives for weights that are changed by as much as
+rounding does. A batched forward that used other weights is far outside that range.
 """
 
 from __future__ import annotations

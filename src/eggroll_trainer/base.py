@@ -18,7 +18,7 @@ from .callbacks import Checkpoints, Progress
 from .checkpoint import plain_copy, untrained
 from .distributed import Chunk, Engine, Outcome, local_device, make_engine
 from .fitness import thread_modes
-from .fitness.evaluate import Coalesce, Evaluation, evaluate, is_batched
+from .fitness.evaluate import Coalesce, Evaluation, Scored, is_batched
 from .fitness.learning import learner
 from .fitness.scores import check_scores, metrics_of, to_score, to_scores
 from .forward import Forwards
@@ -538,7 +538,9 @@ class ESTrainer(RunState, ABC):
                 alone = None
             if alone is not None:
                 self._findings.decide(alone)
-                self._warn_once(f"the fitness function is run for one member at a time, which is slow: {alone}", "alone")
+                self._warn_once(
+                    f"the fitness function is run for one member at a time, which is slow: {alone}", "alone"
+                )
             else:
                 self._most_members = size // 2
                 self._warn_once(f"memory ran out with {size} members at a time: half as many from now on", "memory")
@@ -625,21 +627,21 @@ class ESTrainer(RunState, ABC):
         overridden = type(self).evaluate_fitness is not ESTrainer.evaluate_fitness
         return self.evaluate_fitness if overridden else self.fitness_fn
 
-    def _evaluate(self, first: int, count: int) -> Evaluation:
+    def _evaluate(self, first: int, count: int) -> Scored:
         """Evaluate members ``first, …, first + count - 1``."""
         population = self._population(first, count)
         fitness_fn = self._fitness_fn()
         self._findings.begin_generation(self.generation, fitness_fn, self.model)
         with thread_modes.autocast_to(self.evaluation_dtype, self.device):
-            return evaluate(
+            return Evaluation(
                 population,
                 fitness_fn,
-                coalesce=self.coalesce,
-                findings=self._findings,
-                to_check=self._findings.to_check(self.seed, first, count, self.population_size),
-                learner=self._learner,
-                warned=self._warned,
-            )
+                self.coalesce,
+                self._findings,
+                self._findings.to_check(self.seed, first, count, self.population_size),
+                self._learner,
+                self._warned,
+            ).run()
 
     def _member_parameters(self, index: int) -> Tensor:
         """Return all parameters of one member of the current generation, ``[D]``."""

@@ -61,9 +61,9 @@ def copy_with(model: nn.Module, values: Mapping[str, Tensor], sample: Sample | N
     difference = None if sample is None else _difference(model, copy, values, sample)
     if difference is not None:
         raise RuntimeError(
-            "get_best_model() cannot copy this model: the copy does not compute what the model itself does with the best"
-            f" weights ({difference}); something in it, such as a closure, refers to the original. Use the model itself:"
-            " with trainer.best_weights() as model: …"
+            "get_best_model() cannot copy this model: the copy does not compute what the model itself does with the"
+            f" best weights ({difference}); something in it, such as a closure, refers to the original. Use the model"
+            " itself: with trainer.best_weights() as model: …"
         )
     return copy
 

@@ -66,7 +66,7 @@ class _Binder:
             if all(a is b for a, b in zip(parts, (value.func, *value.args, *value.keywords.values()), strict=True)):
                 return value
             count = 1 + len(value.args)
-            return functools.partial(*parts[:count], **dict(zip(value.keywords, parts[count:], strict=True)))
+            return functools.partial(parts[0], *parts[1:count], **dict(zip(value.keywords, parts[count:], strict=True)))
         if isinstance(value, tuple) and not hasattr(value, "_fields"):
             parts = [self._bind(part) for part in value]
             return value if all(a is b for a, b in zip(parts, value, strict=True)) else tuple(parts)

@@ -205,7 +205,8 @@ class ModuleState:
     def differs_by_member(self) -> bool:
         """Return whether what is different now is, or may be, another one for every member of a batched call."""
         return any(
-            isinstance(value, (DenseParameter, PerturbedTensor)) or (isinstance(value, Tensor) and is_functorch_wrapped_tensor(value))
+            isinstance(value, (DenseParameter, PerturbedTensor))
+            or (isinstance(value, Tensor) and is_functorch_wrapped_tensor(value))
             for state in self._states
             for value in state.new_values()
         )

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from .agreement import disagreement, precision
+from .copying import copy_of
 from .forward import PLAIN_TYPES, Call, Forwards
 from .graphs import replay
 from .interrupts import delayed_interrupt
 from .memory import is_out_of_memory, keep_freed_memory
-from .copying import copy_of
 from .module_state import ModuleState, NotBatchable, Slot, parameter_slots, training_modes
 from .noise import kept_rng
 from .perturbation import densify
@@ -204,7 +204,9 @@ class Population:
             for name, p in self.model.named_parameters()
             if id(p) not in perturbed and p.requires_grad
         }
-        frozen = [(name, p, p._version) for name, p in parameters.items() if not p.requires_grad and not p.is_inference()]
+        frozen = [
+            (name, p, p._version) for name, p in parameters.items() if not p.requires_grad and not p.is_inference()
+        ]
         held = [(p, p.data, p.grad, p.requires_grad) for p in parameters.values()]
         state = ModuleState(self.model)
         changed: list[str] = []

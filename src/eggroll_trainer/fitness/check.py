@@ -166,8 +166,8 @@ class _Replay(_Alone):
             return f"member {{member}} called the model more often than when it is evaluated by itself: {SHARED}"
         if score != self._record.score and not (score != score and self._record.score != self._record.score):
             return (
-                f"member {{member}} earned {self._record.score!r}, and {score!r} when it is evaluated by itself, from the"
-                f" same outputs of the model: {SHARED}"
+                f"member {{member}} earned {self._record.score!r}, and {score!r} when it is evaluated by itself, from"
+                f" the same outputs of the model: {SHARED}"
             )
         return None
 

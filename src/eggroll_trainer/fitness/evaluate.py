@@ -6,6 +6,7 @@ if that was asked for or nothing else is right. What is quick is checked, now an
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import threading
 from collections.abc import Callable, Sequence
@@ -76,7 +77,7 @@ def is_batched(fitness_fn: Callable[..., Any]) -> bool:
     return hasattr(fitness_fn, "_eggroll_batched")
 
 
-class Evaluation(NamedTuple):
+class Scored(NamedTuple):
     """What an evaluation gave.
 
     Attributes:
@@ -87,22 +88,14 @@ class Evaluation(NamedTuple):
 
     scores: Tensor
     statistics: Tensor | None
-    alone: str | None
+    alone: str | None = None
 
 
-def evaluate(
-    population: Population,
-    fitness_fn: Callable[..., Any],
-    *,
-    coalesce: Coalesce,
-    findings: Findings,
-    to_check: Sequence[int],
-    learner: Learner | None,
-    warned: Warned,
-) -> Evaluation:
-    """Return the fitness of every member.
+@dataclasses.dataclass
+class Evaluation:
+    """One evaluation of a population (or chunk).
 
-    Args:
+    Attributes:
         population: The members.
         fitness_fn: From a model to its fitness or, marked as batched, from the population to all.
         coalesce: Whether a function of one model is run for the members together, and whether that is checked.
@@ -110,39 +103,36 @@ def evaluate(
         to_check: Indices of members that are to be checked, if anything is.
         learner: The function, if it learns along the way.
         warned: The warnings already given; each is given once.
-
-    Raises:
-        TypeError: The function returned something that is not a number.
-        ValueError: The function returned an array of the wrong shape.
     """
-    together.refuse_nested()
-    with _one_at_a_time(warned):
-        try:
-            runner = _Runner(population, fitness_fn, coalesce, findings, to_check, learner, warned)
-            return runner.batched() if is_batched(fitness_fn) else runner.plain()
-        finally:
-            population.close()
 
+    population: Population
+    fitness_fn: Callable[..., Any]
+    coalesce: Coalesce
+    findings: Findings
+    to_check: Sequence[int]
+    learner: Learner | None
+    warned: Warned
 
-class _Runner:
-    """One evaluation of a population (or chunk)."""
+    def run(self) -> Scored:
+        """Return the fitness of every member.
 
-    def __init__(
-        self,
-        population: Population,
-        fitness_fn: Callable[..., Any],
-        coalesce: Coalesce,
-        findings: Findings,
-        to_check: Sequence[int],
-        learner: Learner | None,
-        warned: Warned,
-    ) -> None:
-        self.population, self.fitness_fn, self.coalesce = population, fitness_fn, coalesce
-        self.findings, self.to_check, self.learner, self.warned = findings, to_check, learner, warned
-        parameters = list(population.model.parameters())
-        self.generators: list[Source] = sources(parameters[0].device if parameters else torch.device("cpu"))
+        Raises:
+            TypeError: The function returned something that is not a number.
+            ValueError: The function returned an array of the wrong shape.
+        """
+        together.refuse_nested()
+        with _one_at_a_time(self.warned):
+            try:
+                return self._batched() if is_batched(self.fitness_fn) else self._plain()
+            finally:
+                self.population.close()
 
-    def batched(self) -> Evaluation:
+    @functools.cached_property
+    def _generators(self) -> list[Source]:
+        parameter = next(self.population.model.parameters(), None)
+        return sources(torch.device("cpu") if parameter is None else parameter.device)
+
+    def _batched(self) -> Scored:
         """Call a function of the whole population."""
         population = self.population
         if self.findings.alone is not None:
@@ -152,7 +142,7 @@ class _Runner:
             population.audit = Audit(self.to_check)
         members = f"members {population.first}-{population.first + len(population) - 1}"
         try:
-            with keyed(self.generators, population.seed, population.generation, "evaluation", population.first):
+            with keyed(self._generators, population.seed, population.generation, "evaluation", population.first):
                 scores = to_scores(self.fitness_fn(population), len(population))
         except Exception as error:
             self._annotate(error, members)
@@ -161,9 +151,9 @@ class _Runner:
         found = None if audit is None else audit.found
         if audit is not None and audit.sample is not None:
             self.findings.note_sample(*audit.sample)
-        return Evaluation(scores, self._statistics(), found)
+        return Scored(scores, self._statistics(), found)
 
-    def plain(self) -> Evaluation:
+    def _plain(self) -> Scored:
         """Run a function of one model for all members."""
         if self.coalesce is False or self.findings.alone is not None:
             return self._alone()
@@ -177,7 +167,7 @@ class _Runner:
                 self._score,
                 findings=self.findings,
                 warned=self.warned,
-                generators=self.generators,
+                generators=self._generators,
                 records=records,
             )
         except together.NotTogether as reason:
@@ -192,15 +182,15 @@ class _Runner:
             found = self._difference(index, record)
             if found is not None:
                 return self._refused(found)
-        return Evaluation(torch.tensor(scores, dtype=torch.float64, device="cpu"), statistics, None)
+        return Scored(torch.tensor(scores, dtype=torch.float64, device="cpu"), statistics)
 
-    def _alone(self) -> Evaluation:
+    def _alone(self) -> Scored:
         scores = []
         # What the members held who waited for each other may be held still.
         with together.Watch(self.findings.alone == together.DEADLOCK) as watch:
             for watch.turns in range(len(self.population)):
                 scores.append(self._score_alone(watch.turns))
-        return Evaluation(torch.tensor(scores, dtype=torch.float64, device="cpu"), self._statistics(), None)
+        return Scored(torch.tensor(scores, dtype=torch.float64, device="cpu"), self._statistics())
 
     def _score(self, model: nn.Module) -> float:
         return to_score(self.fitness_fn(model))
@@ -209,10 +199,10 @@ class _Runner:
         try:
             if self.findings.sample is None and index == 0 and not _is_scripted(self.population.model):
                 value, changed = evaluate_noting(
-                    self.population, self._score, index, self.generators, self.findings.note_sample
+                    self.population, self._score, index, self._generators, self.findings.note_sample
                 )
             else:
-                value, changed = alone.score(self.population, self._score, index, self.generators)
+                value, changed = alone.score(self.population, self._score, index, self._generators)
         except together.Deadlock as error:
             stuck = RuntimeError(
                 "the fitness function waits for ever, for a lock, a queue or the like that earlier calls have left in"
@@ -227,13 +217,13 @@ class _Runner:
         if buffers:
             self.warned.once(
                 f"the fitness function changes {', '.join(buffers)} of the model: the changes are undone after each"
-                " member, and lost. To keep such statistics, update the buffers of trainer.model between generations, or"
-                " give the fitness function pop_statistics() and merge_statistics()",
+                " member, and lost. To keep such statistics, update the buffers of trainer.model between generations,"
+                " or give the fitness function pop_statistics() and merge_statistics()",
                 "buffers",
             )
         return value
 
-    def _failed(self, failed: together.MemberFailed) -> Evaluation:
+    def _failed(self, failed: together.MemberFailed) -> Scored:
         """Find out whether a member who failed together with others does so alone as well."""
         error = failed.error
         if self.coalesce == "unchecked" or not isinstance(error, Exception) or is_out_of_memory(error):
@@ -242,21 +232,21 @@ class _Runner:
         self._score_alone(failed.index)
         self._statistics()
         return self._refused(
-            f"member {self.population.first + failed.index} raised {type(error).__name__} ({error}), and does not when it"
-            " is evaluated by itself"
+            f"member {self.population.first + failed.index} raised {type(error).__name__} ({error}), and does not when"
+            " it is evaluated by itself"
         )
 
     def _difference(self, index: int, record: Record) -> str | None:
         """Return how a member's evaluation differs from the one alone, or None."""
         try:
-            return difference(self.population, self._score, index, record, self.generators)
+            return difference(self.population, self._score, index, record, self._generators)
         except DiffersFromItself:
             self.findings.unjudgeable = True
             self.warned.once(
-                "the scores cannot be checked: evaluated twice with the same weights, the fitness function does not do the"
-                " same, as with an unseeded simulator. Seed it, from torch's, NumPy's or Python's global generator say,"
-                ' or pass coalesce="unchecked" to silence this; if its calls share a simulator or a generator, pass'
-                " coalesce=False",
+                "the scores cannot be checked: evaluated twice with the same weights, the fitness function does not do"
+                " the same, as with an unseeded simulator. Seed it, say from a global generator (torch's, NumPy's or"
+                ' Python\'s), or pass coalesce="unchecked" to silence this. If its calls share a simulator or generator,'
+                " the scores are wrong: pass coalesce=False",
                 "unjudgeable",
             )
             return None
@@ -270,9 +260,9 @@ class _Runner:
     def _statistics(self) -> Tensor | None:
         return None if self.learner is None else self.learner.pop_statistics().cpu()
 
-    def _refused(self, reason: str) -> Evaluation:
+    def _refused(self, reason: str) -> Scored:
         scores = torch.zeros(len(self.population), dtype=torch.float64, device="cpu")
-        return Evaluation(scores, self._statistics(), reason)
+        return Scored(scores, self._statistics(), reason)
 
     def _annotate(self, error: BaseException, who: str) -> None:
         text = f"in the fitness of {who} of generation {self.population.generation + 1}"

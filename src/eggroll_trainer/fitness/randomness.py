@@ -1,7 +1,7 @@
 """The global generators of random numbers, seeded for each member's evaluation and put back after all of them.
 
-A fitness function that draws from torch's, NumPy's or Python's global generator gets numbers that follow from the seed of
-the run, the generation and the member.
+A fitness function that draws from torch's, NumPy's or Python's global generator gets numbers that follow from the seed
+of the run, the generation and the member.
 """
 
 from __future__ import annotations

@@ -107,9 +107,8 @@ class _Watcher:
             # What computes, in whatever thread, may be what the members wait for.
             if known != (watch, watch.turns) or used - cpu > 0.1 * (now - since):
                 known, since, cpu = (watch, watch.turns), now, used
-            elif now - since > watch.patience and _python_waits():
-                if now - since > _LONG_PATIENCE or _all_wait():
-                    watch.suspect(known[1])
+            elif now - since > watch.patience and (_all_wait() or (now - since > _LONG_PATIENCE and _python_waits())):
+                watch.suspect(known[1])
             del watch
             time.sleep(_TICK)
 

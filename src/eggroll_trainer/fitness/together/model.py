@@ -97,13 +97,13 @@ class SharedModel:
         self._values = [tuple(before.values()) for before in self._before]
         for p in self._centres:
             _shared[id(p)] = weakref.ref(self)
-            p.__class__ = _SharedParameter  # type: ignore[assignment]
+            p.__class__ = _SharedParameter
 
     def _stop(self) -> None:
         self._interception.stop()
         for p in self._centres:
             _shared.pop(id(p), None)
-            p.__class__ = nn.Parameter  # type: ignore[assignment]
+            p.__class__ = nn.Parameter
 
     @contextlib.contextmanager
     def released(self) -> Iterator[None]:
@@ -253,8 +253,9 @@ _shared: dict[int, weakref.ref[SharedModel]] = {}
 
 
 # What neither looks at values nor changes any.
+_TENSOR: Any = torch.Tensor
 _HARMLESS: set[Any] = METADATA | {
-    torch.Tensor.requires_grad_, torch.Tensor.requires_grad.__set__, torch.Tensor.grad.__set__,  # type: ignore[attr-defined]
+    _TENSOR.requires_grad_, _TENSOR.requires_grad.__set__, _TENSOR.grad.__set__,
     torch.Tensor.is_shared, torch.Tensor.__hash__, torch._has_compatible_shallow_copy_type,
 }  # fmt: skip
 # What returns the tensor itself where it is of the right kind already.
@@ -262,7 +263,7 @@ _CONVERSIONS: set[Any] = {
     torch.Tensor.to, torch.Tensor.cpu, torch.Tensor.cuda, torch.Tensor.float, torch.Tensor.double, torch.Tensor.half,
     torch.Tensor.bfloat16, torch.Tensor.type, torch.Tensor.contiguous,
 }  # fmt: skip
-_SET_DATA: Any = torch.Tensor.data.__set__  # type: ignore[attr-defined]
+_SET_DATA: Any = _TENSOR.data.__set__
 
 
 class _SharedParameter(nn.Parameter):
