@@ -244,8 +244,8 @@ class Evaluation:
             self.findings.unjudgeable = True
             self.warned.once(
                 "the scores cannot be checked: evaluated twice with the same weights, the fitness function does not do"
-                " the same, as with an unseeded simulator. Seed it, say from a global generator (torch's, NumPy's or"
-                ' Python\'s), or pass coalesce="unchecked" to silence this. If its calls share a simulator or generator,'
+                " the same, as with an unseeded simulator. Seed it, say from a global generator, torch's, NumPy's or"
+                ' Python\'s, or pass coalesce="unchecked" to silence this. If its calls share a simulator or generator,'
                 " the scores are wrong: pass coalesce=False",
                 "unjudgeable",
             )
