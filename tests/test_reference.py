@@ -424,7 +424,8 @@ def test_population_size_counts_the_models_evaluated(model: nn.Module, custom: t
         evaluated += 1
         return fitness_fn(model)
 
-    custom(model.parameters(), model=model, fitness_fn=counting, population_size=7, seed=0).step()
+    options = {"population_size": 7, "seed": 0, "coalesce": "unchecked"}
+    custom(model.parameters(), model=model, fitness_fn=counting, **options).step()
     assert evaluated == 7
 
 
