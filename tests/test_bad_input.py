@@ -28,6 +28,8 @@ from torch.optim.lr_scheduler import (
     ReduceLROnPlateau,
 )
 
+from eggroll_trainer import VanillaESTrainer
+
 # Arguments of the constructor: what is given, the error, and what its message contains.
 
 ARGUMENTS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
@@ -73,11 +75,6 @@ ARGUMENTS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "rank 0": ({"rank": 0}, ValueError, "rank must be at least 1, got 0"),
     "rank negative": ({"rank": -1}, ValueError, "rank must be at least 1, got -1"),
     "rank float": ({"rank": 1.0}, TypeError, "rank must be an integer, got float 1.0"),
-    "rank above all matrices": (
-        {"rank": 5},
-        ValueError,
-        "rank must be at most 4, the full rank of the largest matrix, got 5",
-    ),
     "sigma 0": ({"sigma": 0}, ValueError, "sigma must be a finite number above 0, got 0.0"),
     "sigma negative": ({"sigma": -0.1}, ValueError, "sigma must be a finite number above 0, got -0.1"),
     "sigma NaN": ({"sigma": NAN}, ValueError, "sigma must be a finite number above 0, got nan"),
@@ -259,9 +256,9 @@ PARAMS: dict[str, tuple[Callable[[nn.Sequential], Any], type[Exception], str]] =
     "option out of range": (lambda m: [{"params": m.parameters(), "sigma": 0.0}], ValueError, "sigma must be a finite"),
     "group's rate": (lambda m: [{"params": m.parameters(), "lr": "1"}], TypeError, "learning_rate must be a number"),
     "group's rank": (
-        lambda m: [{"params": first(m).parameters()}, {"params": m[3].parameters(), "rank": 3}],
+        lambda m: [{"params": first(m).parameters()}, {"params": m[3].parameters(), "rank": 0}],
         ValueError,
-        "rank must be at most 2, the full rank of the largest matrix, got 3",
+        "rank must be at least 1, got 0",
     ),
     "all frozen": (
         lambda m: first(m).requires_grad_(False).parameters(),
@@ -289,6 +286,20 @@ def test_ranks_above_some_matrices_only_are_full_there() -> None:
     assert all(torch.linalg.matrix_rank(p) == 2 for p in perturbations["3.weight"])
 
 
+def test_ranks_above_all_matrices_are_full_rank() -> None:
+    # The numbers of full-rank evolution strategies, to the bit.
+    full = make(VanillaESTrainer)
+    full.train(2, verbose=False)
+    for rank in (3, 4, 9, 10**6):
+        trainer = make(rank=rank)
+        trainer.train(2, verbose=False)
+        assert torch.equal(trainer.current_params, full.current_params) and trainer.history == full.history
+    small = make(model=nn.Linear(2, 1), fitness_fn=lambda m: m(torch.ones(2)).item(), rank=2)
+    small.rank = 5
+    small.step()
+    assert small.rank == 5
+
+
 def test_integers_of_every_kind_are_taken() -> None:
     trainer = make(population_size=np.int64(8), seed=torch.tensor(1), rank=np.int32(1), chunk_size=np.uint8(8))
     goes_on(trainer, make(chunk_size=8))
@@ -308,7 +319,7 @@ CALLS: dict[str, tuple[Callable[[Any], Any], type[Exception], str]] = {
     "callback": (lambda t: t.train(2, callback="print"), TypeError, "callback must be callable, got str"),
     "learning_rate": (lambda t: setattr(t, "learning_rate", -1.0), ValueError, "learning_rate must be a finite number"),
     "sigma": (lambda t: setattr(t, "sigma", NAN), ValueError, "sigma must be a finite number above 0, got nan"),
-    "rank": (lambda t: setattr(t, "rank", 9), ValueError, "rank must be at most 4"),
+    "rank": (lambda t: setattr(t, "rank", 0), ValueError, "rank must be at least 1, got 0"),
     "seed": (lambda t: setattr(t, "seed", 0.5), TypeError, "seed must be an integer, got float 0.5"),
     "a group": (
         lambda t: t.add_param_group({"params": [nn.Parameter(torch.ones(1))]}),

@@ -361,9 +361,11 @@ JUNK: dict[str, Callable[[Tensor], Any]] = {
 
 @pytest.mark.parametrize("row", JUNK)
 def test_junk_from_a_shaper(row: str) -> None:
+    def shaper(broken: list[bool]) -> Callable[[Tensor], Any]:
+        return lambda scores: JUNK[row](scores) if broken else scores - scores.mean()
+
     broken: list[bool] = []
-    trainer = make(shaping=lambda scores: JUNK[row](scores) if broken else scores - scores.mean())
-    twin = make(shaping=lambda scores: scores - scores.mean())
+    trainer, twin = make(shaping=shaper(broken)), make(shaping=shaper([]))
     goes_on(trainer, twin)
     broken.append(True)
     with pytest.raises(ValueError, match="shaping must return a tensor of 8 finite weights, got"):
@@ -477,11 +479,21 @@ def test_trainers_made_and_used_in_inference_mode(dtype: torch.dtype, optimizer:
         make(model=born_there)
 
 
-def test_population_of_one_says_nothing_and_does_nothing() -> None:
-    trainer = make(population_size=1, optimizer=None)
+@pytest.mark.parametrize("cls", [EGGROLLTrainer, VanillaESTrainer])
+def test_a_population_of_one_is_warned_of_and_learns_nothing(cls: type[ESTrainer]) -> None:
+    with pytest.warns(RuntimeWarning, match="population_size=1 cannot learn: .* Take at least 2"):
+        trainer = make(cls, population_size=1, optimizer=None)
     before = trainer.current_params
     trainer.step()
     assert torch.equal(trainer.current_params, before)
+    later = make(cls)
+    later.population_size = 1
+    with pytest.warns(RuntimeWarning, match="population_size=1 cannot learn"):
+        later.step()
+    # One that is not compared with others can.
+    alone = make(cls, population_size=1, shaping="raw")
+    alone.step()
+    assert not torch.equal(alone.current_params, before)
 
 
 def test_a_population_knows_its_members() -> None:

@@ -104,7 +104,7 @@ class ProcessGroupEngine(Engine):
         except BaseException as error:
             # The others must hear of it, or they would wait for the scores.
             failure = error
-        reports = self._gather(_Report.of(self._fingerprint(trainer, chunks), outcomes, failure))
+        reports = self._gather(_Report.of(self._fingerprint(trainer), outcomes, failure))
         if failure is not None:
             raise failure
         _raise_first_failure(reports, trainer.generation + 1)
@@ -184,8 +184,8 @@ class ProcessGroupEngine(Engine):
             ) from error
         return [pickle.loads(payload) for payload in payloads]
 
-    def _fingerprint(self, trainer: Evaluator, chunks: Sequence[Chunk]) -> dict[str, Any]:
-        fingerprint = {**trainer.fingerprint(), "chunk_size": chunks[0].size, "exchange": self.exchange}
+    def _fingerprint(self, trainer: Evaluator) -> dict[str, Any]:
+        fingerprint = {**trainer.fingerprint(), "exchange": self.exchange}
         if self.check_every and trainer.generation % self.check_every == 0:
             fingerprint["parameters"] = trainer.checksum()
         return fingerprint

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..perturbation.sample import wide_dtype
+from .optimizers import OptimizerFactory, check_optimizer
 
 # Numbers whose change is measured at a time on a CPU.
 _PIECE = 2**18
-
-OptimizerFactory = Callable[..., torch.optim.Optimizer]
 
 
 class Centre:
@@ -25,28 +25,49 @@ class Centre:
     ``θ ← θ + learning_rate·Δθ``. Parameters in bf16 or fp16 are rounded copies of float32 masters, so that steps
     below their resolution add up and nothing drifts.
 
+    Parameters that have always been frozen are the optimizer's too, so that they can be freed, but take no memory.
+
     Args:
         groups: The trainer's parameter groups.
         factory: ``(groups, lr=…) → torch.optim.Optimizer``.
 
+    Attributes:
+        candidates: The parameters of the groups by name, be they trained or not.
+        parameters: Those that are, or have been, trained.
+        masters: What the optimizer has in the place of each candidate.
+        fixed_rows: Indices in the first dimension that no step changes, by parameter; such as an embedding's padding.
+
     Raises:
         TypeError: ``factory`` returns something else.
-        ValueError: The optimizer is over other parameters, or maximises.
+        ValueError: The optimizer is over other parameters, maximises, or cannot step from a dense gradient.
     """
 
     @torch.inference_mode(False)
     @torch.no_grad()
     def __init__(self, groups: Sequence[dict[str, Any]], factory: OptimizerFactory) -> None:
         self.factory = factory
-        self.parameters: dict[str, nn.Parameter] = {
+        self.candidates: dict[str, nn.Parameter] = {
             name: p for group in groups for name, p in zip(group["names"], group["params"], strict=True)
         }
+        self.parameters: dict[str, nn.Parameter] = {}
         self.masters = {
-            name: p if p.dtype == wide_dtype(p) else nn.Parameter(p.detach().to(wide_dtype(p)))
-            for name, p in self.parameters.items()
+            name: p if p.dtype == wide_dtype(p) else nn.Parameter(_hollow(p)) for name, p in self.candidates.items()
         }
-        self._placements = {name: (p.dtype, p.device) for name, p in self.parameters.items()}
+        self.fixed_rows: dict[str, Sequence[int]] = {}
+        self._placements = {name: (p.dtype, p.device) for name, p in self.candidates.items()}
+        self.hold([name for name, p in self.candidates.items() if p.requires_grad])
+        check_optimizer(factory, groups)
         self.restart(groups)
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def hold(self, names: Collection[str]) -> None:
+        """Make ``parameters`` those of these names, in the order of the groups."""
+        for name, p in self.candidates.items():
+            master, held = self.masters[name], name in self.parameters
+            if master is not p and held != (name in names):
+                master.data = _hollow(p) if held else p.detach().to(wide_dtype(p))
+        self.parameters = {name: p for name, p in self.candidates.items() if name in names}
 
     @torch.inference_mode(False)
     def restart(self, groups: Sequence[dict[str, Any]]) -> None:
@@ -78,13 +99,13 @@ class Centre:
                 )
 
     def __len__(self) -> int:
-        """Return the number of weights, ``D``."""
+        """Return the number of weights in ``parameters``, ``D``."""
         return sum(p.numel() for p in self.parameters.values())
 
     def flat(self) -> Tensor:
         """Return all weights in one new tensor, ``[D]``."""
         self._follow()
-        return self.flatten({name: master.detach() for name, master in self.masters.items()})
+        return self.flatten({name: self.masters[name].detach() for name in self.parameters})
 
     def flatten(self, values: Mapping[str, Tensor]) -> Tensor:
         """Return one tensor ``[D]`` of a value for each parameter."""
@@ -105,56 +126,83 @@ class Centre:
             self.masters[name].copy_(value)
         self._publish()
 
-    @torch.no_grad()
     def step(self, gradient: Mapping[str, Tensor], learning_rates: Sequence[float]) -> float:
-        """Make one step against ``gradient`` and return its Euclidean length.
+        """Make one step, as :meth:`stepped` does, and return its Euclidean length."""
+        with self.stepped(gradient, learning_rates) as length:
+            return length
 
-        If anything raises, weights and optimizer are as they were.
+    @contextlib.contextmanager
+    def stepped(self, gradient: Mapping[str, Tensor], learning_rates: Sequence[float]) -> Iterator[float]:
+        """Make one step against ``gradient``; if it or the block raises, weights and optimizer are put back.
 
         Args:
-            gradient: The negated estimate of the ascent direction, for every parameter; the optimizer may change it.
+            gradient: The negated estimate of the ascent direction, for every parameter that is not frozen; the
+                optimizer may change it.
             learning_rates: For each group.
+
+        Yields:
+            The Euclidean length of the step.
 
         Raises:
             ValueError: The gradient, or the weights after the step, are not finite.
         """
         self._follow()
-        before = {name: master.clone() for name, master in self.masters.items()}
+        before = {name: self.masters[name].detach().clone() for name in gradient}
         state = copy.deepcopy(self.optimizer.state_dict())
+        try:
+            with torch.no_grad():
+                length = self._move(gradient, learning_rates, before)
+                self._publish()
+            yield length
+        except BaseException:
+            with torch.no_grad():
+                for name, old in before.items():
+                    self.masters[name].copy_(old)
+                self.optimizer.load_state_dict(state)
+                self._publish()
+            raise
+
+    def _move(
+        self, gradient: Mapping[str, Tensor], learning_rates: Sequence[float], before: Mapping[str, Tensor]
+    ) -> float:
+        """Let the optimizer step the masters and return how far."""
         gradients = {name: master.grad for name, master in self.masters.items()}
         try:
             for group, learning_rate in zip(self.optimizer.param_groups, learning_rates, strict=True):
                 group["lr"] = learning_rate
             for name, master in self.masters.items():
-                master.grad = gradient[name].to(master)
+                # Optimizers leave out what has no gradient.
+                master.grad = gradient[name].to(master) if name in gradient else None
             self.optimizer.step()
-            length = _distance(list(self.masters.values()), list(before.values()))
-            if not math.isfinite(length):
-                if not math.isfinite(_length(list(gradient.values()))):
-                    raise ValueError(
-                        "the update is not finite, and the parameters were not changed: scale the fitness down, or"
-                        " shape it"
-                    )
-                raise ValueError(
-                    "the step leads to weights that are not finite; they were not changed. Lower learning_rate"
-                )
-        except BaseException:
-            for name, master in self.masters.items():
-                master.copy_(before[name])
-            self.optimizer.load_state_dict(state)
-            raise
         finally:
             # A model that is also trained by gradients keeps the ones it has.
             for name, master in self.masters.items():
                 master.grad = gradients[name]
-        self._publish()
+        for name, rows in self.fixed_rows.items():
+            if name in before:
+                # Weight decay moves what has a gradient of zero.
+                self.masters[name][rows] = before[name][rows]
+        length = _distance([self.masters[name] for name in before], list(before.values()))
+        if not math.isfinite(length):
+            if not math.isfinite(_length(list(gradient.values()))):
+                raise ValueError(
+                    "the update is not finite, and the parameters were not changed: scale the fitness down, or shape it"
+                )
+            raise ValueError(
+                "the step leads to weights that are not finite; they were not changed. Lower learning_rate"
+            )
         return length
+
+    def optimizer_options(self) -> list[str]:
+        """Return the optimizer's options besides learning rates, such as betas, in words; one entry for each group."""
+        groups = self.optimizer.param_groups
+        return [str({k: v for k, v in group.items() if k not in ("params", "lr")}) for group in groups]
 
     def state_dict(self) -> dict[str, Any]:
         """Return the weights and the optimizer's state, not copied."""
         self._follow()
         return {
-            "parameters": {name: master.detach() for name, master in self.masters.items()},
+            "parameters": {name: self.masters[name].detach() for name in self.parameters},
             "optimizer": self.optimizer.state_dict(),
         }
 
@@ -167,8 +215,9 @@ class Centre:
             ValueError: The state is of other parameters or another optimizer.
         """
         self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
-        for name, master in self.masters.items():
-            master.copy_(state["parameters"][name])
+        self.hold(state["parameters"])
+        for name in self.parameters:
+            self.masters[name].copy_(state["parameters"][name])
         self._publish()
 
     def _publish(self) -> None:
@@ -184,6 +233,11 @@ class Centre:
             if master is not p:
                 # Elsewhere the master keeps its digits below the resolution of the model.
                 master.copy_(torch.where(p == master.to(p.dtype), master, p.to(master.dtype)))
+
+
+def _hollow(parameter: Tensor) -> Tensor:
+    """Return what looks like a wide copy of a parameter and takes no memory."""
+    return torch.zeros((), dtype=wide_dtype(parameter), device=parameter.device).expand(parameter.shape)
 
 
 def _members(groups: Sequence[Mapping[str, Any]]) -> list[list[int]]:
