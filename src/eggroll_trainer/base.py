@@ -397,6 +397,7 @@ class ESTrainer(RunState, ABC):
             self._centre.assign(self._initial)
             self.freeze([name for name in self._centre.candidates if name not in self._initially_held])
             self._hold(self._initially_held)
+            self._follow_frozen()
             self._set_learnt(self._initial_untrained)
             self._centre.restart(self.param_groups)
             self._schedules = Schedules(self, *self._schedulers)
@@ -432,6 +433,11 @@ class ESTrainer(RunState, ABC):
         self._check_sizes()
         self._forwards.compile = self.compile
         self._follow_frozen()
+        if not any(self._centre.parameters[name].numel() for name in self._trained):
+            raise ValueError(
+                "every parameter is frozen (requires_grad=False), so there is nothing to train; free some with"
+                " requires_grad_(True)"
+            )
         for group in self.param_groups:
             validation.check_real("learning_rate", group["lr"], positive=False)
             validation.check_real("sigma", group["sigma"], positive=True)
@@ -488,7 +494,7 @@ class ESTrainer(RunState, ABC):
             return self.chunk_size
         unit = self._chunk_unit()
         most = _CHUNK_MEMBERS_CPU if self.device.type == "cpu" else _CHUNK_MEMBERS
-        fitting = min(most, self._budget.chunk_bytes(self.device) // self._bytes_per_member())
+        fitting = min(most, self._budget.chunk_bytes(self.device) // max(1, self._bytes_per_member()))
         if self._most_members is not None:
             fitting = min(fitting, self._most_members)
         return max(unit, fitting // unit * unit)

@@ -208,19 +208,9 @@ class RunState(OptimizerFace):
         set_frozen(self._centre.candidates, names)
 
     def _follow_frozen(self) -> None:
-        """Find out which parameters and rows the next generation trains.
-
-        Raises:
-            ValueError: Every parameter is frozen.
-        """
-        trained = tuple(name for name, p in self._centre.candidates.items() if p.requires_grad)
-        if not any(self._centre.candidates[name].numel() for name in trained):
-            raise ValueError(
-                "every parameter is frozen (requires_grad=False), so there is nothing to train; free some with"
-                " requires_grad_(True)"
-            )
-        self._trained = trained
-        self._hold({*self._centre.parameters, *trained})
+        """Find out which parameters and rows the next generation trains."""
+        self._trained = tuple(name for name, p in self._centre.candidates.items() if p.requires_grad)
+        self._hold({*self._centre.parameters, *self._trained})
         rows = padding_rows(self.model)
         self._centre.fixed_rows = {name: rows[id(p)] for name, p in self._centre.candidates.items() if id(p) in rows}
 
@@ -275,6 +265,7 @@ class RunState(OptimizerFace):
         self.history, self.last_generation = copy.deepcopy(state["history"]), None
         self.best_fitness = state["best_fitness"]
         self._best = None if state["best_params"] is None else state["best_params"].to(self.device, copy=True)
+        self._follow_frozen()
         self._restart_noise()
 
     def _forget(self) -> None:
