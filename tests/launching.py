@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 TESTS = Path(__file__).parent
+_PATHS = [str(TESTS), str(TESTS / "distributed"), *filter(None, [os.environ.get("PYTHONPATH")])]
 
 
 def torchrun_command(processes: int, *arguments: Any, restarts: int = 0) -> list[Any]:
@@ -25,7 +26,7 @@ def start(*arguments: Any, errors: int = subprocess.PIPE) -> Iterator[subprocess
     process = subprocess.Popen(
         [sys.executable, *map(str, arguments)],
         # Ray's workers look for modules where the script is, and here.
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{TESTS}:{TESTS / 'distributed'}"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(_PATHS)},
         stdout=subprocess.PIPE,
         stderr=errors,
         text=True,
