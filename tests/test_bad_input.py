@@ -23,12 +23,20 @@ from helpers import (
 )
 from torch import nn
 from torch.optim.lr_scheduler import (
+    CyclicLR,
     ExponentialLR,
     OneCycleLR,
     ReduceLROnPlateau,
 )
 
 from eggroll_trainer import VanillaESTrainer
+
+
+class Closing(torch.optim.SGD):
+    def step(self, closure: Any = None) -> Any:
+        assert closure is not None, "needs a closure"
+        return super().step(closure)
+
 
 # Arguments of the constructor: what is given, the error, and what its message contains.
 
@@ -171,6 +179,21 @@ ARGUMENTS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         ValueError,
         "optimizer must be made over the parameter groups that it is given",
     ),
+    "optimizer that evaluates a loss": (
+        {"optimizer": torch.optim.LBFGS},
+        ValueError,
+        "optimizer LBFGS cannot take the steps of a trainer, which has a dense gradient and no loss to evaluate again",
+    ),
+    "optimizer for sparse gradients": (
+        {"optimizer": torch.optim.SparseAdam},
+        ValueError,
+        "Use one that needs nothing else, such as torch.optim.SGD, Adam or AdamW",
+    ),
+    "optimizer that wants a closure": (
+        {"optimizer": Closing},
+        ValueError,
+        "optimizer Closing cannot take the steps of a trainer",
+    ),
     "optimizer that maximises": (
         {"optimizer": functools.partial(ADAM, maximize=True)},
         ValueError,
@@ -192,7 +215,17 @@ ARGUMENTS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "lr_scheduler with momentum": (
         {"lr_scheduler": functools.partial(OneCycleLR, max_lr=0.1, total_steps=5)},
         ValueError,
-        "`cycle_momentum`",
+        "lr_scheduler cycles a momentum, which a trainer does not have: make it with cycle_momentum=False",
+    ),
+    "lr_scheduler with cycles of momentum": (
+        {"lr_scheduler": functools.partial(CyclicLR, base_lr=0.01, max_lr=0.1)},
+        ValueError,
+        "lr_scheduler cycles a momentum, which a trainer does not have: make it with cycle_momentum=False",
+    ),
+    "lr_scheduler without its arguments": (
+        {"lr_scheduler": functools.partial(OneCycleLR, max_lr=0.1, cycle_momentum=False)},
+        ValueError,
+        "You must define either total_steps OR (epochs AND steps_per_epoch)",
     ),
     "sigma_scheduler nonsense": ({"sigma_scheduler": "cosine"}, TypeError, "sigma_scheduler must make a torch.optim"),
     "sigma_scheduler for losses": ({"sigma_scheduler": ReduceLROnPlateau}, ValueError, "sigma_scheduler: ReduceLROnPl"),
@@ -445,3 +478,35 @@ def test_live_settings(row: str) -> None:
         trainer.step()
     back(trainer)
     goes_on(trainer, twin)
+
+
+@pytest.mark.parametrize(
+    "name", ["SGD", "Adam", "AdamW", "NAdam", "RAdam", "Adamax", "Adagrad", "Adadelta", "ASGD", "RMSprop", "Rprop"]
+)
+def test_optimizers_that_can_step_are_taken(name: str) -> None:
+    factory = getattr(torch.optim, name)
+    made: list[Any] = []
+
+    def recording(params: Any, lr: float) -> Any:
+        made.append(factory(params, lr=lr))
+        return made[-1]
+
+    with global_generator_untouched():
+        trainer = make(optimizer=recording)
+    # What a factory keeps is the optimizer that takes the steps.
+    before = trainer.current_params
+    trainer.step()
+    assert made[-1].state[made[-1].param_groups[0]["params"][0]] or name == "SGD"
+    assert not torch.equal(trainer.current_params, before)
+
+
+def test_optimizers_that_go_by_shapes_are_taken() -> None:
+    masks = [torch.ones_like(p) for p in network().parameters()]
+
+    class Masked(torch.optim.SGD):
+        def step(self, closure: Any = None) -> Any:
+            for p, mask in zip(self.param_groups[0]["params"], masks, strict=True):
+                p.grad *= mask
+            return super().step()
+
+    make(optimizer=Masked).step()

@@ -349,6 +349,19 @@ def test_failures_in_the_update(row: str) -> None:
     assert torch.equal(trainer.current_params, twin.current_params)
 
 
+@pytest.mark.parametrize("cls", [EGGROLLTrainer, VanillaESTrainer, Custom])
+def test_a_history_that_cannot_be_added_to(cls: type[ESTrainer]) -> None:
+    trainer, twin = make(cls), make(cls)
+    goes_on(trainer, twin)
+    trainer.history["std_fitness"] = tuple(trainer.history["std_fitness"])  # type: ignore[assignment]
+    before = trainer.state_dict()
+    with pytest.raises(AttributeError):
+        trainer.step()
+    assert_same(trainer.state_dict(), before)
+    trainer.history["std_fitness"] = list(trainer.history["std_fitness"])
+    goes_on(trainer, twin)
+
+
 JUNK: dict[str, Callable[[Tensor], Any]] = {
     "None": lambda s: None,
     "shape": lambda s: s[:2],

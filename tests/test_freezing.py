@@ -1,4 +1,4 @@
-"""What is not trained: frozen parameters, which may be freed again, and the rows of embeddings that stand for padding."""
+"""What is not trained: frozen parameters, which may be freed again, and the rows of embeddings that are padding."""
 
 from __future__ import annotations
 

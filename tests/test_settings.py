@@ -187,6 +187,15 @@ def test_every_setting_is_of_some_trainer() -> None:
     assert given.settings().plain().items() >= expected.items()
 
 
+def test_a_callback_may_set_any_function() -> None:
+    trainer, twin = make(), make()
+    trainer.train(2, verbose=False, callback=lambda n, _: n == 1 and setattr(trainer, "shaping", lambda s: 2 * s))
+    twin.step()
+    twin.shaping = lambda scores: 2 * scores
+    twin.step()
+    assert torch.equal(trainer.current_params, twin.current_params)
+
+
 def test_names_of_shapers() -> None:
     assert shaper_name(zscore) == shaper_name("zscore") == "zscore"
     names = [shaper_name(f) for f in (halved, tempered(1.0), tempered(2.0), lambda s: s, lambda s: 2 * s)]

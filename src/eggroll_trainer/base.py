@@ -561,9 +561,12 @@ class ESTrainer(RunState, ABC):
                 f"a fitness that is not finite counts as the worst finite one of its {whose}; see num_nonfinite in"
                 " the metrics",
             )
-        best = int(checked.values.argmax())
         with delayed_interrupt(), thread_modes.neutral():
-            improved = self._member_parameters(best) if float(checked.values[best]) > self.best_fitness else None
+            improved = (
+                self._member_parameters(checked.best)
+                if float(checked.values[checked.best]) > self.best_fitness
+                else None
+            )
             gradient = self._gradient(checked.values)
             learning_rates = [group["lr"] for group in self.param_groups]
             metrics = metrics_of(checked, self.generation + 1, self.best_fitness, self.learning_rate, self.sigma)
@@ -585,6 +588,9 @@ class ESTrainer(RunState, ABC):
 
     def _call(self, callback: Callable[[int, list[float]], Any]) -> None:
         """Call a user's function in the first process, and follow what it did to the trainer in all."""
+        if self.engine.size == 1:
+            callback(self.generation, self.fitness_history)
+            return
 
         def call() -> dict[str, Any]:
             before = self.settings()

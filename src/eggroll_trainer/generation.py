@@ -112,8 +112,9 @@ def adopt(trainer: Any, settings: Mapping[str, Any]) -> None:
         trainer.evaluation_dtype = getattr(torch, settings["evaluation_dtype"].removeprefix("torch."), None)
     if "shaping" in settings and hasattr(trainer, "shaping"):
         _adopt_shaping(trainer, settings["shaping"])
-    for group, options in zip(trainer.param_groups, settings.get("options", []), strict=False):
-        group.update(plain_copy(options))
+    if "options" in settings:
+        for group, options in zip(trainer.param_groups, settings["options"], strict=True):
+            group.update(plain_copy(options))
     if "frozen" in settings:
         trainer.freeze(settings["frozen"])
     # In the end, as how many members fit depends on the rest. A trainer that chooses the same by itself may go on to.

@@ -95,11 +95,13 @@ class CheckedScores:
         values: ``[N]`` in float64, finite: NaN and ±inf are replaced by the worst finite score of their group.
         num_nonfinite: How many were replaced.
         num_tied: How many members share their score with another one.
+        best: Index of the member with the highest score; one whose own score is finite.
     """
 
     values: Tensor
     num_nonfinite: int
     num_tied: int
+    best: int
 
 
 def check_scores(scores: Tensor, generation: int, group_size: int = 0) -> CheckedScores:
@@ -129,7 +131,8 @@ def check_scores(scores: Tensor, generation: int, group_size: int = 0) -> Checke
     ordered = np.sort(values)
     same = ordered[1:] == ordered[:-1]
     tied = np.append(same, False) | np.append(False, same)
-    return CheckedScores(torch.from_numpy(values), int((~finite).sum()), int(tied.sum()))
+    best = int(np.where(finite, values, -np.inf).argmax())
+    return CheckedScores(torch.from_numpy(values), int((~finite).sum()), int(tied.sum()), best)
 
 
 def metrics_of(
