@@ -55,6 +55,27 @@ def torchrun(processes: int, *arguments: Any) -> str:
     return python(*torchrun_command(processes, *arguments))
 
 
+SCRIPT = """
+import os
+from engine_cases import *
+torch.set_num_threads(1)
+rank = int(os.environ["RANK"])
+
+def say(*words):
+    # To a file of each process's own, as their lines may mix on one output.
+    with open(f"{out}/said-{{rank}}", "a") as file:
+        print(*words, file=file)
+"""
+
+
+def run_script(processes: int, folder: Path, body: str) -> list[list[str]]:
+    """Run a script under torchrun and return the lines that each process said."""
+    path = folder / "script.py"
+    path.write_text(SCRIPT.format(out=folder) + body)
+    torchrun(processes, path)
+    return [(folder / f"said-{rank}").read_text().splitlines() for rank in range(processes)]
+
+
 def on_two_nodes(*arguments: Any) -> None:
     """Run a script in a process on each of two nodes, as two agents of torchrun do, both on this machine."""
     with socket.socket() as free:

@@ -353,7 +353,7 @@ def test_failures_in_the_update(row: str) -> None:
 def test_a_history_that_cannot_be_added_to(cls: type[ESTrainer]) -> None:
     trainer, twin = make(cls), make(cls)
     goes_on(trainer, twin)
-    trainer.history["std_fitness"] = tuple(trainer.history["std_fitness"])  # type: ignore[assignment]
+    trainer.history["std_fitness"] = tuple(trainer.history["std_fitness"])
     before = trainer.state_dict()
     with pytest.raises(AttributeError):
         trainer.step()

@@ -43,7 +43,7 @@ class TestFreezing:
 
         @batched
         def watching(population: Population) -> Tensor:
-            seen.append(torch.stack([population.member(i)[0].weight.detach() for i in range(len(population))]))
+            seen.append(torch.stack([population.member_parameters(i)["0.weight"] for i in range(len(population))]))
             return population_regression(dtype)(population)
 
         run.fitness_fn = watching
@@ -240,7 +240,7 @@ def test_padding_rows_stay(cls: Any, dtype: torch.dtype, size: dict[str, int], s
     @batched
     def fitness(population: Population) -> Tensor:
         for i in range(len(population)):
-            weight = population.member(i).embedding.weight
+            weight = population.member_parameters(i)["embedding.weight"]
             assert torch.equal(weight[3], before[3]) and not torch.equal(weight, before)
         return population(tokens).double().flatten(1).sum(1)
 

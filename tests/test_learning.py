@@ -193,7 +193,7 @@ class Unmerged(Counting):
 def test_statistics_that_cannot_be_merged(dtype: torch.dtype) -> None:
     def start() -> Any:
         torch.manual_seed(0)
-        options = {
+        options: dict[str, Any] = {
             "lr_scheduler": partial(ExponentialLR, gamma=0.5),
             "sigma_scheduler": partial(ExponentialLR, gamma=0.9),
         }

@@ -189,7 +189,12 @@ def test_every_setting_is_of_some_trainer() -> None:
 
 def test_a_callback_may_set_any_function() -> None:
     trainer, twin = make(), make()
-    trainer.train(2, verbose=False, callback=lambda n, _: n == 1 and setattr(trainer, "shaping", lambda s: 2 * s))
+
+    def callback(generation: int, history: list[float]) -> None:
+        if generation == 1:
+            trainer.shaping = lambda scores: 2 * scores
+
+    trainer.train(2, verbose=False, callback=callback)
     twin.step()
     twin.shaping = lambda scores: 2 * scores
     twin.step()

@@ -18,6 +18,7 @@ class Masked(nn.Module):
     """Makes a buffer anew for every size of batch, a cache or not."""
 
     mask: Tensor
+    scale: Tensor
 
     def __init__(self, persistent: bool) -> None:
         super().__init__()

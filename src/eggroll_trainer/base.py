@@ -395,7 +395,7 @@ class ESTrainer(RunState, ABC):
                     del group[key]
                 group.update(options)
             self._centre.assign(self._initial)
-            self.freeze([name for name in self._centre.candidates if name not in self._initially_held])
+            self.set_frozen([name for name in self._centre.candidates if name not in self._initially_held])
             self._hold(self._initially_held)
             self._follow_frozen()
             self._set_learnt(self._initial_untrained)

@@ -116,7 +116,7 @@ def adopt(trainer: Any, settings: Mapping[str, Any]) -> None:
         for group, options in zip(trainer.param_groups, settings["options"], strict=True):
             group.update(plain_copy(options))
     if "frozen" in settings:
-        trainer.freeze(settings["frozen"])
+        trainer.set_frozen(settings["frozen"])
     # In the end, as how many members fit depends on the rest. A trainer that chooses the same by itself may go on to.
     if settings.get("chunk_size", trainer.settings().chunk_size) != trainer.settings().chunk_size:
         trainer.chunk_size = settings["chunk_size"]

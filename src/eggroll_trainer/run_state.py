@@ -165,10 +165,11 @@ class RunState(OptimizerFace):
     def set_working_state(self, state: dict[str, Any]) -> None:
         """Take over the :meth:`working_state` of the trainer that this one is a copy of, to evaluate its chunks."""
         self.generation = state["generation"]
-        if self.settings().compile != state["settings"]["compile"]:
-            self._restart_forwards()
+        compiled = self.settings().compile
         # Members are not shaped here.
         adopt(self, {name: value for name, value in state["settings"].items() if name != "shaping"})
+        if self.settings().compile != compiled:
+            self._restart_forwards()
         self._hold(state["trained"])
         tensors = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
         arrays = {**state["trained"], **state["untrained"]}
@@ -203,7 +204,7 @@ class RunState(OptimizerFace):
 
     # Which parameters are trained.
 
-    def freeze(self, names: Collection[str]) -> None:
+    def set_frozen(self, names: Collection[str]) -> None:
         """Freeze the parameters of these names, ``requires_grad=False``, and free all others that were given."""
         set_frozen(self._centre.candidates, names)
 
@@ -254,7 +255,7 @@ class RunState(OptimizerFace):
 
     def _restore(self, state: dict[str, Any]) -> None:
         self._centre.load_state_dict(state["centre"])
-        self.freeze(state["settings"]["frozen"])
+        self.set_frozen(state["settings"]["frozen"])
         self._schedules.load_state_dict(state)
         self._set_learnt(state["untrained"])
         set_learner_state(self._learner, state.get("learner"))

@@ -13,7 +13,8 @@ def padding_rows(model: nn.Module) -> dict[int, list[int]]:
     rows: dict[int, set[int]] = {}
     for module in model.modules():
         if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.padding_idx is not None:
-            rows.setdefault(id(module.weight), set()).add(module.padding_idx)
+            # A parametrised weight is no parameter.
+            rows.setdefault(id(module._parameters.get("weight")), set()).add(module.padding_idx)
     return {key: sorted(values) for key, values in rows.items()}
 
 

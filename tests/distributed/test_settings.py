@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 from engine_cases import make
-from launching import python
-from test_engines import run_script
+from launching import python, run_script
 
 from eggroll_trainer import EGGROLLTrainer
 from eggroll_trainer.distributed import LocalEngine
@@ -116,7 +115,12 @@ except TypeError as error:
 def test_the_numbers_are_those_of_one_process_with_the_same_settings() -> None:
     # A change in a callback is one between two calls of train.
     called, between = make(EGGROLLTrainer, LocalEngine()), make(EGGROLLTrainer, LocalEngine())
-    called.train(3, verbose=False, callback=lambda n, _: n == 2 and setattr(called, "noise_reuse", 4))
+
+    def callback(generation: int, history: list[float]) -> None:
+        if generation == 2:
+            called.noise_reuse = 4
+
+    called.train(3, verbose=False, callback=callback)
     between.train(2, verbose=False)
     between.noise_reuse = 4
     between.train(1, verbose=False)
