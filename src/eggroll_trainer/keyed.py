@@ -49,7 +49,6 @@ class KeyedESTrainer(ESTrainer):
         self.shaping = shaping
         self._member_bytes: dict[tuple[Any, ...], int] = {}
         super().__init__(params, model, fitness_fn, population_size, learning_rate, sigma, device, seed, **options)
-        self._check_learns()
 
     def _check_sizes(self) -> None:
         super()._check_sizes()
@@ -70,10 +69,6 @@ class KeyedESTrainer(ESTrainer):
 
     def _check_live(self) -> None:
         super()._check_live()
-        self._check_learns()
-
-    def _check_learns(self) -> None:
-        """Warn of a population in which nobody is better than another."""
         if self.population_size == 1 and shaper_name(self.shaping) in ("zscore", "centered_ranks"):
             self._warn_once(
                 "population_size=1 cannot learn: a member's fitness counts by how it compares with the others'. Take at"
