@@ -43,7 +43,9 @@ class TestFreezing:
 
         @batched
         def watching(population: Population) -> Tensor:
-            seen.append(torch.stack([population.member_parameters(i)["0.weight"] for i in range(len(population))]))
+            seen.append(
+                torch.stack([population.member(i).get_parameter("0.weight").detach() for i in range(len(population))])
+            )
             return population_regression(dtype)(population)
 
         run.fitness_fn = watching
@@ -152,6 +154,21 @@ def test_a_fitness_function_freezes_for_itself_only() -> None:
     run, twin = trainer(fitness_fn=fitness, coalesce=False), trainer(fitness_fn=regression(), coalesce=False)
     goes_on(run, twin)
     assert all(p.requires_grad for p in run.model.parameters())
+
+
+def test_a_fitness_function_that_freezes_in_one_chunk_only() -> None:
+    @batched
+    def fitness(population: Population) -> Tensor:
+        # In the record that processes compare nothing is frozen.
+        assert run.settings().frozen == []
+        run.model[0].requires_grad_(False)
+        return population_regression()(population)
+
+    run, twin = trainer(chunk_size=4), trainer(chunk_size=4)
+    run.fitness_fn = fitness
+    for _ in range(2):
+        assert run.step() == twin.step()
+    assert_same(run.state_dict(), twin.state_dict())
 
 
 def test_what_was_never_given_stays_frozen() -> None:

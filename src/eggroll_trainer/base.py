@@ -283,7 +283,7 @@ class ESTrainer(RunState, ABC):
         """
         self._start_generation()
         # The fitness function runs under the caller's modes.
-        with interruptible(), restored_thread_state(), thread_modes.kept(), kept_frozen(self._centre.candidates):
+        with interruptible(), restored_thread_state(), thread_modes.kept():
             scores, statistics = self._evaluate_all()
         return self._advance(scores, statistics)
 
@@ -543,7 +543,8 @@ class ESTrainer(RunState, ABC):
         """Evaluate some members of the current generation in this process: for engines."""
         self._warned.quiet = not self.is_main
         discard_statistics(self._learner)
-        scores = self._evaluate(*chunk)
+        with kept_frozen(self._centre.candidates):
+            scores = self._evaluate(*chunk)
         statistics = None if self._learner is None else self._learner.pop_statistics().cpu()
         return Outcome(scores, statistics, self._warned.take())
 
