@@ -51,7 +51,9 @@ class ESTrainer(RunState, ABC):
 
     Args:
         params: Parameters to train, as ``torch.optim`` takes them: an iterable such as ``model.parameters()``, or
-            groups with their own ``lr`` and ``sigma``. All of the model's if None; those left out stay frozen.
+            groups with their own ``lr`` and ``sigma``. All of the model's if None; those left out stay frozen. One
+            with ``requires_grad=False`` is neither perturbed nor updated, until it is freed; what is set between two
+            generations holds from the next one on.
         model: The module to train.
         fitness_fn: From a module to its fitness, higher is better: a float, a 0-d tensor or a NumPy scalar. If
             marked with :func:`eggroll_trainer.batched`, from a :class:`~eggroll_trainer.Population` to ``[N]``.
@@ -399,7 +401,7 @@ class ESTrainer(RunState, ABC):
             self._hold(self._initially_held)
             self._follow_frozen()
             self._set_learnt(self._initial_untrained)
-            self._centre.restart(self.param_groups)
+            self._centre.restart()
             self._schedules = Schedules(self, *self._schedulers)
             self._forget()
 

@@ -210,8 +210,9 @@ class RunState(OptimizerFace):
 
     def _follow_frozen(self) -> None:
         """Find out which parameters and rows the next generation trains."""
-        self._trained = tuple(name for name, p in self._centre.candidates.items() if p.requires_grad)
-        self._hold({*self._centre.parameters, *self._trained})
+        trained = tuple(name for name, p in self._centre.candidates.items() if p.requires_grad)
+        self._hold({*self._centre.parameters, *trained})
+        self._trained = trained
         rows = padding_rows(self.model)
         self._centre.fixed_rows = {name: rows[id(p)] for name, p in self._centre.candidates.items() if id(p) in rows}
 

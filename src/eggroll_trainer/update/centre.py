@@ -25,8 +25,6 @@ class Centre:
     ``θ ← θ + learning_rate·Δθ``. Parameters in bf16 or fp16 are rounded copies of float32 masters, so that steps
     below their resolution add up and nothing drifts.
 
-    Parameters that have always been frozen are the optimizer's too, so that they can be freed, but take no memory.
-
     Args:
         groups: The trainer's parameter groups.
         factory: ``(groups, lr=…) → torch.optim.Optimizer``.
@@ -34,7 +32,7 @@ class Centre:
     Attributes:
         candidates: The parameters of the groups by name, be they trained or not.
         parameters: Those that are, or have been, trained.
-        masters: What the optimizer has in the place of each candidate.
+        masters: What the optimizer has in the place of each of these.
         fixed_rows: Indices in the first dimension that no step changes, by parameter; such as an embedding's padding.
 
     Raises:
@@ -45,35 +43,49 @@ class Centre:
     @torch.inference_mode(False)
     @torch.no_grad()
     def __init__(self, groups: Sequence[dict[str, Any]], factory: OptimizerFactory) -> None:
-        self.factory = factory
+        self.factory, self._groups = factory, groups
         self.candidates: dict[str, nn.Parameter] = {
             name: p for group in groups for name, p in zip(group["names"], group["params"], strict=True)
         }
-        self.parameters: dict[str, nn.Parameter] = {}
-        self.masters = {
-            name: p if p.dtype == wide_dtype(p) else nn.Parameter(_hollow(p)) for name, p in self.candidates.items()
-        }
-        self.fixed_rows: dict[str, Sequence[int]] = {}
         self._placements = {name: (p.dtype, p.device) for name, p in self.candidates.items()}
-        self.hold([name for name, p in self.candidates.items() if p.requires_grad])
-        check_optimizer(factory, groups)
-        self.restart(groups)
+        self.fixed_rows: dict[str, Sequence[int]] = {}
+        self.parameters = {name: p for name, p in self.candidates.items() if p.requires_grad}
+        self.masters = {name: _master(p) for name, p in self.parameters.items()}
+        check_optimizer(factory, self._masters_in_groups(self.masters))
+        self.optimizer = self._optimizer_of(self.masters)
 
     @torch.inference_mode(False)
     @torch.no_grad()
     def hold(self, names: Collection[str]) -> None:
-        """Make ``parameters`` those of these names, in the order of the groups."""
-        for name, p in self.candidates.items():
-            master, held = self.masters[name], name in self.parameters
-            if master is not p and held != (name in names):
-                master.data = _hollow(p) if held else p.detach().to(wide_dtype(p))
-        self.parameters = {name: p for name, p in self.candidates.items() if name in names}
+        """Make ``parameters`` those of these names, in the order of the groups.
+
+        The optimizer is made anew, and keeps what it knows of those that stay.
+        """
+        parameters = {name: p for name, p in self.candidates.items() if name in names}
+        if parameters.keys() == self.parameters.keys():
+            return
+        masters = {name: self.masters[name] if name in self.masters else _master(p) for name, p in parameters.items()}
+        optimizer, old = self._optimizer_of(masters), self.optimizer
+        for group, before in zip(optimizer.param_groups, old.param_groups, strict=True):
+            group.update({key: value for key, value in before.items() if key != "params"})
+        optimizer.state.update({master: old.state[master] for master in masters.values() if master in old.state})
+        self.parameters, self.masters, self.optimizer = parameters, masters, optimizer
 
     @torch.inference_mode(False)
-    def restart(self, groups: Sequence[dict[str, Any]]) -> None:
+    def restart(self) -> None:
         """Make a new optimizer, without state."""
-        own = [{"params": [self.masters[name] for name in group["names"]], "lr": group["lr"]} for group in groups]
-        optimizer = self.factory(own, lr=groups[0]["lr"])
+        self.optimizer = self._optimizer_of(self.masters)
+
+    def _masters_in_groups(self, masters: Mapping[str, nn.Parameter]) -> list[dict[str, Any]]:
+        """Return the groups as the optimizer gets them; one may have no parameters."""
+        return [
+            {"params": [masters[name] for name in group["names"] if name in masters], "lr": group["lr"]}
+            for group in self._groups
+        ]
+
+    def _optimizer_of(self, masters: Mapping[str, nn.Parameter]) -> torch.optim.Optimizer:
+        own = self._masters_in_groups(masters)
+        optimizer = self.factory(own, lr=own[0]["lr"])
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(
                 "optimizer must make a torch.optim.Optimizer from (params, lr=…), such as torch.optim.Adam or"
@@ -86,7 +98,7 @@ class Centre:
             )
         if any(group.get("maximize", False) for group in optimizer.param_groups):
             raise ValueError("optimizer must not have maximize=True: it gets -Δθ, so that it maximises the fitness")
-        self.optimizer = optimizer
+        return optimizer
 
     def check_model(self, model: nn.Module) -> None:
         """Raise ``RuntimeError`` unless the model still has these parameters, as they were."""
@@ -214,8 +226,8 @@ class Centre:
         Raises:
             ValueError: The state is of other parameters or another optimizer.
         """
-        self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
         self.hold(state["parameters"])
+        self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
         for name in self.parameters:
             self.masters[name].copy_(state["parameters"][name])
         self._publish()
@@ -235,9 +247,10 @@ class Centre:
                 master.copy_(torch.where(p == master.to(p.dtype), master, p.to(master.dtype)))
 
 
-def _hollow(parameter: Tensor) -> Tensor:
-    """Return what looks like a wide copy of a parameter and takes no memory."""
-    return torch.zeros((), dtype=wide_dtype(parameter), device=parameter.device).expand(parameter.shape)
+def _master(parameter: nn.Parameter) -> nn.Parameter:
+    """Return the parameter if it is wide enough, or a wide copy."""
+    wide = wide_dtype(parameter)
+    return parameter if parameter.dtype == wide else nn.Parameter(parameter.detach().to(wide))
 
 
 def _members(groups: Sequence[Mapping[str, Any]]) -> list[list[int]]:

@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..noise import kept_rng
-from ..perturbation.sample import wide_dtype
 
 OptimizerFactory = Callable[..., torch.optim.Optimizer]
 
@@ -24,14 +24,11 @@ def check_optimizer(factory: OptimizerFactory, groups: Sequence[dict[str, Any]])
         ValueError: It cannot step from a dense gradient alone: it wants to evaluate a loss, or sparse gradients.
     """
     small = sum(p.numel() for group in groups for p in group["params"]) <= _SMALL
-    stand_ins = []
-    for group in groups:
-        shapes = [p.shape if small else [min(size, 2) for size in p.shape] for p in group["params"]]
-        values = [
-            torch.zeros(shape, dtype=wide_dtype(p), device=p.device)
-            for shape, p in zip(shapes, group["params"], strict=True)
-        ]
-        stand_ins.append({"params": [torch.nn.Parameter(value) for value in values], "lr": group["lr"]})
+
+    def stand_in(p: Tensor) -> Tensor:
+        return torch.nn.Parameter(p.new_zeros(p.shape if small else [min(size, 2) for size in p.shape]))
+
+    stand_ins = [{**group, "params": [stand_in(p) for p in group["params"]]} for group in groups]
     parameters = [p for group in stand_ins for p in group["params"]]
     with torch.no_grad(), kept_rng({p.device for p in parameters}):
         try:
