@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 TESTS = Path(__file__).parent
+_PATHS = [str(TESTS), str(TESTS / "distributed"), *filter(None, [os.environ.get("PYTHONPATH")])]
 
 
 def torchrun_command(processes: int, *arguments: Any, restarts: int = 0) -> list[Any]:
@@ -25,7 +26,7 @@ def start(*arguments: Any, errors: int = subprocess.PIPE) -> Iterator[subprocess
     process = subprocess.Popen(
         [sys.executable, *map(str, arguments)],
         # Ray's workers look for modules where the script is, and here.
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{TESTS}:{TESTS / 'distributed'}"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(_PATHS)},
         stdout=subprocess.PIPE,
         stderr=errors,
         text=True,
@@ -52,6 +53,27 @@ def python(*arguments: Any) -> str:
 
 def torchrun(processes: int, *arguments: Any) -> str:
     return python(*torchrun_command(processes, *arguments))
+
+
+SCRIPT = """
+import os
+from engine_cases import *
+torch.set_num_threads(1)
+rank = int(os.environ["RANK"])
+
+def say(*words):
+    # To a file of each process's own, as their lines may mix on one output.
+    with open(f"{out}/said-{{rank}}", "a") as file:
+        print(*words, file=file)
+"""
+
+
+def run_script(processes: int, folder: Path, body: str) -> list[list[str]]:
+    """Run a script under torchrun and return the lines that each process said."""
+    path = folder / "script.py"
+    path.write_text(SCRIPT.format(out=folder) + body)
+    torchrun(processes, path)
+    return [(folder / f"said-{rank}").read_text().splitlines() for rank in range(processes)]
 
 
 def on_two_nodes(*arguments: Any) -> None:

@@ -23,10 +23,20 @@ from helpers import (
 )
 from torch import nn
 from torch.optim.lr_scheduler import (
+    CyclicLR,
     ExponentialLR,
     OneCycleLR,
     ReduceLROnPlateau,
 )
+
+from eggroll_trainer import VanillaESTrainer
+
+
+class Closing(torch.optim.SGD):
+    def step(self, closure: Any = None) -> Any:
+        assert closure is not None, "needs a closure"
+        return super().step(closure)
+
 
 # Arguments of the constructor: what is given, the error, and what its message contains.
 
@@ -73,11 +83,6 @@ ARGUMENTS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "rank 0": ({"rank": 0}, ValueError, "rank must be at least 1, got 0"),
     "rank negative": ({"rank": -1}, ValueError, "rank must be at least 1, got -1"),
     "rank float": ({"rank": 1.0}, TypeError, "rank must be an integer, got float 1.0"),
-    "rank above all matrices": (
-        {"rank": 5},
-        ValueError,
-        "rank must be at most 4, the full rank of the largest matrix, got 5",
-    ),
     "sigma 0": ({"sigma": 0}, ValueError, "sigma must be a finite number above 0, got 0.0"),
     "sigma negative": ({"sigma": -0.1}, ValueError, "sigma must be a finite number above 0, got -0.1"),
     "sigma NaN": ({"sigma": NAN}, ValueError, "sigma must be a finite number above 0, got nan"),
@@ -174,6 +179,21 @@ ARGUMENTS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         ValueError,
         "optimizer must be made over the parameter groups that it is given",
     ),
+    "optimizer that evaluates a loss": (
+        {"optimizer": torch.optim.LBFGS},
+        ValueError,
+        "optimizer LBFGS cannot take the steps of a trainer, which has a dense gradient and no loss to evaluate again",
+    ),
+    "optimizer for sparse gradients": (
+        {"optimizer": torch.optim.SparseAdam},
+        ValueError,
+        "Use one that needs nothing else, such as torch.optim.SGD, Adam or AdamW",
+    ),
+    "optimizer that wants a closure": (
+        {"optimizer": Closing},
+        ValueError,
+        "optimizer Closing cannot take the steps of a trainer",
+    ),
     "optimizer that maximises": (
         {"optimizer": functools.partial(ADAM, maximize=True)},
         ValueError,
@@ -195,7 +215,17 @@ ARGUMENTS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "lr_scheduler with momentum": (
         {"lr_scheduler": functools.partial(OneCycleLR, max_lr=0.1, total_steps=5)},
         ValueError,
-        "`cycle_momentum`",
+        "lr_scheduler cycles a momentum, which a trainer does not have: make it with cycle_momentum=False",
+    ),
+    "lr_scheduler with cycles of momentum": (
+        {"lr_scheduler": functools.partial(CyclicLR, base_lr=0.01, max_lr=0.1)},
+        ValueError,
+        "lr_scheduler cycles a momentum, which a trainer does not have: make it with cycle_momentum=False",
+    ),
+    "lr_scheduler without its arguments": (
+        {"lr_scheduler": functools.partial(OneCycleLR, max_lr=0.1, cycle_momentum=False)},
+        ValueError,
+        "You must define either total_steps OR (epochs AND steps_per_epoch)",
     ),
     "sigma_scheduler nonsense": ({"sigma_scheduler": "cosine"}, TypeError, "sigma_scheduler must make a torch.optim"),
     "sigma_scheduler for losses": ({"sigma_scheduler": ReduceLROnPlateau}, ValueError, "sigma_scheduler: ReduceLROnPl"),
@@ -259,9 +289,9 @@ PARAMS: dict[str, tuple[Callable[[nn.Sequential], Any], type[Exception], str]] =
     "option out of range": (lambda m: [{"params": m.parameters(), "sigma": 0.0}], ValueError, "sigma must be a finite"),
     "group's rate": (lambda m: [{"params": m.parameters(), "lr": "1"}], TypeError, "learning_rate must be a number"),
     "group's rank": (
-        lambda m: [{"params": first(m).parameters()}, {"params": m[3].parameters(), "rank": 3}],
+        lambda m: [{"params": first(m).parameters()}, {"params": m[3].parameters(), "rank": 0}],
         ValueError,
-        "rank must be at most 2, the full rank of the largest matrix, got 3",
+        "rank must be at least 1, got 0",
     ),
     "all frozen": (
         lambda m: first(m).requires_grad_(False).parameters(),
@@ -289,6 +319,20 @@ def test_ranks_above_some_matrices_only_are_full_there() -> None:
     assert all(torch.linalg.matrix_rank(p) == 2 for p in perturbations["3.weight"])
 
 
+def test_ranks_above_all_matrices_are_full_rank() -> None:
+    # The numbers of full-rank evolution strategies, to the bit.
+    full = make(VanillaESTrainer)
+    full.train(2, verbose=False)
+    for rank in (3, 4, 9, 10**6):
+        trainer = make(rank=rank)
+        trainer.train(2, verbose=False)
+        assert torch.equal(trainer.current_params, full.current_params) and trainer.history == full.history
+    small = make(model=nn.Linear(2, 1), fitness_fn=lambda m: m(torch.ones(2)).item(), rank=2)
+    small.rank = 5
+    small.step()
+    assert small.rank == 5
+
+
 def test_integers_of_every_kind_are_taken() -> None:
     trainer = make(population_size=np.int64(8), seed=torch.tensor(1), rank=np.int32(1), chunk_size=np.uint8(8))
     goes_on(trainer, make(chunk_size=8))
@@ -308,7 +352,7 @@ CALLS: dict[str, tuple[Callable[[Any], Any], type[Exception], str]] = {
     "callback": (lambda t: t.train(2, callback="print"), TypeError, "callback must be callable, got str"),
     "learning_rate": (lambda t: setattr(t, "learning_rate", -1.0), ValueError, "learning_rate must be a finite number"),
     "sigma": (lambda t: setattr(t, "sigma", NAN), ValueError, "sigma must be a finite number above 0, got nan"),
-    "rank": (lambda t: setattr(t, "rank", 9), ValueError, "rank must be at most 4"),
+    "rank": (lambda t: setattr(t, "rank", 0), ValueError, "rank must be at least 1, got 0"),
     "seed": (lambda t: setattr(t, "seed", 0.5), TypeError, "seed must be an integer, got float 0.5"),
     "a group": (
         lambda t: t.add_param_group({"params": [nn.Parameter(torch.ones(1))]}),
@@ -434,3 +478,35 @@ def test_live_settings(row: str) -> None:
         trainer.step()
     back(trainer)
     goes_on(trainer, twin)
+
+
+@pytest.mark.parametrize(
+    "name", ["SGD", "Adam", "AdamW", "NAdam", "RAdam", "Adamax", "Adagrad", "Adadelta", "ASGD", "RMSprop", "Rprop"]
+)
+def test_optimizers_that_can_step_are_taken(name: str) -> None:
+    factory = getattr(torch.optim, name)
+    made: list[Any] = []
+
+    def recording(params: Any, lr: float) -> Any:
+        made.append(factory(params, lr=lr))
+        return made[-1]
+
+    with global_generator_untouched():
+        trainer = make(optimizer=recording)
+    # What a factory keeps is the optimizer that takes the steps.
+    before = trainer.current_params
+    trainer.step()
+    assert made[-1].state[made[-1].param_groups[0]["params"][0]] or name == "SGD"
+    assert not torch.equal(trainer.current_params, before)
+
+
+def test_optimizers_that_go_by_shapes_are_taken() -> None:
+    masks = [torch.ones_like(p) for p in network().parameters()]
+
+    class Masked(torch.optim.SGD):
+        def step(self, closure: Any = None) -> Any:
+            for p, mask in zip(self.param_groups[0]["params"], masks, strict=True):
+                p.grad *= mask
+            return super().step()
+
+    make(optimizer=Masked).step()

@@ -53,5 +53,5 @@ def test_the_pretend_device_refuses_what_an_accelerator_refuses() -> None:
 
 def test_a_process_without_work_reports_on_the_cpu() -> None:
     with torch.device("meta"):
-        report = _Report.of({}, [], None)
+        report = _Report.of(b"", [], None)
         assert report.scores.tolist() == [] == report.outcomes()

@@ -269,7 +269,7 @@ def test_sigma_may_be_changed_after_a_failure() -> None:
     state = trainer.state_dict()
     trainer.sigma = 0.3
     trainer.step()
-    fresh = make()
+    fresh = make(coalesce="unchecked")
     fresh.load_state_dict(state)
     fresh.sigma = 0.3
     fresh.step()
@@ -350,6 +350,19 @@ def test_failures_in_the_update(row: str) -> None:
     assert torch.equal(trainer.current_params, twin.current_params)
 
 
+@pytest.mark.parametrize("cls", [EGGROLLTrainer, VanillaESTrainer, Custom])
+def test_a_history_that_cannot_be_added_to(cls: type[ESTrainer]) -> None:
+    trainer, twin = make(cls), make(cls)
+    goes_on(trainer, twin)
+    trainer.history["std_fitness"] = tuple(trainer.history["std_fitness"])
+    before = trainer.state_dict()
+    with pytest.raises(AttributeError):
+        trainer.step()
+    assert_same(trainer.state_dict(), before)
+    trainer.history["std_fitness"] = list(trainer.history["std_fitness"])
+    goes_on(trainer, twin)
+
+
 JUNK: dict[str, Callable[[Tensor], Any]] = {
     "None": lambda s: None,
     "shape": lambda s: s[:2],
@@ -362,9 +375,11 @@ JUNK: dict[str, Callable[[Tensor], Any]] = {
 
 @pytest.mark.parametrize("row", JUNK)
 def test_junk_from_a_shaper(row: str) -> None:
+    def shaper(broken: list[bool]) -> Callable[[Tensor], Any]:
+        return lambda scores: JUNK[row](scores) if broken else scores - scores.mean()
+
     broken: list[bool] = []
-    trainer = make(shaping=lambda scores: JUNK[row](scores) if broken else scores - scores.mean())
-    twin = make(shaping=lambda scores: scores - scores.mean())
+    trainer, twin = make(shaping=shaper(broken)), make(shaping=shaper([]))
     goes_on(trainer, twin)
     broken.append(True)
     with pytest.raises(ValueError, match="shaping must return a tensor of 8 finite weights, got"):
@@ -478,11 +493,21 @@ def test_trainers_made_and_used_in_inference_mode(dtype: torch.dtype, optimizer:
         make(model=born_there)
 
 
-def test_population_of_one_says_nothing_and_does_nothing() -> None:
-    trainer = make(population_size=1, optimizer=None)
+@pytest.mark.parametrize("cls", [EGGROLLTrainer, VanillaESTrainer])
+def test_a_population_of_one_is_warned_of_and_learns_nothing(cls: type[ESTrainer]) -> None:
+    trainer = make(cls, population_size=1, optimizer=None)
     before = trainer.current_params
-    trainer.step()
+    with pytest.warns(RuntimeWarning, match="population_size=1 cannot learn: .* Take at least 2"):
+        trainer.step()
     assert torch.equal(trainer.current_params, before)
+    later = make(cls)
+    later.population_size = 1
+    with pytest.warns(RuntimeWarning, match="population_size=1 cannot learn"):
+        later.step()
+    # One that is not compared with others can.
+    alone = make(cls, population_size=1, shaping="raw")
+    alone.step()
+    assert not torch.equal(alone.current_params, before)
 
 
 def test_a_population_knows_its_members() -> None:

@@ -424,8 +424,10 @@ def test_population_size_counts_the_models_evaluated(model: nn.Module, custom: t
         evaluated += 1
         return fitness_fn(model)
 
-    options = {"population_size": 7, "seed": 0, "coalesce": "unchecked"}
-    custom(model.parameters(), model=model, fitness_fn=counting, **options).step()
+    trainer = custom(
+        model.parameters(), model=model, fitness_fn=counting, population_size=7, seed=0, coalesce="unchecked"
+    )
+    trainer.step()
     assert evaluated == 7
 
 

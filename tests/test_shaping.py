@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
-from helpers import randn
+from helpers import make, randn
 from scipy import stats
 from torch import Tensor
 
+from eggroll_trainer import Population, batched
 from eggroll_trainer.fitness.scores import check_scores
 from eggroll_trainer.fitness.shaping import SHAPERS, antithetic_sign, centered_ranks, get_shaper, raw, shape, zscore
 
@@ -111,3 +114,44 @@ def test_scores_that_are_not_finite_count_as_the_worst() -> None:
     assert checked.values.tolist() == [1.0, -2.0, -2.0, -2.0, 5.0, -2.0, 5.0]
     assert checked.num_nonfinite == 3
     assert checked.num_tied == 6
+    assert checked.best == 4
+
+
+def test_scores_that_are_not_finite_count_as_the_worst_of_their_group() -> None:
+    nan, inf = float("nan"), float("inf")
+    scores = torch.tensor([100.0, nan, 90.0, -5.0, inf, -7.0, nan, -inf, nan]).double()
+    checked = check_scores(scores, generation=1, group_size=3)
+    assert checked.values.tolist() == [100.0, 90.0, 90.0, -5.0, -7.0, -7.0, -7.0, -7.0, -7.0]
+    assert checked.num_nonfinite == 5 and checked.best == 0
+    # A group without a finite score says nothing about its members, and one of equal scores neither.
+    assert shape(checked.values, zscore, 3).view(3, 3)[2].tolist() == [0, 0, 0]
+
+
+def test_the_best_is_a_member_with_a_finite_score() -> None:
+    for group_size in (0, 2):
+        checked = check_scores(torch.tensor([float("nan"), 9.0]).double(), generation=1, group_size=group_size)
+        assert checked.values.tolist() == [9.0, 9.0] and checked.best == 1
+
+
+def test_a_group_with_a_crash_in_training() -> None:
+    """What a crash costs its member depends on its own group only, which may be on another scale."""
+    good = [-1.0, -2.0, -3.0, -4.0]
+
+    def trained(crash: float, others: float) -> Tensor:
+        values = torch.tensor([*good[:3], crash, *(others + x for x in good)]).double()
+
+        @batched
+        def fitness(population: Population) -> Tensor:
+            return values
+
+        trainer = make(fitness_fn=fitness, group_size=4)
+        with warnings.catch_warnings():
+            warnings.filterwarnings(
+                "ignore", "a fitness that is not finite counts as the worst finite one of its group"
+            )
+            trainer.step()
+        return trainer.current_params
+
+    expected = trained(-3.0, 0.0)
+    for others in (0.0, 64.0, -64.0):
+        assert torch.equal(trained(float("nan"), others), expected)

@@ -227,6 +227,17 @@ def test_best_model_scores_what_history_says() -> None:
     assert_same(untrained.get_best_model().state_dict(), untrained.model.state_dict())
 
 
+def test_fitness_history_is_what_callbacks_get() -> None:
+    trainer, seen = make(), []
+    assert trainer.fitness_history == []
+    result = trainer.train(3, verbose=False, callback=lambda generation, history: seen.append(history))
+    assert trainer.fitness_history == seen[-1] == result["fitness_history"] == trainer.history["mean_fitness"]
+    trainer.fitness_history.clear()
+    assert len(trainer.fitness_history) == 3
+    trainer.reset()
+    assert trainer.fitness_history == []
+
+
 # Schedules.
 
 Factory = Callable[[Any], LRScheduler]

@@ -15,21 +15,24 @@ from torch.optim.lr_scheduler import LRScheduler
 from . import validation
 from .best import copy_with, holding
 from .callbacks import Checkpoints, Progress
-from .checkpoint import plain_copy, untrained
 from .distributed import Chunk, Engine, Outcome, local_device, make_engine
 from .fitness import thread_modes
 from .fitness.evaluate import Coalesce, Evaluation, Scored, is_batched
-from .fitness.learning import learner
+from .fitness.learning import discard_statistics, learner, merged
 from .fitness.scores import check_scores, metrics_of, to_score, to_scores
 from .forward import Forwards
+from .generation import Generation, adopt, adopted, to_send
 from .interrupts import delayed_interrupt, exit_on_sigterm, interruptible
 from .memory import Budget, is_out_of_memory
 from .noise import forked_rng
 from .perturbation.sample import Draws, FullRankDraws, ParameterSpec, Perturbations, wide_dtype
 from .population import Population
-from .run_state import Generation, RunState
+from .run_state import RunState
 from .thread_state import restored_thread_state
-from .update.centre import Centre, OptimizerFactory
+from .trainable import kept_frozen
+from .update.centre import Centre
+from .update.optimizers import OptimizerFactory
+from .update.products import promoted_products
 from .update.schedule import LRSchedulerFactory, Schedules
 from .warned import Warned
 
@@ -47,7 +50,9 @@ class ESTrainer(RunState, ABC):
 
     Args:
         params: Parameters to train, as ``torch.optim`` takes them: an iterable such as ``model.parameters()``, or
-            groups with their own ``lr`` and ``sigma``. All of the model's if None; those left out stay frozen.
+            groups with their own ``lr`` and ``sigma``. All of the model's if None; those left out stay frozen. One
+            with ``requires_grad=False`` is neither perturbed nor updated, until it is freed; what is set between two
+            generations holds from the next one on.
         model: The module to train.
         fitness_fn: From a module to its fitness, higher is better: a float, a 0-d tensor or a NumPy scalar. If
             marked with :func:`eggroll_trainer.batched`, from a :class:`~eggroll_trainer.Population` to ``[N]``.
@@ -164,7 +169,7 @@ class ESTrainer(RunState, ABC):
                 group["params"] = [moved[name] for name in group["names"]]
         # Scripts that don't seed torch make another model in every process.
         self.engine.copy_main([*model.parameters(), *model.buffers()])
-        self.device = torch.device(groups[0]["params"][0].device)
+        self.device = next(p.device for group in groups for p in group["params"] if p.requires_grad)
         super().__init__(groups, defaults)
         self._constructed = True
 
@@ -174,7 +179,9 @@ class ESTrainer(RunState, ABC):
         self._centre = Centre(self.param_groups, torch.optim.SGD if optimizer is None else optimizer)
         self._schedulers = (lr_scheduler, sigma_scheduler)
         self._schedules = Schedules(self, *self._schedulers)
-        self._initial = self._centre.flat()
+        self._initial, self._best = self._centre.flat(), None
+        self._initially_held = list(self._centre.parameters)
+        self._follow_frozen()
         self._warned = Warned()
         self._budget = Budget(memory_budget)
         self._restart_forwards()
@@ -183,7 +190,6 @@ class ESTrainer(RunState, ABC):
         self._sampled: Tensor | None = None
         self.generation = 0
         self.best_fitness = float("-inf")
-        self._best: Tensor | None = None
         self._in_best_weights = 0
         self._learner = learner(fitness_fn)
         self._initial_untrained = self._learnt()
@@ -212,7 +218,8 @@ class ESTrainer(RunState, ABC):
 
         Args:
             perturbations: ``[N, D]``, as they were sampled.
-            fitnesses: ``[N]``, finite, higher is better.
+            fitnesses: ``[N]`` in float64, finite, higher is better. Products with tensors of another dtype are taken in
+                the wider one.
 
         Returns:
             ``[D]``.
@@ -244,6 +251,11 @@ class ESTrainer(RunState, ABC):
     def initial_params(self) -> Tensor:
         """A copy of the parameters that training started from, ``[D]``."""
         return self._initial.clone()
+
+    @property
+    def fitness_history(self) -> list[float]:
+        """The mean fitness of every generation up to now: the list that callbacks get."""
+        return list(self.history.get("mean_fitness", []))
 
     def __repr__(self) -> str:
         """Return the class, the model's and the number of weights, and where the run stands."""
@@ -283,22 +295,21 @@ class ESTrainer(RunState, ABC):
     def repeat(self, generation: Generation) -> dict[str, Any]:
         """Make the step of a generation that was logged, without evaluating its members; returns what it returned.
 
+        The trainer's settings become those of that generation. If anything raises, nothing has changed.
+
         Args:
             generation: The one after the last that the trainer has made, or repeated.
 
         Raises:
-            ValueError: It is another one.
+            ValueError: It is another one, or was shaped by another function of the user's.
         """
         if generation.number != self.generation + 1:
             raise ValueError(f"the next generation is {self.generation + 1}, got {generation.number}")
-        if generation.seed != self._seed:
-            self.seed = generation.seed
-        self.population_size = len(generation.scores)
-        self._set_options(generation.options)
-        self._start_generation()
-        # What torch notes when ``step`` is called, and its schedulers look for.
-        self._opt_called = True
-        return self._advance(generation.scores, generation.statistics)
+        with adopted(self, generation.settings):
+            self._start_generation()
+            # What torch notes when ``step`` is called, and its schedulers look for.
+            self._opt_called = True
+            return self._advance(generation.scores, generation.statistics)
 
     def train(
         self,
@@ -315,8 +326,8 @@ class ESTrainer(RunState, ABC):
             verbose: Whether to show a progress bar with the mean and best fitness.
             log_every: Call ``callback`` every so many generations; it is called after the last in any case.
             callback: Called with the generation, counted from 1, and the list of mean fitnesses up to it. Of several
-                processes the first one calls it, and what it does to the trainer's seed, sizes and parameter groups
-                reaches all.
+                processes the first one calls it, and what it does to the trainer's arguments and parameter groups, and
+                to ``requires_grad`` of the parameters, reaches all.
             checkpoints: Where to keep the run: every so many generations, and in the end, whatever ends it, a Ctrl-C or
                 an exception too. A SIGTERM, as schedulers send it, then abandons the generation under way and leaves
                 the script by ``SystemExit(143)``.
@@ -350,7 +361,7 @@ class ESTrainer(RunState, ABC):
             "generation": self.generation,
             "best_fitness": self.best_fitness,
             **last,
-            "fitness_history": list(self.history.get("mean_fitness", [])),
+            "fitness_history": self.fitness_history,
         }
 
     def evaluate_fitness(self, model: nn.Module) -> float:
@@ -407,8 +418,8 @@ class ESTrainer(RunState, ABC):
         """Return parameters, buffers and untrained parameters of the best member, by their names."""
         if self._best is None:
             return {}
-        known = untrained(self.model, self._centre.parameters)
-        kept = {name: value for name, value in self._best_untrained.items() if name in known}
+        trained = self._centre.parameters
+        kept = {name: value for name, value in self._best_untrained.items() if name not in trained}
         return {**self._centre.unflatten(self._best), **kept}
 
     def reset(self) -> None:
@@ -419,25 +430,31 @@ class ESTrainer(RunState, ABC):
                     del group[key]
                 group.update(options)
             self._centre.assign(self._initial)
+            self.set_frozen([name for name in self._centre.candidates if name not in self._initially_held])
+            self._hold(self._initially_held)
+            self._follow_frozen()
             self._set_learnt(self._initial_untrained)
-            self._centre.restart(self.param_groups)
+            self._centre.restart()
             self._schedules = Schedules(self, *self._schedulers)
             self._forget()
 
-    def settings(self) -> dict[str, Any]:
-        """Return the arguments, besides those in the parameter groups, that the numbers of a run depend on."""
+    def _settings(self) -> dict[str, Any]:
         return {
             "trainer": type(self).__name__,
             "optimizer": type(self._centre.optimizer).__name__,
+            "optimizer_options": self._centre.optimizer_options(),
             "lr_scheduler": type(self._schedules.lr_scheduler).__name__,
             "sigma_scheduler": type(self._schedules.sigma_scheduler).__name__,
             "population_size": self.population_size,
             "chunk_size": min(self.population_size, self._chunk_members()),
-            "coalesce": bool(self.coalesce),
+            "coalesce": self.coalesce,
             "compile": self.compile,
             "evaluation_dtype": str(self.evaluation_dtype),
             "device": self.device.type,
-            "dtypes": sorted({str(p.dtype) for p in self._centre.parameters.values()}),
+            "dtypes": sorted({str(p.dtype) for p in self._centre.candidates.values()}),
+            "seed": self._seed,
+            "options": self._options(),
+            "frozen": [name for name, p in self._centre.candidates.items() if not p.requires_grad],
         }
 
     def _check_sizes(self) -> None:
@@ -450,6 +467,12 @@ class ESTrainer(RunState, ABC):
         """Check what may have changed since the last generation."""
         self._check_sizes()
         self._forwards.compile = self.compile
+        self._follow_frozen()
+        if not any(self._centre.parameters[name].numel() for name in self._trained):
+            raise ValueError(
+                "every parameter is frozen (requires_grad=False), so there is nothing to train; free some with"
+                " requires_grad_(True)"
+            )
         for group in self.param_groups:
             validation.check_real("learning_rate", group["lr"], positive=False)
             validation.check_real("sigma", group["sigma"], positive=True)
@@ -478,8 +501,12 @@ class ESTrainer(RunState, ABC):
         assert self._sampled is not None
         one = torch.ones(1, device="cpu")
         draws: dict[str, Draws] = {}
-        for name, values in self._centre.unflatten(self._sampled[first : first + count]).items():
-            parameter = self._centre.parameters[name]
+        sampled = self._centre.unflatten(self._sampled[first : first + count])
+        for name in self._trained:
+            parameter, values = self._centre.parameters[name], sampled[name]
+            if name in self._centre.fixed_rows:
+                values = values.clone()
+                values[:, self._centre.fixed_rows[name]] = 0
             spec = ParameterSpec(name, parameter.detach(), 1.0)
             draws[name] = FullRankDraws(values, spec, one.to(parameter.device))
         return Perturbations(draws, one, count)
@@ -488,10 +515,13 @@ class ESTrainer(RunState, ABC):
         """Return ``-Δθ`` for every parameter, in new tensors, from the finite scores ``[N]``."""
         assert self._sampled is not None
         sampled, self._sampled = self._sampled, None
-        with forked_rng(self.seed, self.generation, "compute_update", device=self.device):
-            update = self.compute_update(sampled, scores.to(sampled))
+        # Not every device has float64.
+        scores = scores.to(sampled.device, torch.float32 if sampled.device.type == "mps" else torch.float64)
+        with forked_rng(self.seed, self.generation, "compute_update", device=self.device), promoted_products():
+            update = self.compute_update(sampled, scores)
         validation.check_flat("compute_update", update, (len(self._centre),))
-        return self._centre.unflatten(-update)
+        gradient = self._centre.unflatten(-update)
+        return {name: gradient[name] for name in self._trained}
 
     def _chunk_members(self) -> int:
         """Return how many members are evaluated at a time."""
@@ -499,7 +529,7 @@ class ESTrainer(RunState, ABC):
             return self.chunk_size
         unit = self._chunk_unit()
         most = _CHUNK_MEMBERS_CPU if self.device.type == "cpu" else _CHUNK_MEMBERS
-        fitting = min(most, self._budget.chunk_bytes(self.device) // self._bytes_per_member())
+        fitting = min(most, self._budget.chunk_bytes(self.device) // max(1, self._bytes_per_member()))
         if self._most_members is not None:
             fitting = min(fitting, self._most_members)
         return max(unit, fitting // unit * unit)
@@ -510,7 +540,8 @@ class ESTrainer(RunState, ABC):
 
     def _bytes_per_member(self) -> int:
         """Return what a member's perturbations take."""
-        return sum(p.numel() * wide_dtype(p).itemsize for p in self._centre.parameters.values())
+        trained = (self._centre.parameters[name] for name in self._trained)
+        return sum(p.numel() * wide_dtype(p).itemsize for p in trained)
 
     def _chunks(self) -> list[Chunk]:
         size = self._chunk_members()
@@ -561,53 +592,65 @@ class ESTrainer(RunState, ABC):
         if self._findings.reason is not None:
             # Found out in another chunk: this one's scores would be thrown away.
             return Outcome(torch.zeros(chunk.size, dtype=torch.float64, device="cpu"), None, (), self._findings.reason)
-        result = self._evaluate(*chunk)
+        discard_statistics(self._learner)
+        with kept_frozen(self._centre.candidates):
+            result = self._evaluate(*chunk)
         self._findings.reason = result.alone
         return Outcome(result.scores, result.statistics, self._warned.take(), result.alone)
 
     def _advance(self, scores: Tensor, statistics: list[Tensor]) -> dict[str, Any]:
-        """End the generation with the members' scores, and return its metrics."""
-        last = Generation(self.generation + 1, self._seed, plain_copy(self._options()), scores, statistics)
-        checked = check_scores(scores, self.generation + 1)
+        """End the generation with the members' scores, and return its metrics.
+
+        If anything raises, nothing has changed.
+        """
+        settings = self.settings()
+        last = Generation(self.generation + 1, settings.plain(), scores, statistics)
+        checked = check_scores(scores, self.generation + 1, settings.group_size)
         if checked.num_nonfinite:
+            whose = "group" if settings.group_size else "generation"
             self._warn_once(
-                "a fitness that is not finite counts as the worst finite one of its generation; see num_nonfinite in"
+                f"a fitness that is not finite counts as the worst finite one of its {whose}; see num_nonfinite in"
                 " the metrics",
             )
-        best = int(checked.values.argmax())
         with delayed_interrupt(), thread_modes.neutral():
-            improved = self._member_parameters(best) if float(checked.values[best]) > self.best_fitness else None
+            improved = (
+                self._member_parameters(checked.best)
+                if float(checked.values[checked.best]) > self.best_fitness
+                else None
+            )
             gradient = self._gradient(checked.values)
             learning_rates = [group["lr"] for group in self.param_groups]
             metrics = metrics_of(checked, self.generation + 1, self.best_fitness, self.learning_rate, self.sigma)
-            with self._schedules.stepped(metrics["mean_fitness"]):
-                metrics["update_norm"] = self._centre.step(gradient, learning_rates)
-                if improved is not None:
-                    self._best, self.best_fitness = improved, metrics["best_fitness"]
-                    self._best_untrained = self._learnt()
-                if self._learner is not None:
-                    self._learner.merge_statistics(self.model, statistics)
-                self.generation, self.last_generation = last.number, last
-                for key, value in metrics.items():
-                    self.history.setdefault(key, []).append(value)
+            learnt = None if improved is None else self._learnt()
+            appends = [self.history.setdefault(key, []).append for key in metrics]
+            # Whatever raises in here, each of these goes back.
+            with (
+                self._schedules.stepped(metrics["mean_fitness"]),
+                self._centre.stepped(gradient, learning_rates) as metrics["update_norm"],
+                merged(self._learner, self.model, statistics, self._centre.parameters),
+            ):
+                pass
+            if improved is not None and learnt is not None:
+                self._best, self.best_fitness, self._best_untrained = improved, metrics["best_fitness"], learnt
+            self.generation, self.last_generation = last.number, last
+            for append, value in zip(appends, metrics.values(), strict=True):
+                append(value)
         return metrics
 
     def _call(self, callback: Callable[[int, list[float]], Any]) -> None:
         """Call a user's function in the first process, and follow what it did to the trainer in all."""
+        if self.engine.size == 1:
+            callback(self.generation, self.fitness_history)
+            return
 
         def call() -> dict[str, Any]:
-            callback(self.generation, list(self.history["mean_fitness"]))
-            return {
-                "seed": self._seed,
-                "sizes": (self.population_size, self.chunk_size),
-                "options": self._options(),
-            }
+            before = self.settings()
+            callback(self.generation, self.fitness_history)
+            return to_send(self, before)
 
-        live = self.engine.from_main(call)
+        settings = self.engine.from_main(call)
         if not self.is_main:
-            self.seed = live["seed"]
-            self.population_size, self.chunk_size = live["sizes"]
-            self._set_options(live["options"])
+            adopt(self, settings)
 
     def _population(self, first: int, count: int) -> Population:
         """Return members ``first, …, first + count - 1`` of the current generation."""
@@ -650,4 +693,6 @@ class ESTrainer(RunState, ABC):
         # As the population forms them, to the last bit: for bf16 models that is not what the master weights give.
         population = Population(self.model, self._perturbations(first, unit), first=first)
         member = population.member_parameters(index - first)
-        return self._centre.flatten({name: value.to(wide_dtype(value)) for name, value in member.items()})
+        # What is frozen is in every member what it is in the centre.
+        values = {**{name: p.detach() for name, p in self._centre.parameters.items()}, **member}
+        return self._centre.flatten({name: value.to(wide_dtype(value)) for name, value in values.items()})

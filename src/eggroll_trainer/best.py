@@ -14,6 +14,7 @@ from .copying import copy_of
 from .interrupts import delayed_interrupt
 from .module_state import ModuleState
 from .noise import kept_rng
+from .untrained import set_untrained
 
 # Arguments of a call of the model, and its keyword arguments.
 Sample = tuple[tuple[Any, ...], dict[str, Any]]
@@ -32,7 +33,7 @@ def holding(model: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
     try:
         with delayed_interrupt(), torch.no_grad():
             for name, value in values.items():
-                tensors[name].data = value.to(tensors[name]).view_as(tensors[name]).clone()
+                tensors[name].data = value.to(tensors[name], copy=True)
             torch.clear_autocast_cache()
         yield
     finally:
@@ -54,10 +55,7 @@ def copy_with(model: nn.Module, values: Mapping[str, Tensor], sample: Sample | N
         RuntimeError: The copy does not compute what the model itself does with these values.
     """
     copy = copy_of(model)
-    tensors = {**dict(copy.named_buffers()), **dict(copy.named_parameters())}
-    with torch.no_grad():
-        for name, value in values.items():
-            tensors[name].copy_(value)
+    set_untrained(copy, values)
     difference = None if sample is None else _difference(model, copy, values, sample)
     if difference is not None:
         raise RuntimeError(

@@ -17,7 +17,7 @@ from typing import IO, Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 FORMAT = 1
 
@@ -104,48 +104,36 @@ def check_format(state: Any, origin: str) -> None:
         )
 
 
-def check_same_run(state: dict[str, Any], own: dict[str, Any]) -> list[str]:
-    """Return the settings that differ between a state and a trainer's own, neither of which is changed.
+def check_same_model(state: dict[str, Any], own: dict[str, Any], resizable: Collection[str]) -> None:
+    """Check that a state fits the model and the parameter groups of a trainer's own, neither of which is changed.
+
+    Args:
+        state: The one to be loaded.
+        own: The trainer's.
+        resizable: Names of tensors whose shape may differ.
 
     Raises:
-        ValueError: The state is damaged, or is of another model or another kind of trainer.
+        ValueError: The state is of another model.
+        KeyError, TypeError, AttributeError: It is damaged.
     """
-    try:
-        return _differing_settings(state, own)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"the state of the trainer is incomplete or damaged: {error!r}") from error
-
-
-def _differing_settings(state: dict[str, Any], own: dict[str, Any]) -> list[str]:
     there, here = (
         {name: tuple(value.shape) for name, value in {**s["centre"]["parameters"], **s["untrained"]}.items()}
         for s in (state, own)
     )
-    differing = [name for name in {**here, **there} if here.get(name) != there.get(name)]
+    groups_there, groups_here = ([list(group["names"]) for group in s["param_groups"]] for s in (state, own))
+    differing = [
+        name
+        for name in {**here, **there}
+        if here.get(name) != there.get(name) and not (name in resizable and name in here and name in there)
+    ]
     if differing:
         name = differing[0]
         raise ValueError(
             f"the checkpoint is of another model: {len(differing)} parameters or buffers differ, the first is {name!r}"
             f" with shape {there.get(name, 'missing')} there and {here.get(name, 'missing')} here"
         )
-    groups_there, groups_here = ([list(group["names"]) for group in s["param_groups"]] for s in (state, own))
     if groups_there != groups_here:
         raise ValueError(f"the checkpoint has the parameter groups {groups_there}, this trainer has {groups_here}")
-    now, then = own["settings"], state["settings"]
-    changed = {key: f"{key}={now[key]!r} (was {then.get(key)!r})" for key in now if now[key] != then.get(key)}
-    if not changed.keys().isdisjoint(("trainer", "optimizer", "lr_scheduler", "sigma_scheduler")):
-        raise ValueError(f"the checkpoint is of another kind of trainer; this one has {', '.join(changed.values())}")
-    return list(changed.values())
-
-
-def untrained(model: nn.Module, trained: Collection[str]) -> dict[str, Tensor]:
-    """Return a model's buffers and the parameters that are not among ``trained``: fitness depends on them as well."""
-    return {
-        name: value
-        for name, value in [*model.named_buffers(), *model.named_parameters()]
-        # Quantised weights and the like are classes of their own, which a checkpoint cannot hold.
-        if name not in trained and type(value) in (Tensor, nn.Parameter)
-    }
 
 
 @contextlib.contextmanager

@@ -34,7 +34,8 @@ class EGGROLLTrainer(KeyedESTrainer):
         sigma: Standard deviation of the perturbations.
         device: Where to train.
         seed: Seed of the run.
-        rank: ``R``. A group's matrices that are smaller than the factors are perturbed at full rank.
+        rank: ``R``. Matrices that are smaller than their factors would be are perturbed at full rank, and so are those
+            that cannot have this rank.
         noise_reuse: How many evaluations each noise draw serves, with signs ``+ - + - …``: 2 is antithetic sampling,
             0 and 1 mean no reuse.
         group_size: Scores are shaped within consecutive groups of so many members; 0 for all together.
@@ -97,7 +98,8 @@ class EGGROLLTrainer(KeyedESTrainer):
         self.freeze_nonlora = bool(freeze_nonlora)
         if isinstance(model, nn.Module):
             groups = validation.parameter_groups(params, model)
-            _check_ranks(groups, self._default_rank)
+            for group in groups:
+                validation.check_int("rank", group.get("rank", rank), 1)
             params = groups
             if self.freeze_nonlora:
                 params = _matrices_of(groups)
@@ -125,7 +127,6 @@ class EGGROLLTrainer(KeyedESTrainer):
     @rank.setter
     def rank(self, value: int) -> None:
         value = validation.check_int("rank", value, 1)
-        _check_ranks([{**group, "rank": value} for group in self.param_groups], value)
         for group in self.param_groups:
             group["rank"] = value
 
@@ -135,19 +136,8 @@ class EGGROLLTrainer(KeyedESTrainer):
     def _rank(self, group: dict[str, Any]) -> int | None:
         return validation.check_int("rank", group["rank"], 1)
 
-    def settings(self) -> dict[str, Any]:
-        """Return the arguments, besides those in the parameter groups, that the numbers of a run depend on."""
-        return {**super().settings(), "freeze_nonlora": self.freeze_nonlora}
-
-
-def _check_ranks(groups: list[dict[str, Any]], default: int) -> None:
-    """Raise ``ValueError`` if a group's rank is more than any of its matrices can have."""
-    for group in groups:
-        rank = validation.check_int("rank", group.get("rank", default), 1)
-        matrices = [shape for p in group["params"] if (shape := matrix_shape(p.shape)) is not None]
-        largest = max((min(shape) for shape in matrices), default=rank)
-        if rank > largest:
-            raise ValueError(f"rank must be at most {largest}, the full rank of the largest matrix, got {rank}")
+    def _settings(self) -> dict[str, Any]:
+        return {**super()._settings(), "freeze_nonlora": self.freeze_nonlora}
 
 
 def _matrices_of(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from . import validation
 from .base import ESTrainer
 from .distributed import Chunk
-from .fitness.shaping import Shaper, get_shaper, shape
+from .fitness.shaping import Shaper, get_shaper, shape, shaper_name
 from .noise import Noise, NoiseKind, check_noise_kind
 from .perturbation.sample import ParameterSpec, Perturbations, effective_rank, sample
 from .update.exact_sum import ExactSum
@@ -47,7 +47,7 @@ class KeyedESTrainer(ESTrainer):
         self.noise_reuse, self.group_size = noise_reuse, group_size
         self.noise = check_noise_kind(noise)
         self.shaping = shaping
-        self._member_bytes: dict[tuple[int | None, ...], int] = {}
+        self._member_bytes: dict[tuple[Any, ...], int] = {}
         super().__init__(params, model, fitness_fn, population_size, learning_rate, sigma, device, seed, **options)
 
     def _check_sizes(self) -> None:
@@ -66,6 +66,14 @@ class KeyedESTrainer(ESTrainer):
         if self.chunk_size is not None:
             validation.check_divides("noise_reuse", self.noise_reuse, "chunk_size", self.chunk_size)
         self._shaper = get_shaper(self.shaping, self.noise_reuse)
+
+    def _check_live(self) -> None:
+        super()._check_live()
+        if self.population_size == 1 and shaper_name(self.shaping) in ("zscore", "centered_ranks"):
+            self._warn_once(
+                "population_size=1 cannot learn: a member's fitness counts by how it compares with the others'. Take at"
+                " least 2, such as an antithetic pair by noise_reuse=2"
+            )
 
     def sample_perturbations(self, population_size: int) -> Tensor:
         """Return the current generation's perturbations in full, ``[N, D]``: for small models and for study.
@@ -97,7 +105,11 @@ class KeyedESTrainer(ESTrainer):
             sigma = validation.check_real("sigma", group["sigma"], positive=True)
             rank = self._rank(group)
             for name, p in zip(group["names"], group["params"], strict=True):
-                specs.append(ParameterSpec(name, p.detach(), sigma, effective_rank(p.shape, rank), self.noise))
+                if name in self._trained:
+                    rows = self._centre.fixed_rows.get(name, [])
+                    specs.append(
+                        ParameterSpec(name, p.detach(), sigma, effective_rank(p.shape, rank), self.noise, rows)
+                    )
         return specs
 
     def _rank(self, group: dict[str, Any]) -> int | None:
@@ -186,8 +198,8 @@ class KeyedESTrainer(ESTrainer):
         return max(1, self.noise_reuse)
 
     def _bytes_per_member(self) -> int:
-        # Asked many times a generation, and the same as long as the ranks are.
-        key = self._chunk_unit(), *(self._rank(group) for group in self.param_groups)
+        # Asked many times a generation, and the same as long as the ranks and the trained parameters are.
+        key = self._chunk_unit(), tuple(self._trained), *(self._rank(group) for group in self.param_groups)
         if key not in self._member_bytes:
             drawn = used = 0
             for spec in self._specs():
@@ -196,12 +208,11 @@ class KeyedESTrainer(ESTrainer):
             self._member_bytes[key] = -(-drawn // self._chunk_unit()) + used
         return self._member_bytes[key]
 
-    def settings(self) -> dict[str, Any]:
-        """Return the arguments, besides those in the parameter groups, that the numbers of a run depend on."""
+    def _settings(self) -> dict[str, Any]:
         return {
-            **super().settings(),
+            **super()._settings(),
             "noise_reuse": self.noise_reuse,
             "group_size": self.group_size,
             "noise": self.noise,
-            "shaping": self.shaping if isinstance(self.shaping, str) else "custom",
+            "shaping": shaper_name(self.shaping),
         }

@@ -4,41 +4,26 @@ from __future__ import annotations
 
 import copy
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Collection
 from os import PathLike
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from .checkpoint import FORMAT, check_format, check_same_run, plain_copy, read_checkpoint, untrained, write_checkpoint
+from .checkpoint import FORMAT, check_format, check_same_model, plain_copy, read_checkpoint, write_checkpoint
 from .distributed.engine import Engine, LocalEngine
 from .fitness.findings import Findings
 from .fitness.learning import Learner, learner_state, set_learner_state
 from .fitness.scores import METRICS
+from .generation import Generation, Settings, adopt, differences
 from .interrupts import delayed_interrupt
 from .optimizer_face import OptimizerFace
+from .trainable import padding_rows, set_frozen
+from .untrained import set_untrained, untrained
 from .update.centre import Centre
 from .update.schedule import LRSchedulerFactory, Schedules
 from .warned import Warned
-
-
-class Generation(NamedTuple):
-    """What it takes to make the step of a generation again.
-
-    Attributes:
-        number: Counted from 1.
-        seed: Of the run.
-        options: Of the parameter groups, as they were during it.
-        scores: ``[N]`` in float64, as they came from the fitness function.
-        statistics: What each chunk has shown to a fitness function that learns along the way.
-    """
-
-    number: int
-    seed: int
-    options: list[dict[str, Any]]
-    scores: Tensor
-    statistics: list[Tensor]
 
 
 class RunState(OptimizerFace):
@@ -59,6 +44,7 @@ class RunState(OptimizerFace):
     last_generation: Generation | None
     _seed: int
     _centre: Centre
+    _trained: tuple[str, ...]
     _schedulers: tuple[LRSchedulerFactory | None, LRSchedulerFactory | None]
     _schedules: Schedules
     _learner: Learner | None
@@ -83,7 +69,7 @@ class RunState(OptimizerFace):
         """Return everything that the rest of the run depends on, as copies: tensors, numbers and strings."""
         state = {
             "format": FORMAT,
-            "settings": self.settings(),
+            "settings": self.settings().plain(),
             "seed": self._seed,
             "generation": self.generation,
             "centre": self._centre.state_dict(),
@@ -109,7 +95,12 @@ class RunState(OptimizerFace):
         """
         check_format(state_dict, "state_dict")
         before = self.state_dict()
-        changed = check_same_run(state_dict, before)
+        try:
+            # A forward may have given a buffer another shape.
+            check_same_model(state_dict, before, resizable=dict(self.model.named_buffers()))
+            changed = self._changed_settings(state_dict)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"the state of the trainer is incomplete or damaged: {error!r}") from error
         if changed:
             self._warn_once(
                 f"going on with {', '.join(changed)}: the numbers will not be those of an uninterrupted run",
@@ -144,12 +135,9 @@ class RunState(OptimizerFace):
 
     def fingerprint(self) -> dict[str, Any]:
         """Return, by name, what must be the same for all who take part in the current generation."""
-        return {
-            "generation": self.generation,
-            "seed": self._seed,
-            "population_size": self.population_size,
-            "options": repr(self._options()),
-        }
+        settings = self.settings()
+        # Tensors among the options cannot be compared as a whole.
+        return {"generation": self.generation, **settings.plain(), "options": repr(settings.options)}
 
     def checksum(self) -> int:
         """Return a number that tells parameters apart that differ in any bit."""
@@ -157,7 +145,7 @@ class RunState(OptimizerFace):
         for name, value in self._centre.state_dict()["parameters"].items():
             bits = value.flatten().view(torch.int64 if value.itemsize == 8 else torch.int32).long()
             # Odd weights that differ from place to place; sums wrap around and so don't depend on their order.
-            places = torch.arange(1, 2 * len(bits), 2, device=bits.device)
+            places = 2 * torch.arange(len(bits), device=bits.device) + 1
             total = (31 * total + len(name) + int((bits * places).sum())) % 2**64
         return total
 
@@ -166,28 +154,38 @@ class RunState(OptimizerFace):
     def working_state(self) -> dict[str, Any]:
         """Return what changes from generation to generation and outcomes depend on, for a copy of the trainer."""
         return {
-            "seed": self._seed,
             "generation": self.generation,
-            "population_size": self.population_size,
-            "options": self._options(),
+            "settings": self.settings().plain(),
             "learner": learner_state(self._learner),
             "alone": self._findings.alone,
             "trained": {name: _to_numpy(value.detach()) for name, value in self._centre.parameters.items()},
-            "untrained": {name: _to_numpy(value.detach()) for name, value in self._untrained().items()},
+            "untrained": {
+                name: _to_numpy(value.detach())
+                for name, value in untrained(self.model, self._centre.parameters, persistent=False).items()
+            },
         }
 
     @torch.no_grad()
     def set_working_state(self, state: dict[str, Any]) -> None:
         """Take over the :meth:`working_state` of the trainer that this one is a copy of, to evaluate its chunks."""
-        self._seed, self.generation = state["seed"], state["generation"]
-        self.population_size = state["population_size"]
-        self._set_options(state["options"])
+        self.generation = state["generation"]
+        compiled = self.settings().compile
+        # Members are not shaped here.
+        adopt(self, {name: value for name, value in state["settings"].items() if name != "shaping"})
+        if self.settings().compile != compiled:
+            self._restart_forwards()
+        self._hold(state["trained"])
+        tensors = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
         arrays = {**state["trained"], **state["untrained"]}
-        for name, value in self._tensors().items():
-            _copy_from_numpy(value, arrays[name])
+        # Caches that a forward has made since are made here as well.
+        set_untrained(
+            self.model,
+            {name: _from_numpy(array, tensors[name].dtype) for name, array in arrays.items() if name in tensors},
+        )
         set_learner_state(self._learner, state["learner"])
         self._findings.decide(state["alone"])
         self._restart_noise()
+        self._follow_frozen()
         self._begin_generation()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -209,24 +207,61 @@ class RunState(OptimizerFace):
         """Return the live options of the parameter groups."""
         return [{k: v for k, v in group.items() if k not in ("params", "names")} for group in self.param_groups]
 
-    def _set_options(self, options: Sequence[dict[str, Any]]) -> None:
-        """Take over what :meth:`_options` returned."""
-        for group, own in zip(self.param_groups, options, strict=True):
-            group.update(own)
+    # Which parameters are trained.
 
-    def _tensors(self) -> dict[str, Tensor]:
-        """Return the model's parameters and buffers, trained or not."""
-        return {**self._centre.parameters, **self._untrained()}
+    def set_frozen(self, names: Collection[str]) -> None:
+        """Freeze the parameters of these names, ``requires_grad=False``, and free all others that were given."""
+        set_frozen(self._centre.candidates, names)
+
+    def _follow_frozen(self) -> None:
+        """Find out which parameters and rows the next generation trains."""
+        trained = tuple(name for name, p in self._centre.candidates.items() if p.requires_grad)
+        self._hold({*self._centre.parameters, *trained})
+        self._trained = trained
+        rows = padding_rows(self.model)
+        self._centre.fixed_rows = {name: rows[id(p)] for name, p in self._centre.candidates.items() if id(p) in rows}
+
+    def _hold(self, names: Collection[str]) -> None:
+        """Let the centre hold these parameters: all that is kept of flat parameters follows."""
+        centre = self._centre
+        if centre.parameters.keys() == set(names):
+            return
+        initial = centre.unflatten(self._initial)
+        best = None if self._best is None else centre.unflatten(self._best)
+        centre.hold(names)
+        # What has been frozen is what it was in the beginning, and in every member.
+        current = centre.unflatten(centre.flat())
+        self._initial = centre.flatten({**current, **initial})
+        self._best = None if best is None else centre.flatten({**current, **best})
 
     def _untrained(self) -> dict[str, Tensor]:
         return untrained(self.model, self._centre.parameters)
 
+    def settings(self) -> Settings:
+        """Return the record of what the numbers of the next generation depend on."""
+        return Settings(**self._settings())
+
     @abstractmethod
-    def settings(self) -> dict[str, Any]:
-        """Return the arguments, besides those in the parameter groups, that the numbers of a run depend on."""
+    def _settings(self) -> dict[str, Any]:
+        """Return the values of the record."""
+
+    def _changed_settings(self, state: dict[str, Any]) -> list[str]:
+        """Return, in words, the settings that a state does not bring along and that are others than it was made with.
+
+        Raises:
+            ValueError: They are those of another kind of trainer.
+        """
+        restored = ("seed", "options", "frozen", "optimizer_options")
+        changed = differences(self.settings().plain(), state["settings"], restored)
+        if not changed.keys().isdisjoint(("trainer", "optimizer", "lr_scheduler", "sigma_scheduler")):
+            raise ValueError(
+                f"the checkpoint is of another kind of trainer; this one has {', '.join(changed.values())}"
+            )
+        return list(changed.values())
 
     def _restore(self, state: dict[str, Any]) -> None:
         self._centre.load_state_dict(state["centre"])
+        self.set_frozen(state["settings"]["frozen"])
         self._schedules.load_state_dict(state)
         self._set_learnt(state["untrained"])
         set_learner_state(self._learner, state.get("learner"))
@@ -238,6 +273,7 @@ class RunState(OptimizerFace):
         self.history, self.last_generation = copy.deepcopy(state["history"]), None
         self.best_fitness = state["best_fitness"]
         self._best = None if state["best_params"] is None else state["best_params"].to(self.device, copy=True)
+        self._follow_frozen()
         self._restart_noise()
 
     def _forget(self) -> None:
@@ -252,10 +288,10 @@ class RunState(OptimizerFace):
         """Return copies of the buffers and untrained parameters, if the fitness function may change them."""
         return {} if self._learner is None else plain_copy(self._untrained())
 
-    @torch.no_grad()
     def _set_learnt(self, values: dict[str, Tensor]) -> None:
-        for name, value in self._untrained().items():
-            value.copy_(values.get(name, value))
+        set_untrained(
+            self.model, {name: value for name, value in values.items() if name not in self._centre.parameters}
+        )
 
     @abstractmethod
     def _restart_noise(self) -> None:
@@ -276,7 +312,7 @@ def _to_numpy(value: Tensor) -> Any:
     return value.view(torch.int16).numpy() if value.dtype == torch.bfloat16 else value.numpy()
 
 
-def _copy_from_numpy(target: Tensor, value: Any) -> None:
+def _from_numpy(array: Any, dtype: torch.dtype) -> Tensor:
     # What lies in shared memory cannot be written to, which torch warns of.
-    source = torch.from_numpy(value.copy())
-    target.copy_(source.view(torch.bfloat16) if target.dtype == torch.bfloat16 else source)
+    value = torch.from_numpy(array.copy())
+    return value.view(torch.bfloat16) if dtype == torch.bfloat16 else value

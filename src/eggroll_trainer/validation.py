@@ -107,7 +107,8 @@ def parameter_groups(params: Any, model: nn.Module) -> list[dict[str, Any]]:
 
     Args:
         params: Parameters, ``(name, parameter)`` pairs, or groups of either in dictionaries with options of their
-            own; None for all of the model's. Frozen ones are left out.
+            own; None for all of the model's. Frozen ones are among them, as they may be freed, unless they are of a
+            kind that cannot be perturbed.
         model: The model that they must belong to.
 
     Raises:
@@ -130,12 +131,13 @@ def parameter_groups(params: Any, model: nn.Module) -> list[dict[str, Any]]:
         parameters = [_parameter(e) for e in ([given] if isinstance(given, nn.Parameter) else _entries(given))]
         for p in parameters:
             _check_parameter(p, names, seen)
-        group["params"] = [p for p in parameters if p.requires_grad]
+        group["params"] = [p for p in parameters if _obstacle(p) is None]
         group["names"] = [names[id(p)] for p in group["params"]]
     groups = [group for group in groups if group["params"]]
-    if not groups:
+    trained = [p for group in groups for p in group["params"] if p.requires_grad]
+    if not trained:
         raise ValueError("every parameter in params is frozen (requires_grad=False)")
-    if not any(p.numel() for group in groups for p in group["params"]):
+    if not any(p.numel() for p in trained):
         raise ValueError("there is nothing to train: all parameters are empty")
     return groups
 
@@ -169,14 +171,20 @@ def _check_parameter(p: nn.Parameter, names: dict[int, str], seen: set[int]) -> 
     seen.add(id(p))
     if isinstance(p, nn.parameter.UninitializedParameter):
         raise ValueError(f"parameter {name!r} has no shape yet: run the model once before training it")
-    if not p.requires_grad:
-        return
+    obstacle = _obstacle(p)
+    if p.requires_grad and obstacle is not None:
+        raise ValueError(f"parameter {name!r} {obstacle}")
+
+
+def _obstacle(p: nn.Parameter) -> str | None:
+    """Return why a parameter cannot be trained, or None if it can."""
     if p.dtype not in _DTYPES or p.layout is not torch.strided:
-        raise ValueError(f"parameter {name!r} of {p.dtype}, {p.layout} cannot be perturbed; freeze it")
+        return f"of {p.dtype}, {p.layout} cannot be perturbed; freeze it"
     if p.is_meta:
-        raise ValueError(f"parameter {name!r} is on the meta device and has no values; materialise the model first")
+        return "is on the meta device and has no values; materialise the model first"
     if p.is_inference():
-        raise ValueError(f"parameter {name!r} was made under torch.inference_mode(); make the model outside it")
+        return "was made under torch.inference_mode(); make the model outside it"
+    return None
 
 
 def check_options(group: dict[str, Any], known: Iterable[str]) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from engine_cases import CASES, make
-from launching import TESTS, on_two_nodes, python, torchrun
+from launching import TESTS, on_two_nodes, python, run_script, torchrun
 
 from eggroll_trainer import EGGROLLTrainer
 from eggroll_trainer.distributed import Chunk, Engine, LocalEngine, ProcessGroupEngine, make_engine
@@ -57,27 +57,6 @@ def test_shares_are_consecutive_and_complete() -> None:
             shares = [engine.share(chunks, rank) for rank in range(size)]
             assert [chunk for share in shares for chunk in share] == chunks
             assert max(map(len, shares)) - min(map(len, shares)) <= 1
-
-
-SCRIPT = """
-import os
-from engine_cases import *
-torch.set_num_threads(1)
-rank = int(os.environ["RANK"])
-
-def say(*words):
-    # To a file of each process's own, as their lines may mix on one output.
-    with open(f"{out}/said-{{rank}}", "a") as file:
-        print(*words, file=file)
-"""
-
-
-def run_script(processes: int, folder: Path, body: str) -> list[list[str]]:
-    """Run a script under torchrun and return the lines that each process said."""
-    path = folder / "script.py"
-    path.write_text(SCRIPT.format(out=folder) + body)
-    torchrun(processes, path)
-    return [(folder / f"said-{rank}").read_text().splitlines() for rank in range(processes)]
 
 
 def test_what_processes_begin_with_is_the_first_ones(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..fitness.scores import packed
-from ..run_state import Generation
+from ..generation import FIXED, Generation, differences
 
 if TYPE_CHECKING:
     from ..base import ESTrainer
@@ -28,7 +28,7 @@ class ScoreLog:
 
     Perturbations follow from seeds, so with the initial weights the scores are all that it takes to make the same
     steps again: four bytes a member (eight where the scores are not float32 numbers), a third more as text. The first
-    line tells the settings and a checksum of the initial weights.
+    line tells the settings and a checksum of the initial weights, each other one the settings that have changed since.
 
     Args:
         path: Of the file.
@@ -68,7 +68,7 @@ class ScoreLog:
     def begin(self, trainer: ESTrainer) -> None:
         """Write the first line, if no generation was logged and the trainer is at its beginning."""
         if trainer.generation == 0 and not self.is_begun():
-            head = {"format": FORMAT, "settings": trainer.settings(), "initial": trainer.checksum()}
+            head = {"format": FORMAT, "settings": trainer.settings().plain(), "initial": trainer.checksum()}
             self.path.write_text(json.dumps(head) + "\n")
 
     def append(self, trainer: ESTrainer) -> None:
@@ -81,10 +81,11 @@ class ScoreLog:
         if last is None or not self.path.exists():
             return
         arrays = [packed(last.scores), *(values.cpu().numpy() for values in last.statistics)]
+        before, now = self._head()["settings"], json.loads(json.dumps(last.settings))
         line = {
             "generation": last.number,
-            "seed": last.seed,
-            "options": last.options,
+            "seed": now.pop("seed"),
+            "settings": {name: now[name] for name in differences(now, before)},
             "arrays": [_to_text(array) for array in arrays],
         }
         with open(self.path, "a") as file:
@@ -109,20 +110,21 @@ class ScoreLog:
             FileNotFoundError: There is no such file.
             ValueError: It is no log, or one of another format.
         """
-        self._head()
+        head = self._head()
         for line in self.path.read_text().splitlines()[1:]:
             record = _parse(line)
             if record is None:
                 return
             scores, *statistics = (_from_text(text) for text in record["arrays"])
-            yield Generation(record["generation"], record["seed"], record["options"], scores.double(), statistics)
+            settings = {**head["settings"], **record["settings"], "seed": record["seed"]}
+            yield Generation(record["generation"], settings, scores.double(), statistics)
 
     def replay(self, trainer: ESTrainer, until: int | None = None) -> int:
         """Repeat the steps of a run, from where the trainer is, without its fitness function.
 
         Args:
-            trainer: One of the same model, with the same initial weights (or at a later generation of the run) and
-                arguments.
+            trainer: One of the same model, with the same initial weights and arguments, or at a later generation of
+                the run. What was changed during the run is changed again.
             until: The last generation to repeat; all if None.
 
         Returns:
@@ -133,10 +135,17 @@ class ScoreLog:
             ValueError: The log is of another run, damaged, or ends before ``until``.
         """
         head = self._head()
-        mine, logged = json.loads(json.dumps(trainer.settings())), head["settings"]
-        changed = [f"{key}={mine[key]!r} (was {logged.get(key)!r})" for key in mine if mine[key] != logged.get(key)]
+        mine = json.loads(json.dumps(trainer.settings().plain()))
+        # The first line's others hold for the first generation.
+        changed = differences(
+            mine if trainer.generation == 0 else {name: mine[name] for name in FIXED},
+            head["settings"],
+            ignored=("seed", "options"),
+        )
         if changed:
-            raise ValueError(f"the log {self.path} is of a run with other settings; here are {', '.join(changed)}")
+            raise ValueError(
+                f"the log {self.path} is of a run with other settings; here are {', '.join(changed.values())}"
+            )
         if trainer.generation == 0 and trainer.checksum() != head["initial"]:
             raise ValueError(f"the log {self.path} is of a run with other initial weights")
         for generation in self.generations():

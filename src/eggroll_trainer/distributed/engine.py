@@ -52,9 +52,6 @@ class Evaluator(Protocol):
     generation: int
     fitness_fn: Any
 
-    def settings(self) -> dict[str, Any]:
-        """Return the arguments, besides those in the parameter groups, that the numbers of a run depend on."""
-
     def evaluate_chunk(self, chunk: Chunk) -> Outcome:
         """Evaluate a chunk of the current generation in this process."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import hashlib
 import os
 import pickle
 import secrets
@@ -104,11 +105,14 @@ class ProcessGroupEngine(Engine):
         except BaseException as error:
             # The others must hear of it, or they would wait for the scores.
             failure = error
-        reports = self._gather(_Report.of(self._fingerprint(trainer, chunks), outcomes, failure))
+        fingerprint = self._fingerprint(trainer)
+        reports: list[_Report] = self._gather(_Report.of(_digest(fingerprint), outcomes, failure))
         if failure is not None:
             raise failure
         _raise_first_failure(reports, trainer.generation + 1)
-        _check_same([report.fingerprint for report in reports], trainer.generation + 1)
+        if any(report.digest != reports[0].digest for report in reports):
+            # Only now does it pay to say by what they differ.
+            _check_same(self._gather(fingerprint), trainer.generation + 1)
         return [outcome for report in reports for outcome in report.outcomes()]
 
     def share(self, chunks: Sequence[Chunk], rank: int | None = None) -> Sequence[Chunk]:
@@ -171,8 +175,9 @@ class ProcessGroupEngine(Engine):
         dist.all_reduce(on_host, group=self._host)
         return on_host
 
-    def _gather(self, report: _Report) -> list[_Report]:
-        payload = pickle.dumps(report)
+    def _gather(self, value: Any) -> list[Any]:
+        """Return what all processes have, in their order."""
+        payload = pickle.dumps(value)
         self.bytes_sent += len(payload)
         payloads: list[Any] = [None] * self.size
         try:
@@ -184,8 +189,8 @@ class ProcessGroupEngine(Engine):
             ) from error
         return [pickle.loads(payload) for payload in payloads]
 
-    def _fingerprint(self, trainer: Evaluator, chunks: Sequence[Chunk]) -> dict[str, Any]:
-        fingerprint = {**trainer.fingerprint(), "chunk_size": chunks[0].size, "exchange": self.exchange}
+    def _fingerprint(self, trainer: Evaluator) -> dict[str, Any]:
+        fingerprint = {**trainer.fingerprint(), "exchange": self.exchange}
         if self.check_every and trainer.generation % self.check_every == 0:
             fingerprint["parameters"] = trainer.checksum()
         return fingerprint
@@ -194,7 +199,7 @@ class ProcessGroupEngine(Engine):
 class _Report(NamedTuple):
     """What a process tells the others about its share of a generation."""
 
-    fingerprint: dict[str, Any]
+    digest: bytes
     counts: list[int]
     scores: np.ndarray[Any, Any]
     statistics: list[np.ndarray[Any, Any] | None]
@@ -203,14 +208,14 @@ class _Report(NamedTuple):
     failure: BaseException | None
 
     @staticmethod
-    def of(fingerprint: dict[str, Any], outcomes: Sequence[Outcome], failure: BaseException | None) -> _Report:
+    def of(digest: bytes, outcomes: Sequence[Outcome], failure: BaseException | None) -> _Report:
         if failure is not None:
-            return _Report(fingerprint, [], np.zeros(0), [], [], [], _portable(failure))
+            return _Report(digest, [], np.zeros(0), [], [], [], _portable(failure))
         scores = packed(torch.cat([outcome.scores for outcome in outcomes] or [torch.zeros(0, device="cpu")]))
         statistics = [None if o.statistics is None else o.statistics.numpy() for o in outcomes]
         counts, warned = [len(outcome.scores) for outcome in outcomes], [outcome.warnings for outcome in outcomes]
         alone = [outcome.alone for outcome in outcomes]
-        return _Report(fingerprint, counts, scores, statistics, warned, alone, None)
+        return _Report(digest, counts, scores, statistics, warned, alone, None)
 
     def outcomes(self) -> list[Outcome]:
         parts = torch.from_numpy(self.scores.astype(np.float64)).split(self.counts)
@@ -218,6 +223,10 @@ class _Report(NamedTuple):
             Outcome(part, None if values is None else torch.from_numpy(values), warned, alone)
             for part, values, warned, alone in zip(parts, self.statistics, self.warnings, self.alone, strict=True)
         ]
+
+
+def _digest(fingerprint: Mapping[str, Any]) -> bytes:
+    return hashlib.blake2b(repr(sorted(fingerprint.items())).encode(), digest_size=16).digest()
 
 
 def is_launched() -> bool:

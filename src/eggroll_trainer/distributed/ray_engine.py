@@ -61,8 +61,8 @@ class RayEngine(LocalEngine):
         self.worker_options = {"num_cpus": self.threads, **(worker_options or {})}
         if not ray.is_initialized():
             ray.init()
-        # What was sent out last: the trainer, its fitness function and settings, and the reference to its copy.
-        self._sent: tuple[Evaluator, Any, dict[str, Any]] | None = None
+        # What was sent out last: the trainer and its fitness function, and the reference to its copy.
+        self._sent: tuple[Evaluator, Any] | None = None
         self._copy: Any = None
         # A reference to the untrained tensors, which are sent when they change: most of a model may be frozen.
         self._untrained: Any = None
@@ -121,12 +121,9 @@ class RayEngine(LocalEngine):
 
     def _send(self, trainer: Evaluator) -> None:
         """Put a copy of the trainer where workers find it, unless they have one that is like it."""
-        fitness_fn, settings = trainer.fitness_fn, trainer.settings()
-        if self._sent is not None:
-            same = self._sent[0] is trainer and self._sent[1] is fitness_fn
-            if same and self._sent[2] == settings:
-                return
-        self._sent, self._copy = (trainer, fitness_fn, settings), ray.put(trainer)
+        if self._sent is not None and self._sent[0] is trainer and self._sent[1] is trainer.fitness_fn:
+            return
+        self._sent, self._copy = (trainer, trainer.fitness_fn), ray.put(trainer)
 
     def _put_state(self, trainer: Evaluator) -> list[Any]:
         """Return references to the copy of the trainer, to what changes in it, and to its untrained tensors."""

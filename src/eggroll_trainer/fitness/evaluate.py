@@ -21,7 +21,7 @@ from ..warned import Warned
 from . import alone, together
 from .check import DiffersFromItself, difference, evaluate_noting
 from .findings import Findings
-from .learning import Learner
+from .learning import Learner, discard_statistics
 from .randomness import Source, keyed, sources
 from .record import Record
 from .scores import to_score, to_scores
@@ -230,7 +230,6 @@ class Evaluation:
             self._annotate(error, f"member {self.population.first + failed.index}")
             raise error
         self._score_alone(failed.index)
-        self._statistics()
         return self._refused(
             f"member {self.population.first + failed.index} raised {type(error).__name__} ({error}), and does not when"
             " it is evaluated by itself"
@@ -255,14 +254,14 @@ class Evaluation:
             raise
         finally:
             # What the check has shown to a function that learns was shown to it before.
-            self._statistics()
+            discard_statistics(self.learner)
 
     def _statistics(self) -> Tensor | None:
         return None if self.learner is None else self.learner.pop_statistics().cpu()
 
     def _refused(self, reason: str) -> Scored:
-        scores = torch.zeros(len(self.population), dtype=torch.float64, device="cpu")
-        return Scored(scores, self._statistics(), reason)
+        discard_statistics(self.learner)
+        return Scored(torch.zeros(len(self.population), dtype=torch.float64, device="cpu"), None, reason)
 
     def _annotate(self, error: BaseException, who: str) -> None:
         text = f"in the fitness of {who} of generation {self.population.generation + 1}"

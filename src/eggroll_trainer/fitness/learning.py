@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any, Protocol, cast
 
 from torch import Tensor, nn
 
 from ..checkpoint import plain_copy
+from ..untrained import set_untrained, untrained
 
 
 class Learner(Protocol):
@@ -19,10 +21,17 @@ class Learner(Protocol):
     """
 
     def pop_statistics(self) -> Tensor:
-        """Return what the evaluation of the last chunk has shown, in one tensor, and forget it."""
+        """Return what has been seen since the last call, in one tensor, and forget it.
+
+        Called after the evaluation of each chunk, and before it as well: what an evaluation that failed, or one outside
+        a generation, has left is thrown away. It may raise if there is nothing.
+        """
 
     def merge_statistics(self, model: nn.Module, statistics: Sequence[Tensor]) -> None:
-        """Take in what all chunks of a generation have shown, in the order of their members. Must not raise.
+        """Take in what all chunks of a generation have shown, in the order of their members.
+
+        If it raises, the buffers and parameters of the model and :meth:`state_dict` are put back, and the generation
+        counts as not made.
 
         Args:
             model: The model that is trained.
@@ -34,6 +43,39 @@ def learner(fitness_fn: Any) -> Learner | None:
     """Return the fitness function if it learns, else None."""
     learns = hasattr(fitness_fn, "pop_statistics") and hasattr(fitness_fn, "merge_statistics")
     return cast(Learner, fitness_fn) if learns else None
+
+
+def discard_statistics(learner: Learner | None) -> None:
+    """Throw away what earlier evaluations have left, so that it is not counted with the next chunk."""
+    if learner is not None:
+        # One that has seen nothing may have nothing to return.
+        with contextlib.suppress(Exception):
+            learner.pop_statistics()
+
+
+@contextlib.contextmanager
+def merged(
+    learner: Learner | None, model: nn.Module, statistics: Sequence[Tensor], trained: Collection[str]
+) -> Iterator[None]:
+    """Let a learner take in a generation's statistics; if it, or the block, raises, undo that.
+
+    Args:
+        learner: Who takes them in, or None.
+        model: The model that is trained.
+        statistics: One tensor for each chunk.
+        trained: Names of its trained parameters, which a learner leaves alone.
+    """
+    if learner is None:
+        yield
+        return
+    before, state = plain_copy(untrained(model, trained, persistent=False)), learner_state(learner)
+    try:
+        learner.merge_statistics(model, statistics)
+        yield
+    except BaseException:
+        set_untrained(model, before)
+        set_learner_state(learner, state)
+        raise
 
 
 def learner_state(learner: Learner | None) -> Any:

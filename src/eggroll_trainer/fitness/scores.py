@@ -31,7 +31,8 @@ def to_score(value: Any) -> float:
         value = value.item()
     if value is None:
         raise TypeError(f"the fitness function must return {_EXPECTED}, got None; is a return missing?")
-    if isinstance(value, numbers.Real):
+    # NumPy's booleans are not among Python's numbers, as Python's own are.
+    if isinstance(value, (numbers.Real, np.bool_)):
         return float(value)
     raise TypeError(f"the fitness function must return {_EXPECTED}, got {type(value).__name__} {value!r}")
 
@@ -45,7 +46,9 @@ def to_scores(value: Any, count: int) -> Tensor:
     """
     expected = f"a batched fitness function must return one score for each of its {count} members"
     try:
-        scores = torch.as_tensor(value, device="cpu")
+        # A list of Python's floats would be rounded to float32.
+        dtype = torch.float64 if isinstance(value, (list, tuple)) else None
+        scores = torch.as_tensor(value, dtype=dtype, device="cpu")
     except (TypeError, ValueError, RuntimeError):
         raise TypeError(f"{expected}, a tensor of shape [{count}]; got {type(value).__name__} {value!r}") from None
     if scores.shape != (count,):
@@ -89,18 +92,27 @@ class CheckedScores:
     """The scores of one generation.
 
     Attributes:
-        values: ``[N]``, finite: NaN and ±inf are replaced by the worst finite score.
+        values: ``[N]`` in float64, finite: NaN and ±inf are replaced by the worst finite score of their group.
         num_nonfinite: How many were replaced.
         num_tied: How many members share their score with another one.
+        best: Index of the member with the highest score; one whose own score is finite.
     """
 
     values: Tensor
     num_nonfinite: int
     num_tied: int
+    best: int
 
 
-def check_scores(scores: Tensor, generation: int) -> CheckedScores:
-    """Replace scores that are not finite by the worst finite one of the generation.
+def check_scores(scores: Tensor, generation: int, group_size: int = 0) -> CheckedScores:
+    """Replace scores that are not finite by the worst finite one of their group.
+
+    In a group without a finite score they become the worst of the generation: no member of it is better than another.
+
+    Args:
+        scores: ``[N]``.
+        generation: Its index, counted from 1.
+        group_size: Members in a group; 0 for one group of all.
 
     Raises:
         ValueError: No score is finite.
@@ -112,11 +124,15 @@ def check_scores(scores: Tensor, generation: int) -> CheckedScores:
             f"no member of generation {generation} has a finite fitness (NaN or inf from all {len(scores)});"
             " the parameters were not changed. Lower sigma or learning_rate, or mend the fitness function."
         )
-    values = np.where(finite, values, values[finite].min())
+    groups = np.where(finite, values, np.inf).reshape(-1, group_size or len(values))
+    worst = groups.min(1, keepdims=True)
+    worst = np.where(np.isfinite(worst), worst, values[finite].min())
+    values = np.where(np.isfinite(groups), groups, worst).reshape(-1)
     ordered = np.sort(values)
     same = ordered[1:] == ordered[:-1]
     tied = np.append(same, False) | np.append(False, same)
-    return CheckedScores(torch.from_numpy(values), int((~finite).sum()), int(tied.sum()))
+    best = int(np.where(finite, values, -np.inf).argmax())
+    return CheckedScores(torch.from_numpy(values), int((~finite).sum()), int(tied.sum()), best)
 
 
 def metrics_of(

@@ -6,7 +6,11 @@ take many groups at once, ``[..., n] → [..., n]``.
 
 from __future__ import annotations
 
+import functools
+import types
+import zlib
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -86,6 +90,40 @@ def get_shaper(shaping: str | Shaper, noise_reuse: int) -> Shaper:
     if not callable(shaping):
         raise TypeError(f"shaping must be a name or a callable, got {type(shaping).__name__}")
     return shaping
+
+
+def shaper_name(shaping: str | Shaper) -> str:
+    """Return a name that tells shapers apart: those here by their own, others by where and how they are written.
+
+    Example:
+        >>> shaper_name(zscore), shaper_name("raw")
+        ('zscore', 'raw')
+        >>> shaper_name(lambda scores: 2 * scores) == shaper_name(lambda scores: 3 * scores)
+        False
+    """
+    if isinstance(shaping, str):
+        return shaping
+    for name, shaper in SHAPERS.items():
+        if shaping is shaper:
+            return name
+    if isinstance(shaping, functools.partial):
+        return f"{shaper_name(shaping.func)} with {shaping.args} {shaping.keywords}"
+    described: Any = shaping if hasattr(shaping, "__qualname__") else type(shaping)
+    return f"{described.__module__}.{described.__qualname__}:{zlib.crc32(_written(shaping)):08x}"
+
+
+def _written(shaper: Any) -> bytes:
+    """Return the code of a function, with the numbers and words that it closes over or an object holds."""
+    code = getattr(shaper, "__code__", None)
+    held = [cell.cell_contents for cell in getattr(shaper, "__closure__", None) or ()]
+    held += [*(getattr(shaper, "__defaults__", None) or ()), *getattr(shaper, "__dict__", {}).values()]
+    values = [repr(value).encode() for value in held if isinstance(value, (bool, int, float, str))]
+    return b"\0".join([b"" if code is None else _code_bytes(code), *values])
+
+
+def _code_bytes(code: types.CodeType) -> bytes:
+    constants = [_code_bytes(c) if isinstance(c, types.CodeType) else repr(c).encode() for c in code.co_consts]
+    return b"\0".join([code.co_code, *constants, *(name.encode() for name in code.co_names)])
 
 
 def shape(scores: Tensor, shaper: Shaper, group_size: int = 0) -> Tensor:

@@ -30,6 +30,7 @@ class ParameterSpec:
         sigma: Standard deviation of the perturbation.
         rank: Rank of the low-rank perturbation, or None for a full-rank one.
         kind: Distribution of the low-rank factors.
+        fixed_rows: Indices in the first dimension that are not perturbed, such as an embedding's padding.
     """
 
     name: str
@@ -37,6 +38,7 @@ class ParameterSpec:
     sigma: float
     rank: int | None = None
     kind: NoiseKind = "gaussian"
+    fixed_rows: Sequence[int] = ()
 
     @property
     def numel(self) -> int:
@@ -247,9 +249,16 @@ def sample(
     for spec, value in zip(specs, values, strict=True):
         shape, own_signs = spec.centre.shape, signs.to(spec.centre.device)
         if spec.rank is None:
-            draws[spec.name] = FullRankDraws(value.view(-1, *shape), spec, own_signs)
+            value = value.view(count // reuse, *shape)
+            if spec.fixed_rows:
+                value[:, list(spec.fixed_rows)] = 0
+            draws[spec.name] = FullRankDraws(value, spec, own_signs)
         else:
-            draws[spec.name] = LowRankDraws(value.view(-1, spec.rank, LowRankDraws.sides(shape)), spec, own_signs)
+            factors = value.view(-1, spec.rank, LowRankDraws.sides(shape))
+            if spec.fixed_rows:
+                # Of A; a row of A Bᵀ is one of A times B.
+                factors[..., list(spec.fixed_rows)] = 0
+            draws[spec.name] = LowRankDraws(factors, spec, own_signs)
     return Perturbations(draws, signs, count)
 
 

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..perturbation.sample import wide_dtype
+from .optimizers import OptimizerFactory, check_optimizer
 
 # Numbers whose change is measured at a time on a CPU.
 _PIECE = 2**18
-
-OptimizerFactory = Callable[..., torch.optim.Optimizer]
 
 
 class Centre:
@@ -29,30 +29,63 @@ class Centre:
         groups: The trainer's parameter groups.
         factory: ``(groups, lr=…) → torch.optim.Optimizer``.
 
+    Attributes:
+        candidates: The parameters of the groups by name, be they trained or not.
+        parameters: Those that are, or have been, trained.
+        masters: What the optimizer has in the place of each of these.
+        fixed_rows: Indices in the first dimension that no step changes, by parameter; such as an embedding's padding.
+
     Raises:
         TypeError: ``factory`` returns something else.
-        ValueError: The optimizer is over other parameters, or maximises.
+        ValueError: The optimizer is over other parameters, maximises, or cannot step from a dense gradient.
     """
 
     @torch.inference_mode(False)
     @torch.no_grad()
     def __init__(self, groups: Sequence[dict[str, Any]], factory: OptimizerFactory) -> None:
-        self.factory = factory
-        self.parameters: dict[str, nn.Parameter] = {
+        self.factory, self._groups = factory, groups
+        self.candidates: dict[str, nn.Parameter] = {
             name: p for group in groups for name, p in zip(group["names"], group["params"], strict=True)
         }
-        self.masters = {
-            name: p if p.dtype == wide_dtype(p) else nn.Parameter(p.detach().to(wide_dtype(p)))
-            for name, p in self.parameters.items()
-        }
-        self._placements = {name: (p.dtype, p.device) for name, p in self.parameters.items()}
-        self.restart(groups)
+        self._placements = {name: (p.dtype, p.device) for name, p in self.candidates.items()}
+        self.fixed_rows: dict[str, Sequence[int]] = {}
+        self.parameters = {name: p for name, p in self.candidates.items() if p.requires_grad}
+        self.masters = {name: _master(p) for name, p in self.parameters.items()}
+        check_optimizer(factory, self._masters_in_groups(self.masters))
+        self.optimizer = self._optimizer_of(self.masters)
 
     @torch.inference_mode(False)
-    def restart(self, groups: Sequence[dict[str, Any]]) -> None:
+    @torch.no_grad()
+    def hold(self, names: Collection[str]) -> None:
+        """Make ``parameters`` those of these names, in the order of the groups.
+
+        The optimizer is made anew, and keeps what it knows of those that stay.
+        """
+        parameters = {name: p for name, p in self.candidates.items() if name in names}
+        if parameters.keys() == self.parameters.keys():
+            return
+        masters = {name: self.masters[name] if name in self.masters else _master(p) for name, p in parameters.items()}
+        optimizer, old = self._optimizer_of(masters), self.optimizer
+        for group, before in zip(optimizer.param_groups, old.param_groups, strict=True):
+            group.update({key: value for key, value in before.items() if key != "params"})
+        optimizer.state.update({master: old.state[master] for master in masters.values() if master in old.state})
+        self.parameters, self.masters, self.optimizer = parameters, masters, optimizer
+
+    @torch.inference_mode(False)
+    def restart(self) -> None:
         """Make a new optimizer, without state."""
-        own = [{"params": [self.masters[name] for name in group["names"]], "lr": group["lr"]} for group in groups]
-        optimizer = self.factory(own, lr=groups[0]["lr"])
+        self.optimizer = self._optimizer_of(self.masters)
+
+    def _masters_in_groups(self, masters: Mapping[str, nn.Parameter]) -> list[dict[str, Any]]:
+        """Return the groups as the optimizer gets them; one may have no parameters."""
+        return [
+            {"params": [masters[name] for name in group["names"] if name in masters], "lr": group["lr"]}
+            for group in self._groups
+        ]
+
+    def _optimizer_of(self, masters: Mapping[str, nn.Parameter]) -> torch.optim.Optimizer:
+        own = self._masters_in_groups(masters)
+        optimizer = self.factory(own, lr=own[0]["lr"])
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(
                 "optimizer must make a torch.optim.Optimizer from (params, lr=…), such as torch.optim.Adam or"
@@ -65,7 +98,7 @@ class Centre:
             )
         if any(group.get("maximize", False) for group in optimizer.param_groups):
             raise ValueError("optimizer must not have maximize=True: it gets -Δθ, so that it maximises the fitness")
-        self.optimizer = optimizer
+        return optimizer
 
     def check_model(self, model: nn.Module) -> None:
         """Raise ``RuntimeError`` unless the model still has these parameters, as they were."""
@@ -78,13 +111,13 @@ class Centre:
                 )
 
     def __len__(self) -> int:
-        """Return the number of weights, ``D``."""
+        """Return the number of weights in ``parameters``, ``D``."""
         return sum(p.numel() for p in self.parameters.values())
 
     def flat(self) -> Tensor:
         """Return all weights in one new tensor, ``[D]``."""
         self._follow()
-        return self.flatten({name: master.detach() for name, master in self.masters.items()})
+        return self.flatten({name: self.masters[name].detach() for name in self.parameters})
 
     def flatten(self, values: Mapping[str, Tensor]) -> Tensor:
         """Return one tensor ``[D]`` of a value for each parameter."""
@@ -105,56 +138,83 @@ class Centre:
             self.masters[name].copy_(value)
         self._publish()
 
-    @torch.no_grad()
     def step(self, gradient: Mapping[str, Tensor], learning_rates: Sequence[float]) -> float:
-        """Make one step against ``gradient`` and return its Euclidean length.
+        """Make one step, as :meth:`stepped` does, and return its Euclidean length."""
+        with self.stepped(gradient, learning_rates) as length:
+            return length
 
-        If anything raises, weights and optimizer are as they were.
+    @contextlib.contextmanager
+    def stepped(self, gradient: Mapping[str, Tensor], learning_rates: Sequence[float]) -> Iterator[float]:
+        """Make one step against ``gradient``; if it or the block raises, weights and optimizer are put back.
 
         Args:
-            gradient: The negated estimate of the ascent direction, for every parameter; the optimizer may change it.
+            gradient: The negated estimate of the ascent direction, for every parameter that is not frozen; the
+                optimizer may change it.
             learning_rates: For each group.
+
+        Yields:
+            The Euclidean length of the step.
 
         Raises:
             ValueError: The gradient, or the weights after the step, are not finite.
         """
         self._follow()
-        before = {name: master.clone() for name, master in self.masters.items()}
+        before = {name: self.masters[name].detach().clone() for name in gradient}
         state = copy.deepcopy(self.optimizer.state_dict())
+        try:
+            with torch.no_grad():
+                length = self._move(gradient, learning_rates, before)
+                self._publish()
+            yield length
+        except BaseException:
+            with torch.no_grad():
+                for name, old in before.items():
+                    self.masters[name].copy_(old)
+                self.optimizer.load_state_dict(state)
+                self._publish()
+            raise
+
+    def _move(
+        self, gradient: Mapping[str, Tensor], learning_rates: Sequence[float], before: Mapping[str, Tensor]
+    ) -> float:
+        """Let the optimizer step the masters and return how far."""
         gradients = {name: master.grad for name, master in self.masters.items()}
         try:
             for group, learning_rate in zip(self.optimizer.param_groups, learning_rates, strict=True):
                 group["lr"] = learning_rate
             for name, master in self.masters.items():
-                master.grad = gradient[name].to(master)
+                # Optimizers leave out what has no gradient.
+                master.grad = gradient[name].to(master) if name in gradient else None
             self.optimizer.step()
-            length = _distance(list(self.masters.values()), list(before.values()))
-            if not math.isfinite(length):
-                if not math.isfinite(_length(list(gradient.values()))):
-                    raise ValueError(
-                        "the update is not finite, and the parameters were not changed: scale the fitness down, or"
-                        " shape it"
-                    )
-                raise ValueError(
-                    "the step leads to weights that are not finite; they were not changed. Lower learning_rate"
-                )
-        except BaseException:
-            for name, master in self.masters.items():
-                master.copy_(before[name])
-            self.optimizer.load_state_dict(state)
-            raise
         finally:
             # A model that is also trained by gradients keeps the ones it has.
             for name, master in self.masters.items():
                 master.grad = gradients[name]
-        self._publish()
+        for name, rows in self.fixed_rows.items():
+            if name in before:
+                # Weight decay moves what has a gradient of zero.
+                self.masters[name][rows] = before[name][rows]
+        length = _distance([self.masters[name] for name in before], list(before.values()))
+        if not math.isfinite(length):
+            if not math.isfinite(_length(list(gradient.values()))):
+                raise ValueError(
+                    "the update is not finite, and the parameters were not changed: scale the fitness down, or shape it"
+                )
+            raise ValueError(
+                "the step leads to weights that are not finite; they were not changed. Lower learning_rate"
+            )
         return length
+
+    def optimizer_options(self) -> list[str]:
+        """Return the optimizer's options besides learning rates, such as betas, in words; one entry for each group."""
+        groups = self.optimizer.param_groups
+        return [str({k: v for k, v in group.items() if k not in ("params", "lr")}) for group in groups]
 
     def state_dict(self) -> dict[str, Any]:
         """Return the weights and the optimizer's state, not copied."""
         self._follow()
         return {
-            "parameters": {name: master.detach() for name, master in self.masters.items()},
+            "parameters": {name: self.masters[name].detach() for name in self.parameters},
             "optimizer": self.optimizer.state_dict(),
         }
 
@@ -166,9 +226,10 @@ class Centre:
         Raises:
             ValueError: The state is of other parameters or another optimizer.
         """
+        self.hold(state["parameters"])
         self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
-        for name, master in self.masters.items():
-            master.copy_(state["parameters"][name])
+        for name in self.parameters:
+            self.masters[name].copy_(state["parameters"][name])
         self._publish()
 
     def _publish(self) -> None:
@@ -184,6 +245,12 @@ class Centre:
             if master is not p:
                 # Elsewhere the master keeps its digits below the resolution of the model.
                 master.copy_(torch.where(p == master.to(p.dtype), master, p.to(master.dtype)))
+
+
+def _master(parameter: nn.Parameter) -> nn.Parameter:
+    """Return the parameter if it is wide enough, or a wide copy."""
+    wide = wide_dtype(parameter)
+    return parameter if parameter.dtype == wide else nn.Parameter(parameter.detach().to(wide))
 
 
 def _members(groups: Sequence[Mapping[str, Any]]) -> list[list[int]]:

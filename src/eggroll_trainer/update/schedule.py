@@ -94,9 +94,18 @@ def make_scheduler(name: str, factory: LRSchedulerFactory, optimizer: torch.opti
 
     Raises:
         TypeError: It is not a scheduler.
-        ValueError: It is one of another optimizer, or one that waits for a quantity to fall.
+        ValueError: It is one of another optimizer, cycles a momentum, or waits for a quantity to fall.
     """
-    scheduler = factory(optimizer) if callable(factory) else None
+    try:
+        scheduler = factory(optimizer) if callable(factory) else None
+    except (ValueError, KeyError) as error:
+        if "momentum" not in str(error):
+            raise
+        raise ValueError(
+            f"{name} cycles a momentum, which a trainer does not have: make it with cycle_momentum=False, such as"
+            " functools.partial(OneCycleLR, max_lr=0.1, total_steps=300, cycle_momentum=False)"
+            f" (torch says: {error})"
+        ) from error
     if not isinstance(scheduler, LRScheduler):
         raise TypeError(
             f"{name} must make a torch.optim.lr_scheduler from an optimizer, such as"

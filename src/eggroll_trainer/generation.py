@@ -1,0 +1,184 @@
+"""The record of a generation: everything that its numbers depend on besides the weights, model and fitness function.
+
+Processes that share a generation compare it, callbacks change it, a log of scores and a checkpoint keep it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import pickle
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .checkpoint import plain_copy
+from .fitness.shaping import SHAPERS, shaper_name
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What a generation's numbers depend on.
+
+    Attributes:
+        trainer: Class of the trainer.
+        optimizer: Class of the optimizer that takes the step.
+        optimizer_options: Its options, such as betas and weight decay, in words; one entry for each group.
+        lr_scheduler: Class of ``lr_scheduler=``.
+        sigma_scheduler: Class of ``sigma_scheduler=``.
+        population_size: ``N``.
+        chunk_size: How many members were evaluated at a time.
+        coalesce: Whether members may run together.
+        compile: Whether forwards are compiled.
+        evaluation_dtype: What autocast evaluates in.
+        device: Type of the device.
+        dtypes: Of the parameters.
+        seed: Of the run.
+        options: Of the parameter groups: learning rate, sigma, rank and what schedulers keep there.
+        frozen: Names of the given parameters with ``requires_grad=False``: neither perturbed nor updated.
+        noise_reuse: Members that share a noise draw.
+        group_size: Members whose scores are shaped together; 0 for all.
+        noise: Distribution of the factors.
+        shaping: Name of the shaper.
+        freeze_nonlora: Whether only matrices are trained.
+    """
+
+    trainer: str
+    optimizer: str
+    optimizer_options: list[str]
+    lr_scheduler: str
+    sigma_scheduler: str
+    population_size: int
+    chunk_size: int
+    coalesce: bool | str
+    compile: bool
+    evaluation_dtype: str
+    device: str
+    dtypes: list[str]
+    seed: int
+    options: list[dict[str, Any]]
+    frozen: list[str]
+    noise_reuse: int = 0
+    group_size: int = 0
+    noise: str = ""
+    shaping: str = ""
+    freeze_nonlora: bool = False
+
+    def plain(self) -> dict[str, Any]:
+        """Return the record as a dictionary of numbers, strings, lists and dictionaries, by name."""
+        return plain_copy({field.name: getattr(self, field.name) for field in dataclasses.fields(self)})
+
+
+# What cannot change after construction.
+FIXED = (
+    *("trainer", "optimizer", "optimizer_options", "lr_scheduler", "sigma_scheduler"),
+    *("device", "dtypes", "freeze_nonlora"),
+)  # fmt: skip
+
+
+# What trainers keep in attributes of the same name and type.
+_ATTRIBUTES = ("population_size", "coalesce", "compile", "noise_reuse", "group_size", "noise")
+
+
+def differences(now: Mapping[str, Any], then: Mapping[str, Any], ignored: Collection[str] = ()) -> dict[str, str]:
+    """Return, by name and in words, the settings that differ between two records in plain form."""
+    return {
+        name: f"{name}={value!r} (was {then.get(name)!r})"
+        for name, value in now.items()
+        if name not in ignored and value != then.get(name)
+    }
+
+
+def adopt(trainer: Any, settings: Mapping[str, Any]) -> None:
+    """Give a trainer the settings that may change between generations.
+
+    They are checked when its next generation begins.
+
+    Args:
+        trainer: The trainer.
+        settings: A record in plain form, or a part of one. ``shaping`` may be a shaper instead of its name.
+
+    Raises:
+        ValueError: The record names a shaper of a user's that the trainer does not have.
+    """
+    if settings.get("seed", trainer.seed) != trainer.seed:
+        trainer.seed = settings["seed"]
+    for name in _ATTRIBUTES:
+        if name in settings and hasattr(trainer, name):
+            setattr(trainer, name, settings[name])
+    if "evaluation_dtype" in settings:
+        trainer.evaluation_dtype = getattr(torch, settings["evaluation_dtype"].removeprefix("torch."), None)
+    if "shaping" in settings and hasattr(trainer, "shaping"):
+        _adopt_shaping(trainer, settings["shaping"])
+    if "options" in settings:
+        for group, options in zip(trainer.param_groups, settings["options"], strict=True):
+            group.update(plain_copy(options))
+    if "frozen" in settings:
+        trainer.set_frozen(settings["frozen"])
+    # In the end, as how many members fit depends on the rest. A trainer that chooses the same by itself may go on to.
+    if settings.get("chunk_size", trainer.settings().chunk_size) != trainer.settings().chunk_size:
+        trainer.chunk_size = settings["chunk_size"]
+
+
+@contextlib.contextmanager
+def adopted(trainer: Any, settings: Mapping[str, Any]) -> Iterator[None]:
+    """Give a trainer settings, as :func:`adopt` does, and take them back if the block raises."""
+    names = (*_ATTRIBUTES, "shaping", "chunk_size", "evaluation_dtype", "seed")
+    before = {name: getattr(trainer, name) for name in names if hasattr(trainer, name)}
+    record = trainer.settings()
+    try:
+        adopt(trainer, settings)
+        yield
+    except BaseException:
+        adopt(trainer, {"options": record.options, "frozen": record.frozen})
+        for name, value in before.items():
+            setattr(trainer, name, value)
+        raise
+
+
+def to_send(trainer: Any, before: Settings) -> dict[str, Any]:
+    """Return a trainer's settings for other processes, which still have those ``before``.
+
+    Raises:
+        TypeError: The shaper has changed to one that other processes cannot import.
+    """
+    now = trainer.settings()
+    values = now.plain()
+    if now.shaping != before.shaping and now.shaping not in SHAPERS:
+        try:
+            pickle.dumps(trainer.shaping)
+        except Exception as error:
+            raise TypeError(
+                f"shaping was set to {now.shaping}, which cannot be sent to the other processes ({error}); use a name,"
+                " or a function defined at the top of a module"
+            ) from error
+        values["shaping"] = trainer.shaping
+    return values
+
+
+def _adopt_shaping(trainer: Any, shaping: Any) -> None:
+    if callable(shaping) or shaping in SHAPERS:
+        trainer.shaping = shaping
+    elif shaper_name(trainer.shaping) != shaping:
+        raise ValueError(
+            f"the generation was shaped by {shaping} and the trainer's shaping is {shaper_name(trainer.shaping)}: set"
+            " trainer.shaping to the function that was used, and go on"
+        )
+
+
+class Generation(NamedTuple):
+    """What it takes to make the step of a generation again.
+
+    Attributes:
+        number: Counted from 1.
+        settings: What it depended on, in plain form.
+        scores: ``[N]`` in float64, as they came from the fitness function.
+        statistics: What a fitness function that learns has seen in each chunk.
+    """
+
+    number: int
+    settings: dict[str, Any]
+    scores: Tensor
+    statistics: list[Tensor]
