@@ -47,7 +47,7 @@ class Watching(ESTrainer):
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
 def test_custom_trainers_get_it(dtype: torch.dtype, sampled: torch.dtype) -> None:
-    for fitness, coalesce in ((batched_scores, True), (plain_scores(), True), (plain_scores(), False)):
+    for fitness, coalesce in ((batched_scores, True), (plain_scores(), "unchecked"), (plain_scores(), False)):
         trainer = make(Watching, model=network(dtype), fitness_fn=fitness, coalesce=coalesce, optimizer=None)
         trainer.dtype = sampled
         trainer.step()

@@ -42,6 +42,7 @@ def trainer(persistent: bool, **options: Any) -> Any:
     return make(model=Masked(persistent), **{"fitness_fn": score, "coalesce": False, **options})
 
 
+@pytest.mark.filterwarnings("ignore:the fitness function changes buffer mask:RuntimeWarning")
 @pytest.mark.parametrize("persistent", [False, True])
 def test_a_buffer_that_a_forward_reshapes_does_not_stop_a_resume(persistent: bool, tmp_path: Path) -> None:
     run, other = trainer(persistent), trainer(persistent)

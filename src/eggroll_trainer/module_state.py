@@ -260,7 +260,8 @@ class _State:
         # A training mode is put back like the rest, but it is nothing that somebody would miss.
         others = sorted(changed - self.registered["_buffers"].keys() - {"training"})
         at = f"{self.name}." if self.name else ""
-        return [f"buffer {at}{name}" for name in buffers] + (
+        unsaved = self.module._non_persistent_buffers_set
+        return [f"{'unsaved ' if name in unsaved else ''}buffer {at}{name}" for name in buffers] + (
             [f"{', '.join(others)} of {self.name or type(self.module).__name__}"] if others else []
         )
 

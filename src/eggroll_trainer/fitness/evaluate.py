@@ -213,6 +213,7 @@ class Evaluation:
         except BaseException as error:
             self._annotate(error, f"member {self.population.first + index}")
             raise
+        # What the model does not save is a cache.
         buffers = [what for what in changed if what.startswith("buffer ")]
         if buffers:
             self.warned.once(
