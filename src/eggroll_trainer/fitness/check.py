@@ -20,7 +20,7 @@ from ..forward import PLAIN_TYPES
 from ..noise import kept_rng
 from ..population import Population
 from ..snapshot import same_bits
-from . import alone
+from . import alone, thread_modes
 from .interception import Interception, plain_call
 from .randomness import Source
 from .record import Record, aligned_copy, copies, describe
@@ -79,7 +79,7 @@ class _Alone:
         return alone.score(self.population, function, index, generators, self._interception)
 
     def _on_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if threading.get_ident() != self._thread or torch._C._functorch.peek_interpreter_stack() is not None:
+        if threading.get_ident() != self._thread or thread_modes.in_transform():
             # In another thread, or of tensors that have no values yet.
             return plain_call(module, args, kwargs)
         return self.call(module, args, kwargs)

@@ -178,6 +178,11 @@ def foreign_context() -> tuple[Any, ...]:
     return _function_modes(), _dispatch_modes(), _transform(), torch.get_default_dtype(), _running_loop()
 
 
+def in_transform() -> bool:
+    """Return whether a transform of torch.func is under way, whose tensors have no values of their own."""
+    return _transform() is not None
+
+
 # Asked at every call of every member: without the way through their modules, in half the time.
 _function_modes, _dispatch_modes = torch._C._len_torch_function_stack, torch._C._len_torch_dispatch_stack
 _transform, _running_loop = torch._C._functorch.peek_interpreter_stack, asyncio._get_running_loop

@@ -277,7 +277,7 @@ class _Evaluation:
             return plain_call(module, args, kwargs)
         why, refusal = self._join(member, module, leaves, spec)
         recorded = None
-        if member.record is not None:
+        if member.record is not None and not thread_modes.in_transform():
             recorded = member.record.begin(module, copies(leaves), spec)
         if why is None and refusal is None:
             self.hub.switch()
