@@ -16,10 +16,10 @@ from helpers import POPULATION, X, Y, assert_same, fitness, make, network
 from torch import Tensor, nn
 
 from eggroll_trainer import Population, batched
-from eggroll_trainer.agreement import disagreement
 from eggroll_trainer.fitness import check, evaluate
 from eggroll_trainer.fitness.findings import Findings
 from eggroll_trainer.fitness.record import aligned_copy
+from eggroll_trainer.population.agreement import disagreement
 
 ALONE = "the fitness function is run for one member at a time"
 

@@ -9,7 +9,7 @@ import torch
 from helpers import make, network, population_fitness, randn
 
 from eggroll_trainer import EGGROLLTrainer
-from eggroll_trainer.noise import LARGEST_NORMAL, Noise, Stream
+from eggroll_trainer.noise.keys import LARGEST_NORMAL, Noise, Stream
 from eggroll_trainer.perturbation.sample import ParameterSpec, sample
 from eggroll_trainer.update.exact_sum import ExactSum
 

@@ -12,8 +12,9 @@ from helpers import X, fitness, goes_on, make, network, population_fitness
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
-from eggroll_trainer import EGGROLLTrainer, Population, VanillaESTrainer, batched, forward
-from eggroll_trainer.memory import Budget, device_memory, live_bytes
+from eggroll_trainer import EGGROLLTrainer, Population, VanillaESTrainer, batched
+from eggroll_trainer._utils.memory import Budget, device_memory, live_bytes
+from eggroll_trainer.population import forward
 
 CPU = torch.device("cpu")
 

@@ -25,8 +25,14 @@ from helpers import (
 )
 from torch import Tensor, nn
 
+from eggroll_trainer._utils.interrupts import (
+    TimeLimitExceeded,
+    check_pending,
+    delayed_interrupt,
+    interruptible,
+    time_limit,
+)
 from eggroll_trainer.distributed import LocalEngine
-from eggroll_trainer.interrupts import TimeLimitExceeded, check_pending, delayed_interrupt, interruptible, time_limit
 
 
 class Interrupting(torch.optim.Adam):

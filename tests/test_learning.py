@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import ExponentialLR
 
 from eggroll_trainer import Population, batched
+from eggroll_trainer._utils.interrupts import TimeLimitExceeded
 from eggroll_trainer.distributed import LocalEngine
-from eggroll_trainer.interrupts import TimeLimitExceeded
 
 
 class Centred(nn.Module):

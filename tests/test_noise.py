@@ -10,9 +10,9 @@ import pytest
 import torch
 from scipy import stats
 
-from eggroll_trainer import noise as noise_module
-from eggroll_trainer import random_bits
-from eggroll_trainer.noise import Noise, NoiseKind, Stream, derive_seed, forked_rng, keyed_generator
+from eggroll_trainer.noise import bits as random_bits
+from eggroll_trainer.noise import keys as noise_module
+from eggroll_trainer.noise.keys import Noise, NoiseKind, Stream, derive_seed, forked_rng, keyed_generator
 
 KEY = {"generation": 3, "name": "layer.weight", "first": 5, "count": 40, "numel": 50}
 KINDS: list[NoiseKind] = ["gaussian", "rademacher"]

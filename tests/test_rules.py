@@ -11,7 +11,7 @@ from rule_oracle import Arguments, Op, cases, check, every_rank, floats, integer
 from rule_oracle import float64 as float64
 from torch import Tensor, nn
 
-from eggroll_trainer.perturbation import conv
+from eggroll_trainer.perturbation.rules import conv
 
 pytestmark = pytest.mark.filterwarnings("error")
 

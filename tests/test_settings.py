@@ -16,8 +16,8 @@ from torch import Tensor
 
 from eggroll_trainer import EGGROLLTrainer, ESTrainer, VanillaESTrainer
 from eggroll_trainer.callbacks import ScoreLog
+from eggroll_trainer.checkpoints.generation import FIXED, Settings
 from eggroll_trainer.fitness.shaping import shaper_name, zscore
-from eggroll_trainer.generation import FIXED, Settings
 
 
 def halved(scores: Tensor) -> Tensor:

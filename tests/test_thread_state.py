@@ -13,7 +13,7 @@ from test_interruptions import surroundings
 from torch.overrides import BaseTorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from eggroll_trainer.thread_state import restored_thread_state
+from eggroll_trainer._utils.thread_state import restored_thread_state
 
 
 class Function(BaseTorchFunctionMode):

@@ -11,7 +11,7 @@ from helpers import X, assert_same, goes_on, make
 from torch import Tensor, nn
 
 from eggroll_trainer import Population, batched
-from eggroll_trainer.untrained import set_untrained, untrained
+from eggroll_trainer.population.untrained import set_untrained, untrained
 
 
 class Masked(nn.Module):

@@ -17,7 +17,7 @@ from gymnasium import spaces
 from helpers import goes_on
 
 from eggroll_trainer import EGGROLLTrainer, Population
-from eggroll_trainer.noise import derive_seed
+from eggroll_trainer.noise.keys import derive_seed
 from eggroll_trainer.rl import lockstep
 from eggroll_trainer.rl.policies import Agent, GRUPolicy, LinearPolicy, MLPPolicy, actions_of
 from eggroll_trainer.rl.rollout import EpisodeReturn

@@ -19,7 +19,7 @@ import gymnasium
 from gymnasium import spaces
 
 from eggroll_trainer import EGGROLLTrainer, Population
-from eggroll_trainer.noise import derive_seed
+from eggroll_trainer.noise.keys import derive_seed
 from eggroll_trainer.rl.policies import Agent, GRUPolicy, LinearPolicy, MLPPolicy, Policy, actions_of, output_size
 from eggroll_trainer.rl.rollout import EpisodeReturn
 from eggroll_trainer.rl.settings import Settings

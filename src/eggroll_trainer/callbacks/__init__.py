@@ -1,7 +1,7 @@
 """What watches a run."""
 
-from .checkpoints import Checkpoints
+from ..checkpoints.folder import Checkpoints
+from ..checkpoints.score_log import ScoreLog
 from .progress import Progress
-from .score_log import ScoreLog
 
 __all__ = ["Checkpoints", "Progress", "ScoreLog"]

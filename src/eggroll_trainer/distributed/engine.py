@@ -13,9 +13,9 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from ..interrupts import TimeLimitExceeded, time_limit
-from ..thread_state import restored_thread_state
-from ..validation import check_int, check_real
+from .._utils.interrupts import TimeLimitExceeded, time_limit
+from .._utils.thread_state import restored_thread_state
+from .._utils.validation import check_int, check_real
 
 T = TypeVar("T")
 

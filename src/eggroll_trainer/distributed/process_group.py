@@ -19,9 +19,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .._utils.memory import is_out_of_memory
+from .._utils.validation import check_int
 from ..fitness.scores import packed
-from ..memory import is_out_of_memory
-from ..validation import check_int
 from .engine import Chunk, Engine, Evaluator, Outcome
 
 if dist.is_available():

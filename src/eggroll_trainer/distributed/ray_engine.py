@@ -14,7 +14,7 @@ import ray
 import torch
 from ray.exceptions import RayActorError, RayTaskError
 
-from ..validation import check_int, check_real
+from .._utils.validation import check_int, check_real
 from .engine import Chunk, Evaluator, LocalEngine, Outcome
 
 # How long the engine waits for news before it looks at the clock.

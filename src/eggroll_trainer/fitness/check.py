@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from ..agreement import disagreement, precision
-from ..forward import PLAIN_TYPES
-from ..noise import kept_rng
+from ..noise.keys import kept_rng
 from ..population import Population
-from ..snapshot import same_bits
+from ..population.agreement import disagreement, precision
+from ..population.forward import PLAIN_TYPES
+from ..population.snapshot import same_bits
 from . import alone, thread_modes
 from .interception import Interception, plain_call
 from .randomness import Source

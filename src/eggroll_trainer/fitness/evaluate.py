@@ -15,9 +15,9 @@ from typing import Any, Literal, NamedTuple, TypeVar, overload
 import torch
 from torch import Tensor, nn
 
-from ..memory import is_out_of_memory
+from .._utils.memory import is_out_of_memory
+from .._utils.warned import Warned
 from ..population import Audit, Population
-from ..warned import Warned
 from . import alone, together
 from .check import DiffersFromItself, difference, evaluate_noting
 from .findings import Findings

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from ..noise import derive_seed
+from ..noise.keys import derive_seed
 
 # Of the sample.
 _MOST_BYTES = 2**24

@@ -8,8 +8,8 @@ from typing import Any, Protocol, cast
 
 from torch import Tensor, nn
 
-from ..checkpoint import plain_copy
-from ..untrained import set_untrained, untrained
+from ..checkpoints.files import plain_copy
+from ..population.untrained import set_untrained, untrained
 
 
 class Learner(Protocol):

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..noise import derive_seed, keyed_generator
+from ..noise.keys import derive_seed, keyed_generator
 
 Key = tuple[int | str, ...]
 

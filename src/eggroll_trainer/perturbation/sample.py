@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..noise import LARGEST_NORMAL, Noise, NoiseKind, Stream
+from ..noise.keys import LARGEST_NORMAL, Noise, NoiseKind, Stream
 from .tensor import DenseParameter, PerturbedTensor
 
 

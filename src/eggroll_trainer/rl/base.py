@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from gymnasium import spaces
 
-from eggroll_trainer.validation import check_int
+from .._utils.validation import check_int
 
 
 class Step(NamedTuple):

@@ -9,8 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from eggroll_trainer.fitness.turns import one_thread
-
+from ..fitness.turns import one_thread
 from .base import Simulator
 from .normalization import Statistics
 from .policies import finite_actions_of, output_size

@@ -13,10 +13,10 @@ import torch
 from gymnasium import wrappers
 from gymnasium.utils import seeding
 
-from eggroll_trainer.rl import physics
-from eggroll_trainer.rl.base import Simulator, Step
-from eggroll_trainer.rl.simulators import Environment, make_environment
-from eggroll_trainer.validation import check_int
+from .._utils.validation import check_int
+from . import physics
+from .base import Simulator, Step
+from .simulators import Environment, make_environment
 
 _CHECKED_STEPS = 20
 _CHECKED_SEEDS = 2

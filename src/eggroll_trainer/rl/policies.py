@@ -12,8 +12,7 @@ import torch
 from gymnasium import spaces
 from torch import Tensor, nn
 
-from eggroll_trainer.validation import check_int
-
+from .._utils.validation import check_int
 from .normalization import ObservationNormalizer
 from .observations import as_input, keeps_shape, observation_size, original_of
 

@@ -10,9 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from eggroll_trainer import Population, batched
-from eggroll_trainer.noise import derive_seed, forked_rng
-
+from .. import Population, batched
+from ..noise.keys import derive_seed, forked_rng
 from .base import Simulator
 from .lockstep import Lockstep, Members
 from .normalization import ObservationNormalizer, Statistics

@@ -10,9 +10,9 @@ import gymnasium
 import numpy as np
 from gymnasium import spaces
 
-from eggroll_trainer.rl.base import Simulator, Step
-from eggroll_trainer.rl.observations import Flattened
-from eggroll_trainer.validation import check_int
+from .._utils.validation import check_int
+from .base import Simulator, Step
+from .observations import Flattened
 
 __all__ = ["Environment", "GymnasiumSimulator", "Simulator", "Step", "make_environment", "make_simulator", "name_of"]
 
@@ -146,7 +146,7 @@ def make_simulator(
     if isinstance(env, str) and kwargs.get("render_mode") is None:
         # Needs MuJoCo, which other environments do without.
         try:
-            from eggroll_trainer.rl import locomotion
+            from . import locomotion
         except ImportError:
             # Gymnasium says what is missing, if it is.
             return GymnasiumSimulator(env, count, **kwargs)

@@ -16,11 +16,10 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from eggroll_trainer import EGGROLLTrainer, VanillaESTrainer
-from eggroll_trainer.callbacks import Checkpoints
-from eggroll_trainer.interrupts import delayed_interrupt, exit_on_sigterm
-from eggroll_trainer.keyed import KeyedESTrainer
-
+from .. import EGGROLLTrainer, VanillaESTrainer
+from .._utils.interrupts import delayed_interrupt, exit_on_sigterm
+from ..callbacks import Checkpoints
+from ..trainers.keyed import KeyedESTrainer
 from .policies import GRUPolicy, LinearPolicy, MLPPolicy, Policy
 from .rollout import EpisodeReturn, growing
 from .settings import Settings

@@ -11,8 +11,7 @@ from typing import Any
 import gymnasium
 from torch import nn
 
-from eggroll_trainer.noise import forked_rng
-
+from ..noise.keys import forked_rng
 from .policies import Agent
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..noise import kept_rng
+from ..noise.keys import kept_rng
 
 OptimizerFactory = Callable[..., torch.optim.Optimizer]
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from ..checkpoint import plain_copy
+from ..checkpoints.files import plain_copy
 
 LRSchedulerFactory = Callable[[torch.optim.Optimizer], LRScheduler]
 

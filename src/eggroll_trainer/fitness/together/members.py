@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from ...forward import PLAIN_TYPES
-from ...interrupts import delayed_interrupt
-from ...module_state import NotBatchable
+from ..._utils.interrupts import delayed_interrupt
+from ..._utils.warned import Warned
 from ...population import Population
-from ...warned import Warned
+from ...population.forward import PLAIN_TYPES
+from ...population.module_state import NotBatchable
 from .. import thread_modes, turns
 from ..alone import member_key
 from ..findings import Findings

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from ...module_state import ModuleState
 from ...perturbation.tensor import METADATA
 from ...population import Population
+from ...population.module_state import ModuleState
 from .. import thread_modes
 from ..interception import ATTRIBUTE, Handler, Interception
 

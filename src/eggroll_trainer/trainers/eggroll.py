@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import validation
-from .fitness.shaping import Shaper
+from .._utils import validation
+from ..fitness.shaping import Shaper
+from ..noise.keys import NoiseKind
+from ..perturbation.sample import matrix_shape
 from .keyed import KeyedESTrainer
-from .noise import NoiseKind
-from .perturbation.sample import matrix_shape
 
 
 class EGGROLLTrainer(KeyedESTrainer):

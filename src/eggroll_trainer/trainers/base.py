@@ -12,29 +12,29 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
-from . import validation
+from .._utils import validation
+from .._utils.interrupts import delayed_interrupt, exit_on_sigterm, interruptible
+from .._utils.memory import Budget, is_out_of_memory
+from .._utils.thread_state import restored_thread_state
+from .._utils.warned import Warned
+from ..callbacks import Checkpoints, Progress
+from ..checkpoints.generation import Generation, adopt, adopted, to_send
+from ..distributed import Chunk, Engine, Outcome, local_device, make_engine
+from ..fitness import thread_modes
+from ..fitness.evaluate import Coalesce, Evaluation, Scored, is_batched
+from ..fitness.learning import discard_statistics, learner, merged
+from ..fitness.scores import check_scores, metrics_of, to_score, to_scores
+from ..noise.keys import forked_rng
+from ..perturbation.sample import Draws, FullRankDraws, ParameterSpec, Perturbations, wide_dtype
+from ..population import Population
+from ..population.forward import Forwards
+from ..update.centre import Centre
+from ..update.optimizers import OptimizerFactory
+from ..update.products import promoted_products
+from ..update.schedule import LRSchedulerFactory, Schedules
 from .best import copy_with, holding
-from .callbacks import Checkpoints, Progress
-from .distributed import Chunk, Engine, Outcome, local_device, make_engine
-from .fitness import thread_modes
-from .fitness.evaluate import Coalesce, Evaluation, Scored, is_batched
-from .fitness.learning import discard_statistics, learner, merged
-from .fitness.scores import check_scores, metrics_of, to_score, to_scores
-from .forward import Forwards
-from .generation import Generation, adopt, adopted, to_send
-from .interrupts import delayed_interrupt, exit_on_sigterm, interruptible
-from .memory import Budget, is_out_of_memory
-from .noise import forked_rng
-from .perturbation.sample import Draws, FullRankDraws, ParameterSpec, Perturbations, wide_dtype
-from .population import Population
 from .run_state import RunState
-from .thread_state import restored_thread_state
 from .trainable import kept_frozen
-from .update.centre import Centre
-from .update.optimizers import OptimizerFactory
-from .update.products import promoted_products
-from .update.schedule import LRSchedulerFactory, Schedules
-from .warned import Warned
 
 # Members evaluated at a time, at most, where the user sets no chunk size: more gain nothing.
 _CHUNK_MEMBERS_CPU, _CHUNK_MEMBERS = 1024, 8192

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .batching import apply
+from ..batching import apply
+from ..tensor import PerturbedTensor, rule
 from .linear import rows_of
-from .tensor import PerturbedTensor, rule
 
 
 class _PerturbedRows(torch.autograd.Function):

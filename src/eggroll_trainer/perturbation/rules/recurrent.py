@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from .tensor import PerturbedTensor, autocast_like_linear, densify, rule
+from ..tensor import PerturbedTensor, autocast_like_linear, densify, rule
 
 State = tuple[Tensor, ...]  # (h,), or (h, c) of an LSTM
 Weight = Tensor | tuple[Tensor, Tensor, Tensor]  # dense, or the factored form (W, A, B)

@@ -13,17 +13,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
+from .._utils.graphs import replay
+from .._utils.interrupts import delayed_interrupt
+from .._utils.memory import is_out_of_memory, keep_freed_memory
+from .._utils.warned import Warned
+from ..noise.keys import kept_rng
+from ..perturbation import densify
+from ..perturbation.sample import FullRankDraws, ParameterSpec, Perturbations, perturb
 from .agreement import disagreement, precision
 from .copying import copy_of
 from .forward import PLAIN_TYPES, Call, Forwards
-from .graphs import replay
-from .interrupts import delayed_interrupt
-from .memory import is_out_of_memory, keep_freed_memory
 from .module_state import ModuleState, NotBatchable, Slot, parameter_slots, training_modes
-from .noise import kept_rng
-from .perturbation import densify
-from .perturbation.sample import FullRankDraws, ParameterSpec, Perturbations, perturb
-from .warned import Warned
 
 
 class Population:

@@ -17,13 +17,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
 
-from .graphs import Backend
-from .memory import Budget, is_out_of_memory, live_bytes
+from .._utils.graphs import Backend
+from .._utils.memory import Budget, is_out_of_memory, live_bytes
+from .._utils.recent import Recent
+from ..noise.keys import kept_rng
+from ..perturbation import BatchingRules, densify
+from ..perturbation.sample import SharedDraws, members_of, perturb
 from .module_state import NotBatchable, Slot, swapped
-from .noise import kept_rng
-from .perturbation import BatchingRules, densify
-from .perturbation.sample import SharedDraws, members_of, perturb
-from .recent import Recent
 
 # What a model may return or be called with besides tensors, and be batched all the same.
 PLAIN_TYPES = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, slice, type(...))

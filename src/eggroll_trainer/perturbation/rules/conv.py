@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .batching import apply
-from .tensor import PerturbedTensor, dense_sum, rule
+from ..batching import apply
+from ..tensor import PerturbedTensor, dense_sum, rule
 
 # (x, W, b, groups=g) → y, with stride, padding and dilation filled in.
 Convolve = Callable[..., Tensor]

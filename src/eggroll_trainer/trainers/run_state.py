@@ -11,19 +11,19 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from .checkpoint import FORMAT, check_format, check_same_model, plain_copy, read_checkpoint, write_checkpoint
-from .distributed.engine import Engine, LocalEngine
-from .fitness.findings import Findings
-from .fitness.learning import Learner, learner_state, set_learner_state
-from .fitness.scores import METRICS
-from .generation import Generation, Settings, adopt, differences
-from .interrupts import delayed_interrupt
+from .._utils.interrupts import delayed_interrupt
+from .._utils.warned import Warned
+from ..checkpoints.files import FORMAT, check_format, check_same_model, plain_copy, read_checkpoint, write_checkpoint
+from ..checkpoints.generation import Generation, Settings, adopt, differences
+from ..distributed.engine import Engine, LocalEngine
+from ..fitness.findings import Findings
+from ..fitness.learning import Learner, learner_state, set_learner_state
+from ..fitness.scores import METRICS
+from ..population.untrained import set_untrained, untrained
+from ..update.centre import Centre
+from ..update.schedule import LRSchedulerFactory, Schedules
 from .optimizer_face import OptimizerFace
 from .trainable import padding_rows, set_frozen
-from .untrained import set_untrained, untrained
-from .update.centre import Centre
-from .update.schedule import LRSchedulerFactory, Schedules
-from .warned import Warned
 
 
 class RunState(OptimizerFace):

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .batching import apply
-from .tensor import PerturbedTensor, autocast_like_linear, rule
+from ..batching import apply
+from ..tensor import PerturbedTensor, autocast_like_linear, rule
 
 
 class _PerturbedLinear(torch.autograd.Function):

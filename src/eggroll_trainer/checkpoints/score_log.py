@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from ..fitness.scores import packed
-from ..generation import FIXED, Generation, differences
+from .generation import FIXED, Generation, differences
 
 if TYPE_CHECKING:
-    from ..base import ESTrainer
+    from ..trainers.base import ESTrainer
 
 FORMAT = 1
 

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .batching import apply
-from .tensor import densify, rule
+from ..batching import apply
+from ..tensor import densify, rule
 
 
 class _Attention(torch.autograd.Function):

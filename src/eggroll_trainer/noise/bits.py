@@ -19,8 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .graphs import Kernel
-from .memory import is_out_of_memory
+from .._utils.graphs import Kernel
+from .._utils.memory import is_out_of_memory
 
 NoiseKind = Literal["gaussian", "rademacher"]
 Words = np.ndarray[Any, np.dtype[np.uint64]]

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .random_bits import NoiseKind, Part, random_numbers
+from .bits import NoiseKind, Part, random_numbers
 
 # Streams are drawn together up to so many numbers, which stay together in memory.
 _GROUP_NUMBERS = 2**24

@@ -8,20 +8,20 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..checkpoint import read_checkpoint
-from ..interrupts import delayed_interrupt
-from ..validation import check_int
+from .._utils.interrupts import delayed_interrupt
+from .._utils.validation import check_int
+from .files import read_checkpoint
 from .score_log import ScoreLog
 
 if TYPE_CHECKING:
-    from ..base import ESTrainer
+    from ..trainers.base import ESTrainer
 
 
 class Checkpoints:
     """Keeps the newest checkpoints of a run and its best, and the scores of all generations.
 
     In the folder are ``checkpoint-GENERATION.pt``, ``best.pt`` (the one whose last generation had the highest mean
-    fitness) and ``scores.jsonl`` (a :class:`~eggroll_trainer.callbacks.score_log.ScoreLog`). Of several processes the
+    fitness) and ``scores.jsonl`` (a :class:`~eggroll_trainer.checkpoints.score_log.ScoreLog`). Of several processes the
     first one reads and writes.
 
     Args:

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .agreement import disagreement, precision
-from .copying import copy_of
-from .interrupts import delayed_interrupt
-from .module_state import ModuleState
-from .noise import kept_rng
-from .untrained import set_untrained
+from .._utils.interrupts import delayed_interrupt
+from ..noise.keys import kept_rng
+from ..population.agreement import disagreement, precision
+from ..population.copying import copy_of
+from ..population.module_state import ModuleState
+from ..population.untrained import set_untrained
 
 # Arguments of a call of the model, and its keyword arguments.
 Sample = tuple[tuple[Any, ...], dict[str, Any]]

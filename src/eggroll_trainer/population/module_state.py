@@ -12,7 +12,7 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils._pytree import tree_leaves
 
-from .perturbation import DenseParameter, PerturbedTensor
+from ..perturbation import DenseParameter, PerturbedTensor
 from .snapshot import Snapshot, is_immutable
 
 

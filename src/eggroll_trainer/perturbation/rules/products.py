@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .tensor import densify, rule
+from ..tensor import densify, rule
 
 
 @rule(F.bilinear, torch.bilinear, always=True)

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import validation
+from .._utils import validation
+from ..distributed import Chunk
+from ..fitness.shaping import Shaper, get_shaper, shape, shaper_name
+from ..noise.keys import Noise, NoiseKind, check_noise_kind
+from ..perturbation.sample import ParameterSpec, Perturbations, effective_rank, sample
+from ..update.exact_sum import ExactSum
 from .base import ESTrainer
-from .distributed import Chunk
-from .fitness.shaping import Shaper, get_shaper, shape, shaper_name
-from .noise import Noise, NoiseKind, check_noise_kind
-from .perturbation.sample import ParameterSpec, Perturbations, effective_rank, sample
-from .update.exact_sum import ExactSum
 
 # What it takes to draw a number and to sum it up, about: on an accelerator, and on one core.
 _SECONDS_PER_NUMBER = (1e-10, 5e-9)

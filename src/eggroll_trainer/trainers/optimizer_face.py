@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from . import validation
+from .._utils import validation
 
 
 class OptimizerFace(torch.optim.Optimizer):

@@ -1,0 +1,1 @@
+"""What every station uses: validation, interrupts, warnings, memory."""

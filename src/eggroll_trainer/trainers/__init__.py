@@ -1,0 +1,1 @@
+"""Trainers: the generation loop, and the algorithms."""
