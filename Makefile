@@ -27,9 +27,10 @@ bench: $(STAMP) ## run the benchmarks against every peer; takes a quiet machine 
 check: lint types ## everything CI runs: lint, types, tests
 	@$(MAKE) --no-print-directory test
 
-lint: $(STAMP) ## check style and formatting
+lint: $(STAMP) ## check style, formatting, and which station imports which
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+	$(BIN)/lint-imports --no-cache
 
 types: $(STAMP) ## check the types
 	$(BIN)/mypy

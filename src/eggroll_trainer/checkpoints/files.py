@@ -3,41 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import os
 import pickle
 import secrets
 import struct
 import zipfile
 import zlib
-from collections import Counter, OrderedDict
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-import numpy as np
 import torch
-from torch import Tensor
 
 FORMAT = 1
-
-
-def plain_copy(value: Any) -> Any:
-    """Return a deep copy in which NumPy's numbers, which only code could load again, are Python's.
-
-    Example:
-        >>> plain_copy({"lr": [np.float64(0.5)]})
-        {'lr': [0.5]}
-    """
-    if isinstance(value, Tensor):
-        return value.detach().clone()
-    if isinstance(value, np.generic):
-        return value.item()
-    if type(value) in (dict, OrderedDict, Counter):
-        return type(value)({plain_copy(k): plain_copy(v) for k, v in value.items()})
-    if type(value) in (list, tuple):
-        return type(value)(plain_copy(v) for v in value)
-    return copy.deepcopy(value)
 
 
 def write_checkpoint(state: dict[str, Any], path: str | os.PathLike[str]) -> None:

@@ -6,15 +6,13 @@ import contextlib
 import warnings
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from .._utils.interrupts import delayed_interrupt
 from .._utils.validation import check_int
 from .files import read_checkpoint
+from .run import Run
 from .score_log import ScoreLog
-
-if TYPE_CHECKING:
-    from ..trainers.base import ESTrainer
 
 
 class Checkpoints:
@@ -67,7 +65,7 @@ class Checkpoints:
         self.log = ScoreLog(self.folder / "scores.jsonl") if log else None
         self._best: float | None = None
 
-    def restore(self, trainer: ESTrainer) -> bool:
+    def restore(self, trainer: Run) -> bool:
         """Go on from the newest checkpoint that can be read; of several processes, all must call this.
 
         Returns:
@@ -83,7 +81,7 @@ class Checkpoints:
             self.log.truncate(trainer.generation)
         return state is not None
 
-    def begin(self, trainer: ESTrainer) -> None:
+    def begin(self, trainer: Run) -> None:
         """Get ready for the trainer's next generation.
 
         Raises:
@@ -100,7 +98,7 @@ class Checkpoints:
         if self.log is not None:
             self.log.begin(trainer)
 
-    def after_generation(self, trainer: ESTrainer) -> None:
+    def after_generation(self, trainer: Run) -> None:
         """Log the generation, and write a checkpoint if it is time; where that fails, warn and go on."""
         if not trainer.is_main:
             return
@@ -117,7 +115,7 @@ class Checkpoints:
                 stacklevel=2,
             )
 
-    def save(self, trainer: ESTrainer) -> None:
+    def save(self, trainer: Run) -> None:
         """Write a checkpoint of the generation that the trainer is at, unless there is one.
 
         Raises:

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .._utils.copies import plain_copy
 from ..fitness.shaping import SHAPERS, shaper_name
-from .files import plain_copy
 
 
 @dataclasses.dataclass(frozen=True)

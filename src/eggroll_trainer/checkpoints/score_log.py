@@ -8,7 +8,7 @@ import zlib
 from collections.abc import Iterator
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,9 +16,7 @@ from torch import Tensor
 
 from ..fitness.scores import packed
 from .generation import FIXED, Generation, differences
-
-if TYPE_CHECKING:
-    from ..trainers.base import ESTrainer
+from .run import Run
 
 FORMAT = 1
 
@@ -65,13 +63,13 @@ class ScoreLog:
             file.readline()
             return bool(file.readline())
 
-    def begin(self, trainer: ESTrainer) -> None:
+    def begin(self, trainer: Run) -> None:
         """Write the first line, if no generation was logged and the trainer is at its beginning."""
         if trainer.generation == 0 and not self.is_begun():
             head = {"format": FORMAT, "settings": trainer.settings().plain(), "initial": trainer.checksum()}
             self.path.write_text(json.dumps(head) + "\n")
 
-    def append(self, trainer: ESTrainer) -> None:
+    def append(self, trainer: Run) -> None:
         """Add the trainer's last generation.
 
         Raises:
@@ -119,7 +117,7 @@ class ScoreLog:
             settings = {**head["settings"], **record["settings"], "seed": record["seed"]}
             yield Generation(record["generation"], settings, scores.double(), statistics)
 
-    def replay(self, trainer: ESTrainer, until: int | None = None) -> int:
+    def replay(self, trainer: Run, until: int | None = None) -> int:
         """Repeat the steps of a run, from where the trainer is, without its fitness function.
 
         Args:

@@ -8,7 +8,7 @@ from typing import Any, Protocol, cast
 
 from torch import Tensor, nn
 
-from ..checkpoints.files import plain_copy
+from .._utils.copies import plain_copy
 from ..population.untrained import set_untrained, untrained
 
 

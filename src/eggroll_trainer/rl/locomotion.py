@@ -16,7 +16,7 @@ from gymnasium.utils import seeding
 from .._utils.validation import check_int
 from . import physics
 from .base import Simulator, Step
-from .simulators import Environment, make_environment
+from .gymnasium_simulator import Environment, make_environment
 
 _CHECKED_STEPS = 20
 _CHECKED_SEEDS = 2

@@ -11,9 +11,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from .._utils.copies import plain_copy
 from .._utils.interrupts import delayed_interrupt
 from .._utils.warned import Warned
-from ..checkpoints.files import FORMAT, check_format, check_same_model, plain_copy, read_checkpoint, write_checkpoint
+from ..checkpoints.files import FORMAT, check_format, check_same_model, read_checkpoint, write_checkpoint
 from ..checkpoints.generation import Generation, Settings, adopt, differences
 from ..distributed.engine import Engine, LocalEngine
 from ..fitness.findings import Findings

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from ..checkpoints.files import plain_copy
+from .._utils.copies import plain_copy
 
 LRSchedulerFactory = Callable[[torch.optim.Optimizer], LRScheduler]
 
