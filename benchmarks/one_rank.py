@@ -40,18 +40,20 @@ def main(exchange: str, size: int, generations: int, compiled: bool) -> None:
 def parts(trainer: Any) -> dict[str, float]:
     """Return the seconds of the parts of a chunk's work, and of what is done once a generation."""
     chunk, weights = trainer._chunks()[0], torch.randn(trainer.population_size, dtype=torch.float64)
-    trainer._begin_generation()
+    trainer._method.begin_generation()
 
     def noise() -> None:
-        trainer._sample(*chunk)
+        trainer._method.sample(*chunk)
 
     def fresh() -> None:
-        trainer._kept = {}
+        trainer._method.begin_generation()
         trainer._evaluate(*chunk)
 
     def update() -> None:
-        total = ExactSum({s.name: s.centre for s in trainer._specs()}, {s.name: 1e3 for s in trainer._specs()})
-        total.add(trainer._contribution(chunk, weights))
+        specs = trainer._method.specs()
+        total = ExactSum({s.name: s.centre for s in specs}, {s.name: 1e3 for s in specs})
+        first, size = chunk
+        total.add(trainer._method.perturbations(first, size).weighted_sum(weights[first : first + size]))
 
     def step() -> None:
         trainer._centre.step({name: torch.zeros_like(p) for name, p in trainer._centre.parameters.items()}, [0.1])

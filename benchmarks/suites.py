@@ -78,7 +78,7 @@ def inference(workload: Workload, size: int, *, compiled: bool = False) -> Calla
 def forward(workload: Workload, size: int, **options: Any) -> Callable[[], Tensor]:
     """Return the forward of all members, their noise at hand."""
     trainer = workload.trainer(size, chunk_size=size, **options)
-    population = Population(trainer.model, trainer._perturbations(0, size), forwards=trainer._forwards)
+    population = Population(trainer.model, trainer._method.perturbations(0, size), forwards=trainer._forwards)
 
     @torch.no_grad()
     def run() -> Tensor:
@@ -358,8 +358,8 @@ def paper(quick: bool) -> Table:
 
     @torch.no_grad()
     def on_the_fly() -> None:
-        trainer._begin_generation()
-        workload.call(Population(trainer.model, trainer._perturbations(0, size), forwards=trainer._forwards))
+        trainer._method.begin_generation()
+        workload.call(Population(trainer.model, trainer._method.perturbations(0, size), forwards=trainer._forwards))
 
     model, rows = workload.make(), workload.rows(size)
 

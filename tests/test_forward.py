@@ -38,7 +38,7 @@ def population(
 ) -> Population:
     trainer = EGGROLLTrainer(model=model, fitness_fn=fitness, population_size=size, sigma=0.3, seed=0, **options)
     forwards = forward.Forwards(compile=compile, budget=Budget(budget))
-    return Population(model, trainer._perturbations(0, size), forwards=forwards)
+    return Population(model, trainer._method.perturbations(0, size), forwards=forwards)
 
 
 class Several(nn.Module):
@@ -484,7 +484,7 @@ class TestEvaluationDtype:
     ) -> None:
         trainer = make(fitness_fn=form, evaluation_dtype=torch.bfloat16, population_size=32, **options)
         wide = make(fitness_fn=form, population_size=32)
-        members = Population(wide.model, wide._perturbations(0, 32))
+        members = Population(wide.model, wide._method.perturbations(0, 32))
         with torch.autocast("cpu", torch.bfloat16):
             expected = torch.tensor([fitness(members.member(i)) for i in range(32)], dtype=torch.float64)
         scores = trainer._evaluate(0, 32).scores

@@ -20,7 +20,7 @@ N = 6
 def make_population(model: nn.Module, trainer: type = EGGROLLTrainer, **options: Any) -> Population:
     """Return the first generation's population of a trainer of ``model``."""
     made = trainer(model=model, fitness_fn=batched(len), population_size=N, sigma=0.3, seed=3, noise_reuse=2, **options)
-    return Population(model, made._perturbations(0, N))
+    return Population(model, made._method.perturbations(0, N))
 
 
 def assert_equal(batch: Any, single: list[Any]) -> None:
@@ -239,7 +239,7 @@ def test_dropout_is_independent_and_reproducible() -> None:
     model = nn.Sequential(nn.Linear(50, 50), nn.Dropout(0.5))
     model[0].load_state_dict({"weight": torch.zeros(50, 50), "bias": torch.ones(50)})
     trainer = EGGROLLTrainer(model=model, fitness_fn=batched(len), population_size=N, sigma=1e-6, seed=3)
-    population = Population(model, trainer._perturbations(0, N))
+    population = Population(model, trainer._method.perturbations(0, N))
     torch.manual_seed(0)
     masks = population(torch.zeros(50)) > 1
     torch.manual_seed(0)

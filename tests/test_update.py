@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from eggroll_trainer import EGGROLLTrainer, ESTrainer, Population, VanillaESTrainer, batched
 from eggroll_trainer.fitness.shaping import SHAPERS
+from eggroll_trainer.trainers.keyed import Keyed
 
 
 class Everything(nn.Module):
@@ -84,7 +85,7 @@ class TestAgainstTheDenseFormula:
 
     def test_members_are_the_centre_and_their_perturbation(self, make: Any, reuse: int, chunk_size: int | None) -> None:
         trainer = self.trainer(make, reuse, chunk_size)
-        population = Population(trainer.model, trainer._perturbations(0, 6))
+        population = Population(trainer.model, trainer._method.perturbations(0, 6))
         for i, perturbation in enumerate(trainer.sample_perturbations(24)[:6]):
             member = trainer._centre.flatten(population.member_parameters(i))
             difference = member - trainer.current_params - perturbation
@@ -115,7 +116,7 @@ def test_sign_shaping_with_pairs() -> None:
         seed=1,
     )
     before, perturbations = trainer.current_params, trainer.sample_perturbations(8)
-    f = arbitrary_scores(Population(trainer.model, trainer._perturbations(0, 8)))
+    f = arbitrary_scores(Population(trainer.model, trainer._method.perturbations(0, 8)))
     trainer.step()
     step = 0.01 / math.sqrt(8) * sum(2 * (f[2 * k] - f[2 * k + 1]).sign() * perturbations[2 * k] for k in range(4))
     torch.testing.assert_close(trainer.current_params - before, step, rtol=1e-10, atol=1e-14)
@@ -123,7 +124,8 @@ def test_sign_shaping_with_pairs() -> None:
 
 def test_ranks_above_what_a_matrix_can_use_are_full() -> None:
     trainer = EGGROLLTrainer(model=model(), fitness_fn=batched(arbitrary_scores), rank=4, seed=1)
-    ranks = {spec.name: spec.rank for spec in trainer._specs()}
+    assert isinstance(trainer._method, Keyed)
+    ranks = {spec.name: spec.rank for spec in trainer._method.specs()}
     assert ranks["linear.weight"] == 4 and ranks["conv.weight"] == 4
     assert ranks["small.weight"] is None and ranks["linear.bias"] is None and ranks["scale"] is None
     assert "frozen" not in ranks

@@ -166,7 +166,7 @@ def test_actions(space: Any, instead: float, good: bool, monkeypatch: pytest.Mon
     policy = Blind(2, instead)
     trainer = EGGROLLTrainer(model=policy, fitness_fn=fitness, population_size=N, sigma=0.5, seed=3)
     scores, statistics, _ = trainer._evaluate(0, N)
-    values = trainer._perturbations(0, N).members()["weight"]
+    values = trainer._method.perturbations(0, N).members()["weight"]
     assert isinstance(values, Tensor)
     bad = (values < 0).any(-1) & (not good)
     assert bad.any() != good and not bad.all()

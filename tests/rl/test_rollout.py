@@ -60,7 +60,7 @@ def test_members_earn_what_they_earn_alone(kind: Any, env_id: str, limit: int | 
     fitness = EpisodeReturn(env_id, episodes=2, max_steps=limit)
     trainer = trainer_of(policy_of(kind, environment), fitness, chunk_size=chunk_size)
     scores = torch.cat([trainer._evaluate(first, count).scores for first, count in trainer._chunks()])
-    members = Population(trainer.model, trainer._perturbations(0, N))
+    members = Population(trainer.model, trainer._method.perturbations(0, N))
     for i in range(N):
         seeds = [derive_seed("episode", 3, 0, i // 2, episode) % 2**31 for episode in range(2)]
         expected = np.mean([alone(members.member(i), environment, seed, limit) for seed in seeds])
@@ -132,7 +132,7 @@ def test_a_resumed_run_is_the_same_to_the_bit(sample: bool, tmp_path: Path) -> N
 def test_sampled_actions_differ_among_members() -> None:
     for env_id in ("CartPole-v1", "Pendulum-v1"):
         policy = policy_of(LinearPolicy, env(env_id), sample=True)
-        members = Population(policy, trainer_of(policy, EpisodeReturn(env_id), sigma=1e-12)._perturbations(0, N))
+        members = Population(policy, trainer_of(policy, EpisodeReturn(env_id), sigma=1e-12)._method.perturbations(0, N))
         outputs = members(torch.zeros(policy.inputs))
         assert len(outputs.unique(dim=0)) == N
 

@@ -91,7 +91,7 @@ def assert_members_earn_what_they_earn_alone(policy: nn.Module, make: Any, **opt
     fitness = EpisodeReturn(make, episodes=2)
     trainer = EGGROLLTrainer(model=policy, fitness_fn=fitness, population_size=N, noise_reuse=2, sigma=0.5, seed=3)
     scores = trainer._evaluate(0, N).scores
-    members = Population(trainer.model, trainer._perturbations(0, N))
+    members = Population(trainer.model, trainer._method.perturbations(0, N))
     for i in range(N):
         seeds = [derive_seed("episode", 3, 0, i // 2, episode) % 2**31 for episode in range(2)]
         expected = np.mean([alone(members.member(i), make(), seed, **options) for seed in seeds])
@@ -239,7 +239,7 @@ def test_members_draw_on_their_own(space: Any) -> None:
     policy = LinearPolicy(BOX, space, sample=True)
     fitness = EpisodeReturn(lambda: Sampled(action_space=space))
     trainer = EGGROLLTrainer(model=policy, fitness_fn=fitness, population_size=N, sigma=1e-12, seed=3)
-    outputs = Population(policy, trainer._perturbations(0, N))(torch.zeros(3))
+    outputs = Population(policy, trainer._method.perturbations(0, N))(torch.zeros(3))
     assert outputs.isfinite().all() and len(outputs.unique(dim=0)) == N
     assert torch.equal(trainer._evaluate(0, N).scores, trainer._evaluate(0, N).scores)
 

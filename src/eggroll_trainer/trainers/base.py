@@ -24,15 +24,15 @@ from ..fitness import thread_modes
 from ..fitness.evaluate import Coalesce, Evaluation, Scored, is_batched
 from ..fitness.learning import discard_statistics, learner, merged
 from ..fitness.scores import check_scores, metrics_of, to_score, to_scores
-from ..noise.keys import forked_rng
-from ..perturbation.sample import Draws, FullRankDraws, ParameterSpec, Perturbations, wide_dtype
+from ..perturbation.sample import wide_dtype
 from ..population import Population
 from ..population.forward import Forwards
 from ..update.centre import Centre
 from ..update.optimizers import OptimizerFactory
-from ..update.products import promoted_products
 from ..update.schedule import LRSchedulerFactory, Schedules
 from .best import copy_with, holding
+from .method import Method, Sampled
+from .optimizer_face import OptimizerFace
 from .run_state import RunState
 from .trainable import kept_frozen
 
@@ -40,7 +40,7 @@ from .trainable import kept_frozen
 _CHUNK_MEMBERS_CPU, _CHUNK_MEMBERS = 1024, 8192
 
 
-class ESTrainer(RunState, ABC):
+class ESTrainer(RunState, OptimizerFace, torch.optim.Optimizer, ABC):
     """Base class of evolution-strategy trainers.
 
     One generation evaluates ``N = population_size`` perturbed copies of the model and moves its parameters ``θ``, in
@@ -185,9 +185,9 @@ class ESTrainer(RunState, ABC):
         self._warned = Warned()
         self._budget = Budget(memory_budget)
         self._restart_forwards()
+        self._method = self._make_method()
         # What has turned out to fit, where something did not.
         self._most_members: int | None = None
-        self._sampled: Tensor | None = None
         self.generation = 0
         self.best_fitness = float("-inf")
         self._in_best_weights = 0
@@ -235,7 +235,7 @@ class ESTrainer(RunState, ABC):
     @seed.setter
     def seed(self, value: int) -> None:
         self._seed = validation.check_int("seed", value, -(2**63))
-        self._restart_noise()
+        self._method.restart()
 
     @property
     def lr_scheduler(self) -> LRScheduler | None:
@@ -478,70 +478,29 @@ class ESTrainer(RunState, ABC):
             validation.check_real("sigma", group["sigma"], positive=True)
         self._centre.check_model(self.model)
 
-    # The stations of a generation; trainers with keyed noise replace those of perturbation and update.
+    # The stations of a generation.
 
     def _group_defaults(self) -> dict[str, Any]:
         """Return further options of parameter groups with their defaults."""
         return {}
 
-    def _restart_noise(self) -> None:
-        self._sampled = None
+    def _make_method(self) -> Method:
+        """Return how members are perturbed, and how the update follows from their fitness."""
+        return Sampled(self)
 
     def _restart_forwards(self) -> None:
         self._forwards = Forwards(compile=self.compile, budget=self._budget)
-
-    def _begin_generation(self) -> None:
-        with forked_rng(self.seed, self.generation, "sample_perturbations", device=self.device):
-            sampled = self.sample_perturbations(self.population_size)
-        validation.check_flat("sample_perturbations", sampled, (self.population_size, len(self._centre)))
-        self._sampled = sampled
-
-    def _perturbations(self, first: int, count: int) -> Perturbations:
-        """Return the perturbations of members ``first, …, first + count - 1``."""
-        assert self._sampled is not None
-        one = torch.ones(1, device="cpu")
-        draws: dict[str, Draws] = {}
-        sampled = self._centre.unflatten(self._sampled[first : first + count])
-        for name in self._trained:
-            parameter, values = self._centre.parameters[name], sampled[name]
-            if name in self._centre.fixed_rows:
-                values = values.clone()
-                values[:, self._centre.fixed_rows[name]] = 0
-            spec = ParameterSpec(name, parameter.detach(), 1.0)
-            draws[name] = FullRankDraws(values, spec, one.to(parameter.device))
-        return Perturbations(draws, one, count)
-
-    def _gradient(self, scores: Tensor) -> dict[str, Tensor]:
-        """Return ``-Δθ`` for every parameter, in new tensors, from the finite scores ``[N]``."""
-        assert self._sampled is not None
-        sampled, self._sampled = self._sampled, None
-        # Not every device has float64.
-        scores = scores.to(sampled.device, torch.float32 if sampled.device.type == "mps" else torch.float64)
-        with forked_rng(self.seed, self.generation, "compute_update", device=self.device), promoted_products():
-            update = self.compute_update(sampled, scores)
-        validation.check_flat("compute_update", update, (len(self._centre),))
-        gradient = self._centre.unflatten(-update)
-        return {name: gradient[name] for name in self._trained}
 
     def _chunk_members(self) -> int:
         """Return how many members are evaluated at a time."""
         if self.chunk_size is not None:
             return self.chunk_size
-        unit = self._chunk_unit()
+        unit = self._method.unit
         most = _CHUNK_MEMBERS_CPU if self.device.type == "cpu" else _CHUNK_MEMBERS
-        fitting = min(most, self._budget.chunk_bytes(self.device) // max(1, self._bytes_per_member()))
+        fitting = min(most, self._budget.chunk_bytes(self.device) // max(1, self._method.bytes_per_member))
         if self._most_members is not None:
             fitting = min(fitting, self._most_members)
         return max(unit, fitting // unit * unit)
-
-    def _chunk_unit(self) -> int:
-        """Return the number that divides every chunk."""
-        return 1
-
-    def _bytes_per_member(self) -> int:
-        """Return what a member's perturbations take."""
-        trained = (self._centre.parameters[name] for name in self._trained)
-        return sum(p.numel() * wide_dtype(p).itemsize for p in trained)
 
     def _chunks(self) -> list[Chunk]:
         size = self._chunk_members()
@@ -564,7 +523,7 @@ class ESTrainer(RunState, ABC):
                     statistics = [outcome.statistics for outcome in outcomes if outcome.statistics is not None]
                     return torch.cat([outcome.scores for outcome in outcomes]), statistics
             except Exception as error:
-                if not is_out_of_memory(error) or self.chunk_size is not None or size == self._chunk_unit():
+                if not is_out_of_memory(error) or self.chunk_size is not None or size == self._method.unit:
                     raise
                 alone = None
             if alone is not None:
@@ -576,7 +535,7 @@ class ESTrainer(RunState, ABC):
                 self._most_members = size // 2
                 self._warn_once(f"memory ran out with {size} members at a time: half as many from now on", "memory")
             with delayed_interrupt(), thread_modes.neutral():
-                self._begin_generation()
+                self._method.begin_generation()
 
     def _start_generation(self) -> None:
         with delayed_interrupt(), thread_modes.neutral():
@@ -584,7 +543,7 @@ class ESTrainer(RunState, ABC):
                 raise RuntimeError("step() inside best_weights(): leave the block first")
             self._check_live()
             self._findings.begin_generation(self.generation, self._fitness_fn(), self.model)
-            self._begin_generation()
+            self._method.begin_generation()
 
     def evaluate_chunk(self, chunk: Chunk) -> Outcome:
         """Evaluate some members of the current generation in this process: for engines."""
@@ -618,7 +577,7 @@ class ESTrainer(RunState, ABC):
                 if float(checked.values[checked.best]) > self.best_fitness
                 else None
             )
-            gradient = self._gradient(checked.values)
+            gradient = self._method.gradient(checked.values)
             learning_rates = [group["lr"] for group in self.param_groups]
             metrics = metrics_of(checked, self.generation + 1, self.best_fitness, self.learning_rate, self.sigma)
             learnt = None if improved is None else self._learnt()
@@ -657,7 +616,7 @@ class ESTrainer(RunState, ABC):
         with torch.no_grad():
             return Population(
                 self.model,
-                self._perturbations(first, count),
+                self._method.perturbations(first, count),
                 first=first,
                 warned=self._warned,
                 forwards=self._forwards,
@@ -688,10 +647,10 @@ class ESTrainer(RunState, ABC):
 
     def _member_parameters(self, index: int) -> Tensor:
         """Return all parameters of one member of the current generation, ``[D]``."""
-        unit = self._chunk_unit()
+        unit = self._method.unit
         first = index // unit * unit
         # As the population forms them, to the last bit: for bf16 models that is not what the master weights give.
-        population = Population(self.model, self._perturbations(first, unit), first=first)
+        population = Population(self.model, self._method.perturbations(first, unit), first=first)
         member = population.member_parameters(index - first)
         # What is frozen is in every member what it is in the centre.
         values = {**{name: p.detach() for name, p in self._centre.parameters.items()}, **member}

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
 from .._utils import validation
 
 
-class OptimizerFace(torch.optim.Optimizer):
-    """An optimizer without gradients, with a learning rate and a sigma in each parameter group."""
+class OptimizerFace:
+    """For an optimizer without gradients, with a learning rate and a sigma in each parameter group."""
+
+    param_groups: list[dict[str, Any]]
 
     @property
     def learning_rate(self) -> float:
@@ -43,4 +43,4 @@ class OptimizerFace(torch.optim.Optimizer):
         """
         if getattr(self, "_constructed", False):
             raise RuntimeError("parameter groups are given at construction; make a new trainer to add one")
-        super().add_param_group(param_group)
+        super().add_param_group(param_group)  # type: ignore[misc]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Collection
 from os import PathLike
 from typing import Any, cast
@@ -23,11 +23,11 @@ from ..fitness.scores import METRICS
 from ..population.untrained import set_untrained, untrained
 from ..update.centre import Centre
 from ..update.schedule import LRSchedulerFactory, Schedules
-from .optimizer_face import OptimizerFace
+from .method import Method
 from .trainable import padding_rows, set_frozen
 
 
-class RunState(OptimizerFace):
+class RunState(ABC):
     """The state of a trainer.
 
     Attributes:
@@ -55,6 +55,8 @@ class RunState(OptimizerFace):
     _best_untrained: dict[str, Tensor]
     _warned: Warned
     _findings: Findings
+    _method: Method
+    param_groups: list[dict[str, Any]]
 
     @property
     def is_main(self) -> bool:
@@ -185,13 +187,13 @@ class RunState(OptimizerFace):
         )
         set_learner_state(self._learner, state["learner"])
         self._findings.decide(state["alone"])
-        self._restart_noise()
+        self._method.restart()
         self._follow_frozen()
-        self._begin_generation()
+        self._method.begin_generation()
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the attributes for a pickle or a deep copy; schedulers are made anew, and the engine is local."""
-        left_out = ("step", "engine", "_forwards", "_kept", "_sampled")
+        left_out = ("step", "engine", "_forwards", "_method")
         state = {key: value for key, value in self.__dict__.items() if key not in left_out}
         return {**state, "_schedules": plain_copy(self._schedules.state_dict())}
 
@@ -200,9 +202,9 @@ class RunState(OptimizerFace):
         self.__dict__.update(state)
         self.engine = LocalEngine()
         self._restart_forwards()
-        self._schedules = Schedules(self, *self._schedulers)
+        self._schedules = Schedules(cast(torch.optim.Optimizer, self), *self._schedulers)
         self._schedules.load_state_dict(state["_schedules"])
-        self._restart_noise()
+        self._method = self._make_method()
 
     def _options(self) -> list[dict[str, Any]]:
         """Return the live options of the parameter groups."""
@@ -275,7 +277,7 @@ class RunState(OptimizerFace):
         self.best_fitness = state["best_fitness"]
         self._best = None if state["best_params"] is None else state["best_params"].to(self.device, copy=True)
         self._follow_frozen()
-        self._restart_noise()
+        self._method.restart()
 
     def _forget(self) -> None:
         self.generation, self.last_generation = 0, None
@@ -283,7 +285,7 @@ class RunState(OptimizerFace):
         self.best_fitness = float("-inf")
         self._best, self._best_untrained = None, {}
         self._findings = Findings()
-        self._restart_noise()
+        self._method.restart()
 
     def _learnt(self) -> dict[str, Tensor]:
         """Return copies of the buffers and untrained parameters, if the fitness function may change them."""
@@ -295,12 +297,8 @@ class RunState(OptimizerFace):
         )
 
     @abstractmethod
-    def _restart_noise(self) -> None:
-        """Forget what is kept of random streams."""
-
-    @abstractmethod
-    def _begin_generation(self) -> None:
-        """Get ready for the evaluation of chunks."""
+    def _make_method(self) -> Method:
+        """Return how members are perturbed, and how the update follows from their fitness."""
 
     @abstractmethod
     def _restart_forwards(self) -> None:

@@ -1,0 +1,114 @@
+"""What algorithms differ in: how members are perturbed, and how the update follows from their fitness."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._utils import validation
+from ..noise.keys import forked_rng
+from ..perturbation.sample import Draws, FullRankDraws, ParameterSpec, Perturbations, wide_dtype
+from ..update.products import promoted_products
+
+
+class Method(ABC):
+    """Perturbs the members of a trainer, and makes its update of their fitness.
+
+    Args:
+        trainer: The trainer that holds it. (Of type Any, as its module imports this one.)
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+
+    @abstractmethod
+    def restart(self) -> None:
+        """Forget what is kept of random streams: the seed or the state has changed."""
+
+    @abstractmethod
+    def begin_generation(self) -> None:
+        """Get ready to perturb the members of the current generation."""
+
+    @abstractmethod
+    def perturbations(self, first: int, count: int) -> Perturbations:
+        """Return the perturbations of members ``first, …, first + count - 1``."""
+
+    @abstractmethod
+    def gradient(self, scores: Tensor) -> dict[str, Tensor]:
+        """Return ``-Δθ`` for every trained parameter, in new tensors, from the finite scores ``[N]``."""
+
+    @property
+    @abstractmethod
+    def unit(self) -> int:
+        """The number of members that divides every chunk."""
+
+    @property
+    @abstractmethod
+    def bytes_per_member(self) -> int:
+        """What a member's perturbations take."""
+
+
+class Sampled(Method):
+    """The two methods over flat tensors that a subclass of :class:`~eggroll_trainer.ESTrainer` writes."""
+
+    def __init__(self, trainer: Any) -> None:
+        super().__init__(trainer)
+        self._sampled: Tensor | None = None
+
+    def restart(self) -> None:
+        """Forget the sampled perturbations."""
+        self._sampled = None
+
+    def begin_generation(self) -> None:
+        """Sample the perturbations of all members."""
+        trainer = self.trainer
+        with forked_rng(trainer.seed, trainer.generation, "sample_perturbations", device=trainer.device):
+            sampled = trainer.sample_perturbations(trainer.population_size)
+        validation.check_flat("sample_perturbations", sampled, (trainer.population_size, len(trainer._centre)))
+        self._sampled = sampled
+
+    def perturbations(self, first: int, count: int) -> Perturbations:
+        """Return those of some members."""
+        assert self._sampled is not None
+        centre = self.trainer._centre
+        one = torch.ones(1, device="cpu")
+        draws: dict[str, Draws] = {}
+        sampled = centre.unflatten(self._sampled[first : first + count])
+        for name in self.trainer._trained:
+            parameter, values = centre.parameters[name], sampled[name]
+            if name in centre.fixed_rows:
+                values = values.clone()
+                values[:, centre.fixed_rows[name]] = 0
+            spec = ParameterSpec(name, parameter.detach(), 1.0)
+            draws[name] = FullRankDraws(values, spec, one.to(parameter.device))
+        return Perturbations(draws, one, count)
+
+    def gradient(self, scores: Tensor) -> dict[str, Tensor]:
+        """Return the negated update."""
+        assert self._sampled is not None
+        trainer = self.trainer
+        sampled, self._sampled = self._sampled, None
+        # Not every device has float64.
+        scores = scores.to(sampled.device, torch.float32 if sampled.device.type == "mps" else torch.float64)
+        with (
+            forked_rng(trainer.seed, trainer.generation, "compute_update", device=trainer.device),
+            promoted_products(),
+        ):
+            update = trainer.compute_update(sampled, scores)
+        validation.check_flat("compute_update", update, (len(trainer._centre),))
+        gradient = trainer._centre.unflatten(-update)
+        return {name: gradient[name] for name in trainer._trained}
+
+    @property
+    def unit(self) -> int:
+        """One, or the members that would share a draw."""
+        return max(1, getattr(self.trainer, "noise_reuse", 0))
+
+    @property
+    def bytes_per_member(self) -> int:
+        """What a member's perturbations take."""
+        trained = (self.trainer._centre.parameters[name] for name in self.trainer._trained)
+        return sum(p.numel() * wide_dtype(p).itemsize for p in trained)
