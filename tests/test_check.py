@@ -231,6 +231,8 @@ def test_a_forked_process_takes_no_part_in_the_turns() -> None:
         read, write = os.pipe()
         process = os.fork()
         if process == 0:
+            # Of the threads of the parent none is here.
+            torch.set_num_threads(1)
             with os.fdopen(write, "w") as file:
                 file.write(repr(fitness(model)))
             os._exit(0)

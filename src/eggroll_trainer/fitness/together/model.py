@@ -220,12 +220,13 @@ class SharedModel:
         _set_data(parameter, value)
 
     def leave_to_child(self) -> None:
-        """In a forked process: be the model of the member whose turn it was."""
+        """In a forked process: be the model of the member whose turn it was, by itself."""
         self._thread = threading.get_ident()
-        if self._turn is not None:
-            for parameter in self._centres:
-                self.form(parameter)
-        self._stop()
+        if self._turn is None:
+            self._stop()
+        else:
+            # Weights are still formed when they are looked at: few processes do, and torch's threads are not here.
+            self._interception.stop()
 
     def _differences(self) -> dict[int, dict[str, Any]]:
         """Return the dictionaries of modules that are not as they were, by their index."""
