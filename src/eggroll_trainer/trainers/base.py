@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import secrets
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -18,14 +18,14 @@ from .._utils.memory import Budget, is_out_of_memory
 from .._utils.thread_state import restored_thread_state
 from .._utils.warned import Warned
 from ..callbacks import Checkpoints, Progress
-from ..checkpoints.generation import Generation, adopt, adopted, to_send
+from ..checkpoints.generation import Generation, adopt, adopted, differences, to_send
 from ..distributed import Chunk, Engine, Outcome, local_device, make_engine
 from ..fitness import thread_modes
 from ..fitness.evaluate import Coalesce, Evaluation, Scored, is_batched
 from ..fitness.learning import discard_statistics, learner, merged
 from ..fitness.scores import check_scores, metrics_of, to_score, to_scores
 from ..perturbation.sample import wide_dtype
-from ..population import Population
+from ..population import Population, WholePopulation
 from ..population.forward import Forwards
 from ..update.centre import Centre
 from ..update.optimizers import OptimizerFactory
@@ -34,6 +34,7 @@ from .best import copy_with, holding
 from .method import Method, Sampled
 from .optimizer_face import OptimizerFace
 from .run_state import RunState
+from .told import Told
 from .trainable import kept_frozen
 
 # Members evaluated at a time, at most, where the user sets no chunk size: more gain nothing.
@@ -287,10 +288,76 @@ class ESTrainer(RunState, OptimizerFace, torch.optim.Optimizer, ABC):
             TypeError: The fitness function does not return a number.
         """
         self._start_generation()
+        self._asked = self._told = None
         # The fitness function runs under the caller's modes.
         with interruptible(), restored_thread_state(), thread_modes.kept():
             scores, statistics = self._evaluate_all()
         return self._advance(scores, statistics)
+
+    def ask(self) -> WholePopulation:
+        """Begin a generation and return its members, for evaluation elsewhere; :meth:`tell` makes the step.
+
+        Asked again before it is told, it returns the same members; it does so after :meth:`save` and :meth:`load` too.
+        :meth:`step` evaluates the same members by the trainer's own fitness function.
+
+        Returns:
+            The population of ``N`` members: ``chunks()``, ``member(i)`` (a dense copy), ``lora(i)`` (as an adapter),
+            ``population(x)``, ``each(xs)``. It is of use until the generation is told.
+
+        Example:
+            >>> x = torch.randn(8, 3)
+            >>> trainer = eggroll_trainer.EGGROLLTrainer(
+            ...     model=nn.Linear(3, 1), fitness_fn=lambda model: 0.0, population_size=16, seed=0
+            ... )
+            >>> population = trainer.ask()
+            >>> trainer.tell(-population(x).square().mean((1, 2)))["generation"]
+            1
+        """
+        self._start_generation()
+        self._asked = _of_members(self.settings().plain())
+        if self._told is not None and self._told.settings != self._asked:
+            # Scores of other members.
+            self._told = None
+        number = self.generation
+
+        def make(first: int, count: int) -> Population:
+            if self.generation != number or self._asked is None:
+                raise RuntimeError(f"generation {number + 1} is over, and its members are gone; ask() again")
+            return self._population(first, count)
+
+        return WholePopulation(self.model, make, self._chunks(), self._method.unit)
+
+    def tell(self, scores: Any, members: Sequence[int] | None = None) -> dict[str, Any] | None:
+        """Give the members that were asked for their fitness, and make the step once all have theirs.
+
+        Of several processes all must be told the same.
+
+        Args:
+            scores: ``[N]``, higher is better; NaN for a member whose evaluation failed, who counts as the worst. With
+                ``members``, one for each of them.
+            members: Indices of the members that the scores are of, in any order; all if None. What was told of others
+                is kept, also by :meth:`save`.
+
+        Returns:
+            What :meth:`step` returns, or None while members are missing.
+
+        Raises:
+            RuntimeError: The generation was not asked for.
+            ValueError: A score or member too many, or settings that members depend on have changed since :meth:`ask`.
+        """
+        if self._asked is None:
+            raise RuntimeError("tell() without ask(): ask for the members of the generation first")
+        changed = differences(_of_members(self.settings().plain()), self._asked)
+        if changed:
+            raise ValueError(f"{', '.join(changed.values())} since ask(): the scores are of other members; ask() again")
+        told = Told(self.population_size, self._asked) if self._told is None else self._told
+        told = told.with_scores(scores, members)
+        if not told.complete:
+            self._told = told
+            return None
+        # What torch notes when ``step`` is called, and its schedulers look for.
+        self._opt_called = True
+        return self._advance(told.scores, [])
 
     def repeat(self, generation: Generation) -> dict[str, Any]:
         """Make the step of a generation that was logged, without evaluating its members; returns what it returned.
@@ -586,12 +653,13 @@ class ESTrainer(RunState, OptimizerFace, torch.optim.Optimizer, ABC):
             with (
                 self._schedules.stepped(metrics["mean_fitness"]),
                 self._centre.stepped(gradient, learning_rates) as metrics["update_norm"],
-                merged(self._learner, self.model, statistics, self._centre.parameters),
+                merged(self._learner if statistics else None, self.model, statistics, self._centre.parameters),
             ):
                 pass
             if improved is not None and learnt is not None:
                 self._best, self.best_fitness, self._best_untrained = improved, metrics["best_fitness"], learnt
             self.generation, self.last_generation = last.number, last
+            self._asked = self._told = None
             for append, value in zip(appends, metrics.values(), strict=True):
                 append(value)
         return metrics
@@ -655,3 +723,10 @@ class ESTrainer(RunState, OptimizerFace, torch.optim.Optimizer, ABC):
         # What is frozen is in every member what it is in the centre.
         values = {**{name: p.detach() for name, p in self._centre.parameters.items()}, **member}
         return self._centre.flatten({name: value.to(wide_dtype(value)) for name, value in values.items()})
+
+
+def _of_members(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what of a record the members of a generation depend on."""
+    kept = {key: settings[key] for key in ("population_size", "seed", "frozen", "noise_reuse", "noise")}
+    options = [{key: value for key, value in group.items() if key != "lr"} for group in settings["options"]]
+    return {**kept, "options": options}

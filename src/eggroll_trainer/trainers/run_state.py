@@ -24,6 +24,7 @@ from ..population.untrained import set_untrained, untrained
 from ..update.centre import Centre
 from ..update.schedule import LRSchedulerFactory, Schedules
 from .method import Method
+from .told import Told
 from .trainable import padding_rows, set_frozen
 
 
@@ -56,6 +57,9 @@ class RunState(ABC):
     _warned: Warned
     _findings: Findings
     _method: Method
+    # The settings of the generation that was asked for, and the scores that came in since.
+    _asked: dict[str, Any] | None
+    _told: Told | None
     param_groups: list[dict[str, Any]]
 
     @property
@@ -85,6 +89,7 @@ class RunState(ABC):
             "initial_untrained": self._initial_untrained,
             "learner": learner_state(self._learner),
             "alone": self._findings.alone,
+            "told": None if self._told is None else self._told.state(),
             **self._schedules.state_dict(),
         }
         return cast(dict[str, Any], plain_copy(state))
@@ -273,6 +278,7 @@ class RunState(ABC):
         self._best_untrained = plain_copy(state["best_untrained"])
         self._seed, self.generation = state["seed"], state["generation"]
         self._findings = Findings(state.get("alone"))
+        self._asked, self._told = None, Told.of(state.get("told"))
         self.history, self.last_generation = copy.deepcopy(state["history"]), None
         self.best_fitness = state["best_fitness"]
         self._best = None if state["best_params"] is None else state["best_params"].to(self.device, copy=True)
@@ -285,6 +291,7 @@ class RunState(ABC):
         self.best_fitness = float("-inf")
         self._best, self._best_untrained = None, {}
         self._findings = Findings()
+        self._asked = self._told = None
         self._method.restart()
 
     def _learnt(self) -> dict[str, Tensor]:

@@ -1,0 +1,168 @@
+"""All members of a generation, made in chunks as they are asked for."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from ..perturbation.sample import LowRankDraws, Perturbations
+from .population import Population
+
+
+class WholePopulation(Population):
+    """The members of a generation, ``N`` of them, whose perturbations are drawn when they are needed.
+
+    What :meth:`~eggroll_trainer.ESTrainer.ask` returns. It is a :class:`~eggroll_trainer.Population`, of which calls
+    are made chunk by chunk.
+
+    Args:
+        model: The centre.
+        make: From a first member and a number of members to their population.
+        chunks: First member and size of each chunk, in order.
+        unit: How many members share a draw; a member is drawn with those.
+    """
+
+    def __init__(
+        self, model: nn.Module, make: Callable[[int, int], Population], chunks: Sequence[tuple[int, int]], unit: int
+    ) -> None:
+        self.model = model
+        self._make, self._chunks, self._unit = make, list(chunks), unit
+        self._size = sum(size for _, size in chunks)
+        self.first = 0
+        one = make(0, min(unit, self._size))
+        self.generation, self.seed = one.generation, one.seed
+
+    def __len__(self) -> int:
+        """Return the number of members, ``N``."""
+        return self._size
+
+    def chunks(self) -> Iterator[Population]:
+        """Yield the members in chunks, as a trainer evaluates them: each a population that is called as one model.
+
+        Example:
+            >>> import eggroll_trainer
+            >>> trainer = eggroll_trainer.EGGROLLTrainer(
+            ...     model=nn.Linear(3, 1), fitness_fn=lambda model: 0.0, population_size=8, chunk_size=4, seed=0
+            ... )
+            >>> [list(chunk.members) for chunk in trainer.ask().chunks()]
+            [[0, 1, 2, 3], [4, 5, 6, 7]]
+        """
+        for first, size in self._chunks:
+            yield self._make(first, size)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call every member with the same arguments; see :class:`~eggroll_trainer.Population`."""
+        return _joined([chunk(*args, **kwargs) for chunk in self._prepared()])
+
+    def each(self, *args: Any, in_dims: int | Sequence[int | None] = 0, **kwargs: Any) -> Any:
+        """Call every member with arguments of its own; see :meth:`~eggroll_trainer.Population.each`."""
+        dims = [in_dims] * len(args) if in_dims is None or isinstance(in_dims, int) else list(in_dims)
+        results = []
+        for chunk in self._prepared():
+            own = [
+                arg if dim is None else _part(arg, dim, chunk.members, self._size)
+                for arg, dim in zip(args, dims, strict=True)
+            ]
+            own_kwargs = {key: _part(value, 0, chunk.members, self._size) for key, value in kwargs.items()}
+            results.append(chunk.each(*own, in_dims=dims, **own_kwargs))
+        return _joined(results)
+
+    def train(self, mode: bool = True) -> Population:
+        """Run the members in training mode, whatever mode the model is in, and return ``self``."""
+        self._mode = mode
+        return self
+
+    def member(self, index: int) -> nn.Module:
+        """Return a dense copy of one member: an ordinary module that shares nothing with the model.
+
+        Raises:
+            IndexError: ``index`` is not below ``len(population)``.
+        """
+        population, own = self._of(index)
+        return population.member(own)
+
+    def member_parameters(self, index: int, names: Sequence[str] | None = None) -> dict[str, Tensor]:
+        """Return the perturbed parameters of one member in full, those in ``names`` if given."""
+        population, own = self._of(index)
+        return population.member_parameters(own, names)
+
+    def lora(self, index: int) -> dict[str, tuple[Tensor, Tensor, float]]:
+        """Return one member as low-rank adapters: ``{name: (A, B, scale)}``, its weight is ``W + scale·A Bᵀ``.
+
+        ``A`` is ``[O, R]`` and ``B`` is ``[I, R]``, a kernel counting as the matrix ``[O, I·kh·kw]``; ``scale`` holds
+        the sign, sigma and ``1/√R``. Parameters that are perturbed at full rank, such as biases, are not among them:
+        take these from :meth:`member_parameters`, or train with ``freeze_nonlora=True``.
+
+        Raises:
+            IndexError: ``index`` is not below ``len(population)``.
+        """
+        population, own = self._of(index)
+        return adapters(population.perturbations, own)
+
+    @contextlib.contextmanager
+    def holding(self, index: int) -> Iterator[list[str]]:
+        """Have the user's own model hold one member's weights inside the block."""
+        population, own = self._of(index)
+        with population.holding(own) as changed:
+            yield changed
+
+    def repeated(self) -> Any:
+        """Refuse: calls are made over and over in a chunk.
+
+        Raises:
+            TypeError: Always.
+        """
+        raise TypeError("call repeated() of a chunk: for chunk in population.chunks(): …")
+
+    _mode: bool | None = None
+
+    def _prepared(self) -> Iterator[Population]:
+        for chunk in self.chunks():
+            yield chunk if self._mode is None else chunk.train(self._mode)
+            chunk.close()
+
+    def _of(self, index: int) -> tuple[Population, int]:
+        """Return a small population with a member in it, and its index there."""
+        if not 0 <= index < self._size:
+            raise IndexError(f"member {index} of a population of {self._size}")
+        first = index // self._unit * self._unit
+        population = self._make(first, min(self._unit, self._size - first))
+        return (population if self._mode is None else population.train(self._mode)), index - first
+
+
+def adapters(perturbations: Perturbations, member: int) -> dict[str, tuple[Tensor, Tensor, float]]:
+    """Return the low-rank perturbations of one member as ``{name: (A [O, R], B [I, R], scale)}``."""
+    draw, use = divmod(member, len(perturbations.signs))
+    sign = float(perturbations.signs[use])
+    found = {}
+    for name, draws in perturbations.draws.items():
+        if isinstance(draws, LowRankDraws):
+            rows = draws.spec.centre.shape[0]
+            factors = draws.factors[draw].to(draws.spec.centre.dtype)
+            found[name] = factors[:, :rows].mT.clone(), factors[:, rows:].mT.clone(), sign * draws.scale
+    return found
+
+
+def _part(value: Any, dim: int, members: range, size: int) -> Any:
+    """Return the rows of some members."""
+    leaves, spec = tree_flatten(value)
+    for leaf in leaves:
+        if isinstance(leaf, Tensor) and (leaf.ndim == 0 or leaf.shape[dim] != size):
+            raise ValueError(
+                f"expected one input for each of the {size} members in dimension {dim}, got a tensor of shape"
+                f" {list(leaf.shape)}; pass in_dims=None for an input that all members share"
+            )
+    parts = [leaf.narrow(dim, members.start, len(members)) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+    return tree_unflatten(parts, spec)
+
+
+def _joined(results: Sequence[Any]) -> Any:
+    leaves = [tree_flatten(result) for result in results]
+    columns = zip(*(values for values, _ in leaves), strict=True)
+    joined = [torch.cat(list(column)) if isinstance(column[0], Tensor) else column[0] for column in columns]
+    return tree_unflatten(joined, leaves[0][1])

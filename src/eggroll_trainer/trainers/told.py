@@ -1,0 +1,74 @@
+"""The scores that have been told of a generation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from .._utils.validation import check_int
+
+
+class Told:
+    """The scores of some of a generation's members.
+
+    Args:
+        size: ``N``.
+        settings: What the members depend on, in plain form.
+
+    Attributes:
+        scores: ``[N]`` in float64, NaN for those who have none.
+        known: ``[N]``, who has been told of.
+    """
+
+    def __init__(self, size: int, settings: dict[str, Any]) -> None:
+        self.settings = settings
+        self.scores = torch.full((size,), torch.nan, dtype=torch.float64, device="cpu")
+        self.known = torch.zeros(size, dtype=torch.bool, device="cpu")
+
+    @classmethod
+    def of(cls, state: dict[str, Any] | None) -> Told | None:
+        """Return what :meth:`state` was of."""
+        if state is None:
+            return None
+        told = cls(len(state["scores"]), state["settings"])
+        told.scores, told.known = state["scores"].clone(), state["known"].clone()
+        return told
+
+    def state(self) -> dict[str, Any]:
+        """Return all that it holds."""
+        return {"settings": self.settings, "scores": self.scores, "known": self.known}
+
+    @property
+    def complete(self) -> bool:
+        """Whether all have been told of."""
+        return bool(self.known.all())
+
+    def with_scores(self, scores: Any, members: Sequence[int] | None) -> Told:
+        """Return these and further scores; a member who is told of again gets the new one.
+
+        Raises:
+            TypeError: Scores are not numbers, or members not integers.
+            ValueError: There are not as many scores as members, or there is no such member.
+        """
+        size = len(self.scores)
+        chosen = list(range(size)) if members is None else [check_int("members", member, 0) for member in members]
+        outside = [member for member in chosen if member >= size]
+        if outside:
+            raise ValueError(f"members must be below population_size={size}, got {outside[0]}")
+        try:
+            # Python's numbers are float64, which torch would make float32.
+            dtype = None if hasattr(scores, "dtype") else torch.float64
+            values = torch.as_tensor(scores, dtype=dtype, device="cpu").detach()
+        except (TypeError, ValueError, RuntimeError):
+            raise TypeError(f"scores must be numbers, [{len(chosen)}], got {type(scores).__name__}") from None
+        if values.is_complex():
+            raise TypeError(f"scores must be real numbers, got {values.dtype}")
+        if values.shape != (len(chosen),):
+            raise ValueError(f"expected one score for each of {len(chosen)} members, got shape {list(values.shape)}")
+        told = Told(size, self.settings)
+        told.scores, told.known = self.scores.clone(), self.known.clone()
+        told.scores[chosen] = values.double()
+        told.known[chosen] = True
+        return told
