@@ -30,6 +30,7 @@ def test_every_page_with_code_is_run_here() -> None:
     pages = {str(path.relative_to(ROOT)) for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]}
     assert {page for page in pages if blocks(page)} == {
         "README.md",
+        "docs/ask-and-tell.md",
         "docs/distributed.md",
         "docs/reinforcement-learning.md",
     }
@@ -43,6 +44,16 @@ def test_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert trainer.history["fitness"][-1] > trainer.history["fitness"][0]  # type: ignore[attr-defined]
     assert isinstance(model, torch.nn.Module) and (tmp_path / "run.pt").exists()
     assert trainer.engine.rank == 0  # type: ignore[attr-defined]
+
+
+def test_ask_and_tell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.warns(RuntimeWarning, match="counts as the worst finite one"):
+        names = run("docs/ask-and-tell.md")
+    trainer = names["trainer"]
+    assert trainer.generation == 21  # type: ignore[attr-defined]
+    means = trainer.history["mean_fitness"]  # type: ignore[attr-defined]
+    assert means[19] > means[0]
 
 
 def test_reinforcement_learning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
