@@ -39,7 +39,7 @@ def main(exchange: str, size: int, generations: int, compiled: bool) -> None:
 
 def parts(trainer: Any) -> dict[str, float]:
     """Return the seconds of the parts of a chunk's work, and of what is done once a generation."""
-    chunk, weights = trainer._chunks()[0], torch.randn(trainer.population_size, dtype=torch.float64)
+    chunk, weights = trainer._evaluator.chunks()[0], torch.randn(trainer.population_size, dtype=torch.float64)
     trainer._method.begin_generation()
 
     def noise() -> None:
@@ -47,7 +47,7 @@ def parts(trainer: Any) -> dict[str, float]:
 
     def fresh() -> None:
         trainer._method.begin_generation()
-        trainer._evaluate(*chunk)
+        trainer._evaluator.evaluate(*chunk)
 
     def update() -> None:
         specs = trainer._method.specs()

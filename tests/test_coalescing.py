@@ -569,7 +569,7 @@ def test_an_exception_ends_all_members_in_order() -> None:
     first = trainer()
     first._start_generation()
     for i in range(N):
-        with first._population(0, N).holding(i), torch.no_grad():
+        with first._evaluator.population(0, N).holding(i), torch.no_grad():
             values.append(loss(first.model(X)))
     bad = values[3]
     with untouched(first.model), pytest.raises(KeyError, match="no such thing") as raised:

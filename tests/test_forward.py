@@ -221,7 +221,7 @@ class TestMemory:
             )
             for budget in (None, 2**24, 2**20, 1)
         ]
-        sizes = [next(iter(trainer._chunks()))[1] for trainer in trainers]
+        sizes = [next(iter(trainer._evaluator.chunks()))[1] for trainer in trainers]
         assert sizes[0] == 1024 and sizes[-1] == 2 and sorted(sizes, reverse=True) == sizes
         per_member = 4 * 300 * 1.5 if make_trainer is EGGROLLTrainer else 4 * 10_100 * 1.5
         assert sizes[2] == pytest.approx(2**18 / per_member, rel=0.2)
@@ -487,10 +487,10 @@ class TestEvaluationDtype:
         members = Population(wide.model, wide._method.perturbations(0, 32))
         with torch.autocast("cpu", torch.bfloat16):
             expected = torch.tensor([fitness(members.member(i)) for i in range(32)], dtype=torch.float64)
-        scores = trainer._evaluate(0, 32).scores
+        scores = trainer._evaluator.evaluate(0, 32).scores
         # bf16 keeps 8 bits; a dense member rounds its weights, a low-rank one its factors.
         torch.testing.assert_close(scores, expected, rtol=0.05, atol=0.02)
-        assert not torch.equal(scores, wide._evaluate(0, 32).scores)
+        assert not torch.equal(scores, wide._evaluator.evaluate(0, 32).scores)
         assert not torch.is_autocast_enabled("cpu")
 
     def test_weights_and_update_stay_wide(self) -> None:

@@ -173,7 +173,7 @@ def test_optimizers_get_the_negated_estimate(factory: Any) -> None:
     for generation in range(4):
         assert isinstance(trainer, EGGROLLTrainer)
         perturbations = trainer.sample_perturbations(40)
-        scores = trainer._evaluate(0, 40).scores
+        scores = trainer._evaluator.evaluate(0, 40).scores
         shadow.grad = -trainer.compute_update(perturbations, scores).to(shadow)
         optimizer.step()
         assert trainer.step()["generation"] == generation + 1

@@ -69,7 +69,7 @@ def play(
     fitness = EpisodeReturn(Slide, episodes=episodes)
     policy = kind(*fitness.spaces())
     trainer = EGGROLLTrainer(model=policy, fitness_fn=fitness, population_size=N, noise_reuse=2, sigma=0.5, seed=3)
-    scores, statistics, _ = trainer._evaluate(0, N)
+    scores, statistics, _ = trainer._evaluator.evaluate(0, N)
     assert statistics is not None
     return scores, statistics, trainer.step(), trainer
 
@@ -165,7 +165,7 @@ def test_actions(space: Any, instead: float, good: bool, monkeypatch: pytest.Mon
     fitness = EpisodeReturn(Slide)
     policy = Blind(2, instead)
     trainer = EGGROLLTrainer(model=policy, fitness_fn=fitness, population_size=N, sigma=0.5, seed=3)
-    scores, statistics, _ = trainer._evaluate(0, N)
+    scores, statistics, _ = trainer._evaluator.evaluate(0, N)
     values = trainer._method.perturbations(0, N).members()["weight"]
     assert isinstance(values, Tensor)
     bad = (values < 0).any(-1) & (not good)
@@ -185,7 +185,7 @@ def test_locomotion(where: str, backend: str, monkeypatch: pytest.MonkeyPatch) -
     fitness = EpisodeReturn("HalfCheetah-v5", max_steps=10)
     policy = MLPPolicy(*fitness.spaces(), hidden=(8,))
     trainer = EGGROLLTrainer(model=policy, fitness_fn=fitness, population_size=N, noise_reuse=2, sigma=0.5, seed=3)
-    fine = trainer._evaluate(0, N).scores
+    fine = trainer._evaluator.evaluate(0, N).scores
     simulator: Any = LocomotionSimulator("HalfCheetah-v5", N, backend=backend)  # type: ignore[arg-type]
     fitness._simulators[N] = simulator
     right = getattr(simulator._task, where)
@@ -197,7 +197,7 @@ def test_locomotion(where: str, backend: str, monkeypatch: pytest.MonkeyPatch) -
         return values
 
     monkeypatch.setattr(simulator._task, where, broken)
-    scores, statistics, _ = trainer._evaluate(0, N)
+    scores, statistics, _ = trainer._evaluator.evaluate(0, N)
     assert statistics is not None
     assert scores.isnan().nonzero().flatten().tolist() == [2]
     others = [i for i in range(N) if i != 2]

@@ -59,7 +59,9 @@ def test_members_earn_what_they_earn_alone(kind: Any, env_id: str, limit: int | 
     environment = env(env_id)
     fitness = EpisodeReturn(env_id, episodes=2, max_steps=limit)
     trainer = trainer_of(policy_of(kind, environment), fitness, chunk_size=chunk_size)
-    scores = torch.cat([trainer._evaluate(first, count).scores for first, count in trainer._chunks()])
+    scores = torch.cat(
+        [trainer._evaluator.evaluate(first, count).scores for first, count in trainer._evaluator.chunks()]
+    )
     members = Population(trainer.model, trainer._method.perturbations(0, N))
     for i in range(N):
         seeds = [derive_seed("episode", 3, 0, i // 2, episode) % 2**31 for episode in range(2)]
@@ -72,7 +74,7 @@ def test_members_earn_what_they_earn_alone(kind: Any, env_id: str, limit: int | 
 def test_pairs_play_the_same_episodes() -> None:
     fitness = EpisodeReturn("Pendulum-v1", share=2, max_steps=20)
     trainer = trainer_of(policy_of(LinearPolicy, env("Pendulum-v1")), fitness, sigma=1e-12, population_size=8)
-    scores = trainer._evaluate(0, 8).scores
+    scores = trainer._evaluator.evaluate(0, 8).scores
     torch.testing.assert_close(scores[::2], scores[1::2], rtol=1e-9, atol=0)
     assert (scores[::2, None] - scores[None, ::2]).abs().topk(2).values.min() > 1e-3
 
@@ -81,7 +83,7 @@ def test_episode_seeds_follow_seed_and_generation() -> None:
     def scores(seed: int, generation: int) -> torch.Tensor:
         trainer = trainer_of(policy_of(LinearPolicy, env()), EpisodeReturn("CartPole-v1"), sigma=1e-12, seed=seed)
         trainer.generation = generation
-        return trainer._evaluate(0, N).scores
+        return trainer._evaluator.evaluate(0, N).scores
 
     assert torch.equal(scores(1, 0), scores(1, 0))
     assert not torch.equal(scores(1, 0), scores(1, 1)) and not torch.equal(scores(1, 0), scores(2, 0))
@@ -92,7 +94,7 @@ def test_the_survival_bonus_counts_in_evaluation_alone() -> None:
     seeds = 5
     with_bonus = EpisodeReturn("Hopper-v5")
     without = EpisodeReturn("Hopper-v5", survival_bonus=False)
-    a, b = (trainer_of(policy, fitness)._evaluate(0, N).scores for fitness in (with_bonus, without))
+    a, b = (trainer_of(policy, fitness)._evaluator.evaluate(0, N).scores for fitness in (with_bonus, without))
     # The bonus is one for each step that ends in good health; the last one may not.
     assert ((a - b) >= 5).all() and (a - b - (a - b).round()).abs().max() < 1e-6
     assert np.array_equal(with_bonus.evaluate(policy, seeds, 0), without.evaluate(policy, seeds, 0))
@@ -268,7 +270,7 @@ def test_forwards_of_those_that_still_play_change_nothing(
         policy = policy_of(kind, env())
         fitness = EpisodeReturn("CartPole-v1", episodes=episodes, max_steps=100)
         trainer = trainer_of(policy, fitness, population_size=32, sigma=2.0)
-        scores = trainer._evaluate(0, 32).scores
+        scores = trainer._evaluator.evaluate(0, 32).scores
         return scores, fitness.pop_statistics()
 
     everybody, statistics = run(10**9)
@@ -306,5 +308,5 @@ def test_policies_that_are_compiled_earn_the_same(monkeypatch: pytest.MonkeyPatc
     for compile in (False, True):
         policy = policy_of(MLPPolicy, env("Hopper-v5"), hidden=(8,))
         trainer = trainer_of(policy, EpisodeReturn("Hopper-v5", max_steps=60), compile=compile, population_size=8)
-        scores.append(trainer._evaluate(0, 8).scores)
+        scores.append(trainer._evaluator.evaluate(0, 8).scores)
     torch.testing.assert_close(*scores, rtol=1e-3, atol=0)

@@ -90,7 +90,7 @@ def alone(policy: nn.Module, env: gymnasium.Env[Any, Any], seed: int, **options:
 def assert_members_earn_what_they_earn_alone(policy: nn.Module, make: Any, **options: Any) -> None:
     fitness = EpisodeReturn(make, episodes=2)
     trainer = EGGROLLTrainer(model=policy, fitness_fn=fitness, population_size=N, noise_reuse=2, sigma=0.5, seed=3)
-    scores = trainer._evaluate(0, N).scores
+    scores = trainer._evaluator.evaluate(0, N).scores
     members = Population(trainer.model, trainer._method.perturbations(0, N))
     for i in range(N):
         seeds = [derive_seed("episode", 3, 0, i // 2, episode) % 2**31 for episode in range(2)]
@@ -241,7 +241,7 @@ def test_members_draw_on_their_own(space: Any) -> None:
     trainer = EGGROLLTrainer(model=policy, fitness_fn=fitness, population_size=N, sigma=1e-12, seed=3)
     outputs = Population(policy, trainer._method.perturbations(0, N))(torch.zeros(3))
     assert outputs.isfinite().all() and len(outputs.unique(dim=0)) == N
-    assert torch.equal(trainer._evaluate(0, N).scores, trainer._evaluate(0, N).scores)
+    assert torch.equal(trainer._evaluator.evaluate(0, N).scores, trainer._evaluator.evaluate(0, N).scores)
 
 
 @pytest.fixture

@@ -14,15 +14,15 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from .._utils import validation
 from .._utils.interrupts import delayed_interrupt, exit_on_sigterm, interruptible
-from .._utils.memory import Budget, is_out_of_memory
+from .._utils.memory import Budget
 from .._utils.thread_state import restored_thread_state
 from .._utils.warned import Warned
 from ..callbacks import Checkpoints, Progress
 from ..checkpoints.generation import Generation, adopt, adopted, differences, to_send
 from ..distributed import Chunk, Engine, Outcome, local_device, make_engine
 from ..fitness import thread_modes
-from ..fitness.evaluate import Coalesce, Evaluation, Scored, is_batched
-from ..fitness.learning import discard_statistics, learner, merged
+from ..fitness.evaluate import Coalesce, is_batched
+from ..fitness.learning import learner, merged
 from ..fitness.scores import check_scores, metrics_of, to_score, to_scores
 from ..perturbation.sample import wide_dtype
 from ..population import Population, WholePopulation
@@ -31,14 +31,11 @@ from ..update.centre import Centre
 from ..update.optimizers import OptimizerFactory
 from ..update.schedule import LRSchedulerFactory, Schedules
 from .best import copy_with, holding
+from .evaluator import Evaluator
 from .method import Method, Sampled
 from .optimizer_face import OptimizerFace
 from .run_state import RunState
 from .told import Told
-from .trainable import kept_frozen
-
-# Members evaluated at a time, at most, where the user sets no chunk size: more gain nothing.
-_CHUNK_MEMBERS_CPU, _CHUNK_MEMBERS = 1024, 8192
 
 
 class ESTrainer(RunState, OptimizerFace, torch.optim.Optimizer, ABC):
@@ -187,8 +184,7 @@ class ESTrainer(RunState, OptimizerFace, torch.optim.Optimizer, ABC):
         self._budget = Budget(memory_budget)
         self._restart_forwards()
         self._method = self._make_method()
-        # What has turned out to fit, where something did not.
-        self._most_members: int | None = None
+        self._evaluator = Evaluator(self)
         self.generation = 0
         self.best_fitness = float("-inf")
         self._in_best_weights = 0
@@ -291,7 +287,7 @@ class ESTrainer(RunState, OptimizerFace, torch.optim.Optimizer, ABC):
         self._asked = self._told = None
         # The fitness function runs under the caller's modes.
         with interruptible(), restored_thread_state(), thread_modes.kept():
-            scores, statistics = self._evaluate_all()
+            scores, statistics = self._evaluator.evaluate_all()
         return self._advance(scores, statistics)
 
     def ask(self) -> WholePopulation:
@@ -323,9 +319,9 @@ class ESTrainer(RunState, OptimizerFace, torch.optim.Optimizer, ABC):
         def make(first: int, count: int) -> Population:
             if self.generation != number or self._asked is None:
                 raise RuntimeError(f"generation {number + 1} is over, and its members are gone; ask() again")
-            return self._population(first, count)
+            return self._evaluator.population(first, count)
 
-        return WholePopulation(self.model, make, self._chunks(), self._method.unit)
+        return WholePopulation(self.model, make, self._evaluator.chunks(), self._method.unit)
 
     def tell(self, scores: Any, members: Sequence[int] | None = None) -> dict[str, Any] | None:
         """Give the members that were asked for their fitness, and make the step once all have theirs.
@@ -513,7 +509,7 @@ class ESTrainer(RunState, OptimizerFace, torch.optim.Optimizer, ABC):
             "lr_scheduler": type(self._schedules.lr_scheduler).__name__,
             "sigma_scheduler": type(self._schedules.sigma_scheduler).__name__,
             "population_size": self.population_size,
-            "chunk_size": min(self.population_size, self._chunk_members()),
+            "chunk_size": min(self.population_size, self._evaluator.chunk_members()),
             "coalesce": self.coalesce,
             "compile": self.compile,
             "evaluation_dtype": str(self.evaluation_dtype),
@@ -558,51 +554,9 @@ class ESTrainer(RunState, OptimizerFace, torch.optim.Optimizer, ABC):
     def _restart_forwards(self) -> None:
         self._forwards = Forwards(compile=self.compile, budget=self._budget)
 
-    def _chunk_members(self) -> int:
-        """Return how many members are evaluated at a time."""
-        if self.chunk_size is not None:
-            return self.chunk_size
-        unit = self._method.unit
-        most = _CHUNK_MEMBERS_CPU if self.device.type == "cpu" else _CHUNK_MEMBERS
-        fitting = min(most, self._budget.chunk_bytes(self.device) // max(1, self._method.bytes_per_member))
-        if self._most_members is not None:
-            fitting = min(fitting, self._most_members)
-        return max(unit, fitting // unit * unit)
-
-    def _chunks(self) -> list[Chunk]:
-        size = self._chunk_members()
-        return [Chunk(first, min(size, self.population_size - first)) for first in range(0, self.population_size, size)]
-
-    def _evaluate_all(self) -> tuple[Tensor, list[Tensor]]:
-        """Return the fitness of all members, ``[N]``, and what each chunk has shown to a fitness function that learns.
-
-        If memory runs out, the chunks become smaller; if members turn out to have to be evaluated alone, all are.
-        """
-        while True:
-            chunks = self._chunks()
-            size = chunks[0].size
-            try:
-                outcomes = self.engine.evaluate(self, chunks)
-                alone = next((outcome.alone for outcome in outcomes if outcome.alone is not None), None)
-                for message, kind in (warning for outcome in outcomes for warning in outcome.warnings):
-                    self._warn_once(message, kind)
-                if alone is None:
-                    statistics = [outcome.statistics for outcome in outcomes if outcome.statistics is not None]
-                    return torch.cat([outcome.scores for outcome in outcomes]), statistics
-            except Exception as error:
-                if not is_out_of_memory(error) or self.chunk_size is not None or size == self._method.unit:
-                    raise
-                alone = None
-            if alone is not None:
-                self._findings.decide(alone)
-                self._warn_once(
-                    f"the fitness function is run for one member at a time, which is slow: {alone}", "alone"
-                )
-            else:
-                self._most_members = size // 2
-                self._warn_once(f"memory ran out with {size} members at a time: half as many from now on", "memory")
-            with delayed_interrupt(), thread_modes.neutral():
-                self._method.begin_generation()
+    def evaluate_chunk(self, chunk: Chunk) -> Outcome:
+        """Evaluate some members of the current generation in this process: for engines."""
+        return self._evaluator.evaluate_chunk(chunk)
 
     def _start_generation(self) -> None:
         with delayed_interrupt(), thread_modes.neutral():
@@ -611,18 +565,6 @@ class ESTrainer(RunState, OptimizerFace, torch.optim.Optimizer, ABC):
             self._check_live()
             self._findings.begin_generation(self.generation, self._fitness_fn(), self.model)
             self._method.begin_generation()
-
-    def evaluate_chunk(self, chunk: Chunk) -> Outcome:
-        """Evaluate some members of the current generation in this process: for engines."""
-        self._warned.quiet = not self.is_main
-        if self._findings.reason is not None:
-            # Found out in another chunk: this one's scores would be thrown away.
-            return Outcome(torch.zeros(chunk.size, dtype=torch.float64, device="cpu"), None, (), self._findings.reason)
-        discard_statistics(self._learner)
-        with kept_frozen(self._centre.candidates):
-            result = self._evaluate(*chunk)
-        self._findings.reason = result.alone
-        return Outcome(result.scores, result.statistics, self._warned.take(), result.alone)
 
     def _advance(self, scores: Tensor, statistics: list[Tensor]) -> dict[str, Any]:
         """End the generation with the members' scores, and return its metrics.
@@ -679,39 +621,10 @@ class ESTrainer(RunState, OptimizerFace, torch.optim.Optimizer, ABC):
         if not self.is_main:
             adopt(self, settings)
 
-    def _population(self, first: int, count: int) -> Population:
-        """Return members ``first, …, first + count - 1`` of the current generation."""
-        with torch.no_grad():
-            return Population(
-                self.model,
-                self._method.perturbations(first, count),
-                first=first,
-                warned=self._warned,
-                forwards=self._forwards,
-                generation=self.generation,
-                seed=self.seed,
-            )
-
     def _fitness_fn(self) -> Callable[..., Any]:
         """Return the fitness function, or the method of a subclass in its place."""
         overridden = type(self).evaluate_fitness is not ESTrainer.evaluate_fitness
         return self.evaluate_fitness if overridden else self.fitness_fn
-
-    def _evaluate(self, first: int, count: int) -> Scored:
-        """Evaluate members ``first, …, first + count - 1``."""
-        population = self._population(first, count)
-        fitness_fn = self._fitness_fn()
-        self._findings.begin_generation(self.generation, fitness_fn, self.model)
-        with thread_modes.autocast_to(self.evaluation_dtype, self.device):
-            return Evaluation(
-                population,
-                fitness_fn,
-                self.coalesce,
-                self._findings,
-                self._findings.to_check(self.seed, first, count, self.population_size),
-                self._learner,
-                self._warned,
-            ).run()
 
     def _member_parameters(self, index: int) -> Tensor:
         """Return all parameters of one member of the current generation, ``[D]``."""

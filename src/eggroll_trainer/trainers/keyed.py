@@ -43,7 +43,7 @@ class Keyed(Method):
     def perturbations(self, first: int, count: int) -> Perturbations:
         """Return those of some members; chunks that are at hand for the update are not drawn again."""
         trainer = self.trainer
-        size = trainer._chunk_members()
+        size = trainer._evaluator.chunk_members()
         start = first // size * size
         kept = self._kept.get(start)
         if kept is not None and first + count <= start + len(kept):
@@ -60,7 +60,9 @@ class Keyed(Method):
         trainer = self.trainer
         # Negated here, where it costs nothing.
         weights = -shape(scores, trainer._shaper, trainer.group_size) / trainer.population_size**0.5
-        total = weighted_sum(trainer._chunks(), weights, self.perturbations, self.specs, self.unit, trainer.engine)
+        total = weighted_sum(
+            trainer._evaluator.chunks(), weights, self.perturbations, self.specs, self.unit, trainer.engine
+        )
         self._kept = {}
         return total
 

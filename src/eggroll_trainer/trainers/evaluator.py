@@ -1,0 +1,134 @@
+"""The evaluation of a generation: its members in chunks, which an engine shares out, until all have a score."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._utils.interrupts import delayed_interrupt
+from .._utils.memory import is_out_of_memory
+from ..distributed import Chunk, Outcome
+from ..fitness import thread_modes
+from ..fitness.evaluate import Evaluation, Scored
+from ..fitness.learning import discard_statistics
+from ..population import Population
+from .trainable import kept_frozen
+
+# Members evaluated at a time, at most, where the user sets no chunk size: more gain nothing.
+_CHUNK_MEMBERS_CPU, _CHUNK_MEMBERS = 1024, 8192
+
+
+class Evaluator:
+    """Evaluates the members of a trainer's generation.
+
+    Args:
+        trainer: The trainer that holds it. (Of type Any, as its module imports this one.)
+
+    Attributes:
+        most_members: What has turned out to fit in memory, where something did not.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+        self.most_members: int | None = None
+
+    def chunk_members(self) -> int:
+        """Return how many members are evaluated at a time."""
+        trainer = self.trainer
+        if trainer.chunk_size is not None:
+            return trainer.chunk_size
+        unit = trainer._method.unit
+        most = _CHUNK_MEMBERS_CPU if trainer.device.type == "cpu" else _CHUNK_MEMBERS
+        fitting = min(most, trainer._budget.chunk_bytes(trainer.device) // max(1, trainer._method.bytes_per_member))
+        if self.most_members is not None:
+            fitting = min(fitting, self.most_members)
+        return max(unit, fitting // unit * unit)
+
+    def chunks(self) -> list[Chunk]:
+        """Return the chunks of the population, in order."""
+        trainer = self.trainer
+        size = self.chunk_members()
+        return [
+            Chunk(first, min(size, trainer.population_size - first))
+            for first in range(0, trainer.population_size, size)
+        ]
+
+    def evaluate_all(self) -> tuple[Tensor, list[Tensor]]:
+        """Return the fitness of all members, ``[N]``, and what each chunk has shown to a fitness function that learns.
+
+        If memory runs out, the chunks become smaller; if members turn out to have to be evaluated alone, all are.
+        """
+        trainer = self.trainer
+        while True:
+            chunks = self.chunks()
+            size = chunks[0].size
+            try:
+                outcomes = trainer.engine.evaluate(trainer, chunks)
+                alone = next((outcome.alone for outcome in outcomes if outcome.alone is not None), None)
+                for message, kind in (warning for outcome in outcomes for warning in outcome.warnings):
+                    trainer._warn_once(message, kind)
+                if alone is None:
+                    statistics = [outcome.statistics for outcome in outcomes if outcome.statistics is not None]
+                    return torch.cat([outcome.scores for outcome in outcomes]), statistics
+            except Exception as error:
+                if not is_out_of_memory(error) or trainer.chunk_size is not None or size == trainer._method.unit:
+                    raise
+                alone = None
+            if alone is not None:
+                trainer._findings.decide(alone)
+                trainer._warn_once(
+                    f"the fitness function is run for one member at a time, which is slow: {alone}", "alone"
+                )
+            else:
+                self.most_members = size // 2
+                trainer._warn_once(f"memory ran out with {size} members at a time: half as many from now on", "memory")
+            with delayed_interrupt(), thread_modes.neutral():
+                trainer._method.begin_generation()
+
+    def evaluate_chunk(self, chunk: Chunk) -> Outcome:
+        """Evaluate some members of the current generation in this process: for engines."""
+        trainer = self.trainer
+        trainer._warned.quiet = not trainer.is_main
+        if trainer._findings.reason is not None:
+            # Found out in another chunk: this one's scores would be thrown away.
+            return Outcome(
+                torch.zeros(chunk.size, dtype=torch.float64, device="cpu"), None, (), trainer._findings.reason
+            )
+        discard_statistics(trainer._learner)
+        with kept_frozen(trainer._centre.candidates):
+            result = self.evaluate(*chunk)
+        trainer._findings.reason = result.alone
+        return Outcome(result.scores, result.statistics, trainer._warned.take(), result.alone)
+
+    def population(self, first: int, count: int) -> Population:
+        """Return members ``first, …, first + count - 1`` of the current generation."""
+        trainer = self.trainer
+        with torch.no_grad():
+            return Population(
+                trainer.model,
+                trainer._method.perturbations(first, count),
+                first=first,
+                warned=trainer._warned,
+                forwards=trainer._forwards,
+                generation=trainer.generation,
+                seed=trainer.seed,
+            )
+
+    def evaluate(self, first: int, count: int) -> Scored:
+        """Evaluate members ``first, …, first + count - 1``."""
+        trainer = self.trainer
+        population = self.population(first, count)
+        fitness_fn = trainer._fitness_fn()
+        trainer._findings.begin_generation(trainer.generation, fitness_fn, trainer.model)
+        with thread_modes.autocast_to(trainer.evaluation_dtype, trainer.device):
+            return Evaluation(
+                population,
+                fitness_fn,
+                trainer.coalesce,
+                trainer._findings,
+                trainer._findings.to_check(trainer.seed, first, count, trainer.population_size),
+                trainer._learner,
+                trainer._warned,
+            ).run()
