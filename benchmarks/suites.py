@@ -326,9 +326,9 @@ def overhead(quick: bool) -> Table:
     seconds = measure.medians(
         measure.interleaved(
             {
-                "none": functools.partial(trainer(0)._evaluate, 0, size),
-                "some": functools.partial(trainer(calls)._evaluate, 0, size),
-                "batched": functools.partial(reference._evaluate, 0, size),
+                "none": functools.partial(trainer(0)._evaluator.evaluate, 0, size),
+                "some": functools.partial(trainer(calls)._evaluator.evaluate, 0, size),
+                "batched": functools.partial(reference._evaluator.evaluate, 0, size),
             },
             3 if quick else 15,
         )
