@@ -135,7 +135,9 @@ class ESTrainer(RunState, OptimizerFace, torch.optim.Optimizer, ABC):
                 "optimizer must be a factory such as torch.optim.Adam or a functools.partial of it,"
                 f" got a {type(optimizer).__name__}"
             )
-        self.model: nn.Module = uncompiled(model)
+        # The user's parameter names are those of the module inside.
+        model = uncompiled(model)
+        self.model: nn.Module = model
         self.fitness_fn = fitness_fn
         self.population_size, self.chunk_size = population_size, chunk_size
         self._check_sizes()
