@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from .._torch import lookup_backend, tree_flatten, tree_unflatten
 from .recent import Recent
 
 # A graph, what it was called with, and what it returned.
@@ -34,7 +34,7 @@ class Backend:
 
     def __call__(self, graph: fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
         """Compile a graph."""
-        compiled = torch._dynamo.lookup_backend(self.inner)(graph, inputs)
+        compiled = lookup_backend(self.inner)(graph, inputs)
 
         def run(*args: Any) -> Any:
             outputs = compiled(*args)

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+
+from .._torch import TorchDispatchMode, tree_leaves
 
 _MB = 2**20
 

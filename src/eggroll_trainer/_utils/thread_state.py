@@ -7,15 +7,27 @@ it back, as a signal raises it, leaves the mode on for good.
 from __future__ import annotations
 
 import gc
-import sys
 import traceback
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
 import torch
-from torch.overrides import _get_current_function_mode_stack
-from torch.utils import _python_dispatch
+from torch.overrides import TorchFunctionMode
+
+from .._torch import (
+    compiler_state,
+    dispatch_state,
+    get_current_function_mode_stack,
+    get_dynamic_layer_stack_depth,
+    get_torch_function_state,
+    is_fwd_grad_enabled,
+    pop_dynamic_layer_stack_and_undo_to_depth,
+    set_compiler_state,
+    set_dispatch_state,
+    set_fwd_grad_enabled,
+    set_torch_function_state,
+)
 
 _ACCELERATOR = "cuda" if not torch.backends.mps.is_available() else "mps"
 
@@ -54,71 +66,28 @@ def _set_autocast_depth(depth: int) -> None:
 
 
 def _set_function_modes(modes: list[Any]) -> None:
-    while torch._C._len_torch_function_stack():
-        torch._C._pop_torch_function_stack()
+    # By the base's methods: those of a mode's own class may do more.
+    for mode in reversed(get_current_function_mode_stack()):
+        TorchFunctionMode.__exit__(mode, None, None, None)
     for mode in modes:
-        torch._C._push_on_torch_function_stack(mode)
-
-
-# Kept by torch.utils._python_dispatch beside the stack; some came after torch 2.6.
-_DISPATCH_FLAGS = [name for name in vars(_python_dispatch) if name.startswith("_is_in_")]
-
-
-def _dispatch_modes() -> tuple[list[Any], list[Any]]:
-    return (
-        _python_dispatch._get_current_dispatch_mode_stack(),
-        [getattr(_python_dispatch, name) for name in _DISPATCH_FLAGS],
-    )
-
-
-def _set_dispatch_modes(value: tuple[list[Any], list[Any]]) -> None:
-    modes, flags = value
-    now = _python_dispatch._get_current_dispatch_mode_stack()
-    same = next((i for i, (a, b) in enumerate(zip(now, modes, strict=False)) if a is not b), min(len(now), len(modes)))
-    for mode in reversed(now[same:]):
-        _python_dispatch._pop_mode(getattr(mode, "_mode_key", None))
-    for mode in modes[same:]:
-        _python_dispatch._push_mode(mode)
-    for name, flag in zip(_DISPATCH_FLAGS, flags, strict=True):
-        setattr(_python_dispatch, name, flag)
-        # The guards of compiled code ask for one of them in C.
-        mirror = getattr(_python_dispatch, f"set{name}".replace("_is_in_any_mode", "_is_in_mode"), None)
-        if mirror is not None:
-            mirror(flag)
+        TorchFunctionMode.__enter__(mode)
 
 
 def _set_transforms(depth: int) -> None:
     # Levels of vmap and the like; a block that has opened one would find another as its own.
-    if torch._C._functorch.get_dynamic_layer_stack_depth() > depth:
-        torch._C._functorch.pop_dynamic_layer_stack_and_undo_to_depth(depth)
+    if get_dynamic_layer_stack_depth() > depth:
+        pop_dynamic_layer_stack_and_undo_to_depth(depth)
 
 
-def _compiler() -> tuple[Any, Any] | None:
-    # Not to be imported for this: that takes a second.
-    frames = sys.modules.get("torch._dynamo.eval_frame")
-    return None if frames is None else (frames._stance, torch._C._dynamo.eval_frame.get_eval_frame_callback())
-
-
-def _set_compiler(value: tuple[Any, Any] | None) -> None:
-    frames = sys.modules.get("torch._dynamo.eval_frame")
-    if frames is not None:
-        # Where it was imported meanwhile, nothing was set before.
-        stance, callback = (frames.DynamoStance(), None) if value is None else value
-        frames._stance = stance  # type: ignore[attr-defined]
-        torch._C._dynamo.eval_frame.set_eval_frame(callback)
-
-
-# There are no public names for the stacks of modes and of transforms, for gradients, for what hides subclasses from
-# operations, and for the compiler's hook, nor for setting a stance without knowing what it says. The stacks come first:
-# the others would be asked through them.
+# The stacks come first: the others would be asked through them.
 _SETTINGS: list[_Setting] = [
-    (torch._C._functorch.get_dynamic_layer_stack_depth, _set_transforms),
-    (_dispatch_modes, _set_dispatch_modes),
-    (_get_current_function_mode_stack, _set_function_modes),
-    (torch._C._get_torch_function_state, torch._C._set_torch_function_state),  # type: ignore[attr-defined]
-    (_compiler, _set_compiler),
-    (torch.is_grad_enabled, torch._C._set_grad_enabled),
-    (torch._C._is_fwd_grad_enabled, torch._C._set_fwd_grad_enabled),
+    (get_dynamic_layer_stack_depth, _set_transforms),
+    (dispatch_state, set_dispatch_state),
+    (get_current_function_mode_stack, _set_function_modes),
+    (get_torch_function_state, set_torch_function_state),
+    (compiler_state, set_compiler_state),
+    (torch.is_grad_enabled, torch.set_grad_enabled),
+    (is_fwd_grad_enabled, set_fwd_grad_enabled),
     *_autocast_of("cpu"),
     *_autocast_of(_ACCELERATOR),
     (torch.is_autocast_cache_enabled, torch.set_autocast_cache_enabled),
@@ -146,7 +115,7 @@ def _set_inference(enabled: bool, error: BaseException) -> None:
             traceback.clear_frames(one.__traceback__)
             chain += [one.__cause__, None if one.__context__ is one.__cause__ else one.__context__]
     if torch.is_inference_mode_enabled() != enabled:
-        guard = torch._C._InferenceMode(enabled)
+        guard = torch.inference_mode(enabled)
         guard.__enter__()
         _kept_guards.append(guard)
 

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
 
+from .._torch import tree_leaves, tree_map
 from ..noise.keys import kept_rng
 from ..population import Population
 from ..population.agreement import disagreement, precision

@@ -8,8 +8,8 @@ from collections.abc import Callable, Hashable
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
 
+from .._torch import tree_leaves, tree_map
 from ..noise.keys import derive_seed
 
 # Of the sample.

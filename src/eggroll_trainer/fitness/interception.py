@@ -7,9 +7,7 @@ from typing import Any
 
 from torch import nn
 
-# torch.nn.Module looks for this attribute at every call, and calls it instead of forward() and hooks: it is where
-# Module.compile() puts what it has compiled. Without it only a subclass of each module's class could do the same, and
-# type(module) would be another one. In a release that lacks it no call would be noticed, which tests would show.
+# torch.nn.Module looks for this attribute at every call, and calls it instead of forward() and hooks.
 ATTRIBUTE = "_compiled_call_impl"
 
 Handler = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Any]

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+
+from .._torch import tree_flatten, tree_map, tree_unflatten
 
 _ALIGNMENT = 64
 

@@ -15,8 +15,14 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
-from torch.utils._python_dispatch import _disable_current_modes
+
+from .._torch import (
+    disable_current_modes,
+    len_torch_dispatch_stack,
+    len_torch_function_stack,
+    peek_interpreter_stack,
+    temporarily_clear_interpreter_stack,
+)
 
 # (inference mode, gradients on, autocast of the CPU, its dtype, autocast of the accelerator, its dtype)
 Modes = tuple[Any, ...]
@@ -38,7 +44,7 @@ def current() -> Modes:
 
 def apply(modes: Modes) -> None:
     """Set gradients and autocast as ``modes`` says; inference mode is entered and left by its guards alone."""
-    torch._C._set_grad_enabled(modes[1])
+    torch.set_grad_enabled(modes[1])
     _set_autocast(modes)
 
 
@@ -77,10 +83,10 @@ def kept() -> Iterator[Modes]:
 def neutral() -> Iterator[None]:
     """Run the block on ordinary tensors, without gradients and in full precision, whatever the modes around it."""
     with contextlib.ExitStack() as stack:
-        if torch._C._functorch.peek_interpreter_stack() is not None:
+        if peek_interpreter_stack() is not None:
             stack.enter_context(temporarily_clear_interpreter_stack())
-        if torch._C._len_torch_dispatch_stack():
-            stack.enter_context(_disable_current_modes())
+        if len_torch_dispatch_stack():
+            stack.enter_context(disable_current_modes())
         modes = stack.enter_context(kept())
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
@@ -142,7 +148,7 @@ class Suspended:
         if modes[0] != stage.modes[0]:
             # A guard remembers the thread's whole state and restores it absolutely: guards of different functions
             # may end in any order.
-            self._guard = torch._C._InferenceMode(stage.modes[0])
+            self._guard = torch.inference_mode(stage.modes[0])
             self._guard.__enter__()
         self._depth, self._casts = 0, modes[2:] != stage.modes[2:]
         if self._casts:
@@ -152,7 +158,7 @@ class Suspended:
             for _ in range(self._depth):
                 torch.autocast_decrement_nesting()
             torch.clear_autocast_cache()
-        torch._C._set_grad_enabled(stage.modes[1])
+        torch.set_grad_enabled(stage.modes[1])
         if around is not None:
             surround(stage.surroundings)
 
@@ -164,7 +170,7 @@ class Suspended:
             for _ in range(self._depth):
                 torch.autocast_increment_nesting()
             _set_autocast(self._modes)
-        torch._C._set_grad_enabled(self._modes[1])
+        torch.set_grad_enabled(self._modes[1])
         if self._around is not None:
             surround(self._around)
 
@@ -175,16 +181,21 @@ def foreign_context() -> tuple[Any, ...]:
     Function and dispatch modes (``torch.device`` as a context), functorch transforms, the default dtype, and a running
     asyncio loop.
     """
-    return _function_modes(), _dispatch_modes(), _transform(), torch.get_default_dtype(), _running_loop()
+    return (
+        len_torch_function_stack(),
+        len_torch_dispatch_stack(),
+        peek_interpreter_stack(),
+        torch.get_default_dtype(),
+        _running_loop(),
+    )
 
 
 def in_transform() -> bool:
     """Return whether a transform of torch.func is under way, whose tensors have no values of their own."""
-    return _transform() is not None
+    return peek_interpreter_stack() is not None
 
 
 # Asked at every call of every member: without the way through their modules, in half the time.
-_function_modes, _dispatch_modes = torch._C._len_torch_function_stack, torch._C._len_torch_dispatch_stack
-_transform, _running_loop = torch._C._functorch.peek_interpreter_stack, asyncio._get_running_loop
+_running_loop = asyncio._get_running_loop
 _inference, _gradients = torch.is_inference_mode_enabled, torch.is_grad_enabled
 _autocast, _autocast_dtype = torch.is_autocast_enabled, torch.get_autocast_dtype

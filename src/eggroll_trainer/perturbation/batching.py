@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._functorch.pyfunctorch import TransformType, VmapInterpreter
+
+from .._torch import TransformType, VmapInterpreter, add_batch_dim, peek_interpreter_stack, unwrap_batched
 
 
 class _Info(NamedTuple):
@@ -23,20 +24,17 @@ def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
         function: One whose ``vmap`` asks for no more than the batch size, and returns one tensor.
         arguments: Tensors, and what holds none.
     """
-    transform = None if torch.compiler.is_compiling() else torch._C._functorch.peek_interpreter_stack()
+    transform = None if torch.compiler.is_compiling() else peek_interpreter_stack()
     if transform is None or transform.key() != TransformType.Vmap:
         return function.apply(*arguments)
     interpreter = VmapInterpreter(transform)
     level = interpreter.level()
     values, dims = zip(
-        *(
-            torch._C._functorch._unwrap_batched(value, level) if isinstance(value, Tensor) else (value, None)
-            for value in arguments
-        ),
+        *(unwrap_batched(value, level) if isinstance(value, Tensor) else (value, None) for value in arguments),
         strict=True,
     )
     with interpreter.lower():
         if all(dim is None for dim in dims):
             return apply(function, *arguments)
         result, dim = function.vmap(_Info(interpreter.batch_size()), dims, *values)
-    return torch._C._functorch._add_batch_dim(result, dim, level)
+    return add_batch_dim(result, dim, level)

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map
+
+from .._torch import DisableTorchFunctionSubclass, tree_map
 
 Rule = Callable[..., Any]
 
@@ -78,7 +79,7 @@ class PerturbedTensor(torch.Tensor):
         if func in METADATA:
             return func(args[0].centre, *args[1:], **kwargs)
         if func in _OWN_ATTRIBUTES:
-            with torch._C.DisableTorchFunctionSubclass():
+            with DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         implementation = RULES.get(func)
         if implementation is not None:
@@ -119,7 +120,7 @@ class DenseParameter(torch.Tensor):
         if func is _REQUIRES_GRAD:
             return True
         if func in _OWN_ATTRIBUTES:
-            with torch._C.DisableTorchFunctionSubclass():
+            with DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
         return func(*_plain(args), **_plain(kwargs or {}))
 

@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten
+
+from .._torch import tree_flatten
 
 # How often the model is asked again with changed weights: a threshold that rounding reaches is crossed by half of them.
 _TRIES = 10

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
 
+from .._torch import TreeSpec, is_compiled, tree_flatten, tree_map, tree_unflatten
 from .._utils.graphs import Backend
 from .._utils.memory import Budget, is_out_of_memory, live_bytes
 from .._utils.recent import Recent
@@ -396,7 +396,7 @@ def _with_own_cache(function: Callable[..., Result]) -> Callable[..., Result]:
 
 def _uncompiled(module: nn.Module) -> contextlib.AbstractContextManager[Any]:
     """Run what torch.compile has made of parts of a module as it was written: it knows nothing of members."""
-    if any("dynamo_ctx" in m.__dict__ or m._compiled_call_impl is not None for m in module.modules()):
+    if any(is_compiled(m) for m in module.modules()):
         stance: contextlib.AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
         return stance
     return contextlib.nullcontext()

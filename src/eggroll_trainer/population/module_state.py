@@ -8,10 +8,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
-from torch._C._functorch import is_functorch_wrapped_tensor
-from torch.nn.modules.batchnorm import _NormBase
-from torch.utils._pytree import tree_leaves
 
+from .._torch import NormBase, is_functorch_wrapped_tensor, tree_leaves
 from ..perturbation import DenseParameter, PerturbedTensor
 from .snapshot import Snapshot, is_immutable
 
@@ -154,7 +152,7 @@ def training_modes(module: nn.Module, modes: Mapping[nn.Module, bool]) -> Iterat
         for m, mode in modes.items():
             m.training = mode
         for name, m in module.named_modules():
-            if isinstance(m, _NormBase) and m.training and m.running_mean is not None:
+            if isinstance(m, NormBase) and m.training and m.running_mean is not None:
                 raise ValueError(
                     f"{type(m).__name__} {name!r} is in training mode and would update its running statistics from"
                     " perturbed members. Call model.eval() in the fitness function or before training, or set"

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
+from .._torch import tree_flatten, tree_map, tree_unflatten
 from .._utils.graphs import replay
 from .._utils.interrupts import delayed_interrupt
 from .._utils.memory import is_out_of_memory, keep_freed_memory

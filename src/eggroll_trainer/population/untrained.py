@@ -38,14 +38,14 @@ def set_untrained(model: nn.Module, values: Mapping[str, Tensor]) -> None:
     Raises:
         ValueError: A parameter has another shape, or there is no such tensor.
     """
-    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    buffers = dict(model.named_buffers())
+    tensors = {**dict(model.named_parameters()), **buffers}
     for name, value in values.items():
         current = tensors.get(name)
         if current is not None and current.shape == value.shape:
             current.copy_(value)
             continue
-        path, _, key = name.rpartition(".")
-        buffers = model.get_submodule(path)._buffers
-        if current is None or key not in buffers:
+        if current is None or name not in buffers:
             raise ValueError(f"the model has no buffer {name!r}, nor a parameter of shape {list(value.shape)}")
-        buffers[key] = value.detach().to(current, copy=True)
+        path, _, key = name.rpartition(".")
+        setattr(model.get_submodule(path), key, value.detach().to(current, copy=True))

@@ -6,12 +6,13 @@ import contextlib
 import secrets
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
+from .._torch import uncompiled
 from .._utils import validation
 from .._utils.interrupts import delayed_interrupt, exit_on_sigterm, interruptible
 from .._utils.memory import Budget
@@ -132,9 +133,8 @@ class ESTrainer(RunState, OptimizerFace, torch.optim.Optimizer, ABC):
                 "optimizer must be a factory such as torch.optim.Adam or a functools.partial of it,"
                 f" got a {type(optimizer).__name__}"
             )
-        if isinstance(getattr(model, "_orig_mod", None), nn.Module):
-            # What torch.compile returned; the module inside is the one with the user's parameter names.
-            model = cast(nn.Module, model._orig_mod)
+        # The user's parameter names are those of the module inside.
+        model = uncompiled(model)
         self.model: nn.Module = model
         self.fitness_fn = fitness_fn
         self.population_size, self.chunk_size = population_size, chunk_size

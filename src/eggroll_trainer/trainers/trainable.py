@@ -14,7 +14,8 @@ def padding_rows(model: nn.Module) -> dict[int, list[int]]:
     for module in model.modules():
         if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.padding_idx is not None:
             # A parametrised weight is no parameter.
-            rows.setdefault(id(module._parameters.get("weight")), set()).add(module.padding_idx)
+            weight = dict(module.named_parameters(recurse=False)).get("weight")
+            rows.setdefault(id(weight), set()).add(module.padding_idx)
     return {key: sorted(values) for key, values in rows.items()}
 
 

@@ -260,7 +260,7 @@ def _members(groups: Sequence[Mapping[str, Any]]) -> list[list[int]]:
 def _distance(new: list[Tensor], old: list[Tensor]) -> float:
     """Return the Euclidean length of what has changed."""
     if sum(value.numel() for value in new) <= _PIECE or any(value.device.type != "cpu" for value in new):
-        return _length(torch._foreach_sub(new, old))
+        return _length([a - b for a, b in zip(new, old, strict=True)])
     pairs = zip(new, old, strict=True)
     pieces = (zip(a.reshape(-1).split(_PIECE), b.reshape(-1).split(_PIECE), strict=True) for a, b in pairs)
     # Each piece is in the cache while it is used.
@@ -269,7 +269,7 @@ def _distance(new: list[Tensor], old: list[Tensor]) -> float:
 
 def _length(values: Sequence[Tensor]) -> float:
     """Return the Euclidean length of tensors taken together."""
-    return _root_of_squares(torch._foreach_norm([value.flatten() for value in values]))
+    return _root_of_squares([torch.linalg.vector_norm(value.flatten()) for value in values])
 
 
 def _root_of_squares(norms: Sequence[Tensor]) -> float:

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves, tree_map
+
+from .._torch import tree_leaves, tree_map
 
 _PRODUCTS = {
     *(torch.matmul, torch.mm, torch.mv, torch.bmm, torch.dot, torch.inner, torch.vdot, torch.tensordot, torch.einsum),

@@ -17,9 +17,8 @@ from typing import Any
 import greenlet
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as torch_module
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from ..._torch import global_forward_hooks, global_forward_pre_hooks, tree_flatten, tree_unflatten
 from ..._utils.interrupts import delayed_interrupt
 from ..._utils.warned import Warned
 from ...population import Population
@@ -305,7 +304,7 @@ class _Evaluation:
         changed = model.changed_modules()
         if changed and not changed.isdisjoint(model.subtree(module)):
             return _CHANGED, None
-        if model.has_hooks(module) or torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
+        if model.has_hooks(module) or global_forward_hooks or global_forward_pre_hooks:
             return _HOOKS, None
         if thread_modes.foreign_context() != self._foreign:
             return _FOREIGN, None

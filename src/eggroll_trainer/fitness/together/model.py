@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
+from ..._torch import DisableTorchFunctionSubclass, has_compatible_shallow_copy_type, tree_leaves
 from ...perturbation.tensor import METADATA
 from ...population import Population
 from ...population.module_state import ModuleState
@@ -200,7 +200,7 @@ class SharedModel:
 
     def changed_in_place(self) -> bool:
         """Return whether buffers, parameters or containers were changed in place, outside of a turn."""
-        with torch._C.DisableTorchFunctionSubclass():
+        with DisableTorchFunctionSubclass():
             written = any(p._version != version for p, version in zip(self._parameters, self._versions, strict=True))
         return written or self._state.differs_in_place()
 
@@ -257,7 +257,7 @@ _shared: dict[int, weakref.ref[SharedModel]] = {}
 _TENSOR: Any = torch.Tensor
 _HARMLESS: set[Any] = METADATA | {
     _TENSOR.requires_grad_, _TENSOR.requires_grad.__set__, _TENSOR.grad.__set__,
-    torch.Tensor.is_shared, torch.Tensor.__hash__, torch._has_compatible_shallow_copy_type,
+    torch.Tensor.is_shared, torch.Tensor.__hash__, has_compatible_shallow_copy_type,
 }  # fmt: skip
 # What returns the tensor itself where it is of the right kind already.
 _CONVERSIONS: set[Any] = {
@@ -275,7 +275,7 @@ class _SharedParameter(nn.Parameter):
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        with torch._C.DisableTorchFunctionSubclass():
+        with DisableTorchFunctionSubclass():
             if func in _HARMLESS:
                 return func(*args, **kwargs)
             if func in _CONVERSIONS:
@@ -312,12 +312,12 @@ def _form(parameter: nn.Parameter) -> None:
 
 
 def _data(parameter: nn.Parameter) -> Tensor:
-    with torch._C.DisableTorchFunctionSubclass():
+    with DisableTorchFunctionSubclass():
         return parameter.data
 
 
 def _set_data(parameter: nn.Parameter, value: Tensor) -> None:
-    with torch._C.DisableTorchFunctionSubclass():
+    with DisableTorchFunctionSubclass():
         parameter.data = value
 
 

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..._torch import nested_tensor_from_mask_left_aligned
 from ..batching import apply
 from ..tensor import densify, rule
 
@@ -220,7 +221,7 @@ def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros_like(mask, dtype=dtype).masked_fill(mask, -torch.inf)
 
 
-@rule(torch._nested_tensor_from_mask_left_aligned, always=True)
+@rule(nested_tensor_from_mask_left_aligned, always=True)
 def _left_aligned(tensor: Tensor, mask: Tensor) -> bool:
     # Keeps nn.TransformerEncoder off its path over nested tensors, which torch.vmap knows nothing of.
     return False

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..._torch import weight_norm
 from ..tensor import densify, rule
 
 
@@ -17,7 +18,7 @@ def _bilinear(input1: Tensor, input2: Tensor, weight: Any, bias: Any = None) -> 
     return out if bias is None else out + densify(bias)
 
 
-@rule(torch._weight_norm, always=True)
+@rule(weight_norm, always=True)
 def _weight_norm(v: Any, g: Any, dim: int = 0) -> Tensor:
     v, g = densify(v), densify(g)
     others = [i for i in range(v.ndim) if dim == -1 or i != dim]

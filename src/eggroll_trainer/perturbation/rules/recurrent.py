@@ -16,8 +16,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
 
+from ..._torch import pack_padded_sequence, pad_packed_sequence, tree_leaves, tree_map
 from ..tensor import PerturbedTensor, autocast_like_linear, densify, rule
 
 State = tuple[Tensor, ...]  # (h,), or (h, c) of an LSTM
@@ -230,20 +230,20 @@ for _kind in _STEPS:
     _register(_kind)
 
 
-@rule(torch._VF._pack_padded_sequence, always=True)
+@rule(pack_padded_sequence, always=True)
 def _pack(input: Tensor, lengths: Tensor, batch_first: bool) -> tuple[Tensor, Tensor]:
     # Packing the places instead of the values tells which rows go where: the lengths are the same for all members.
     x = input.transpose(0, 1) if batch_first else input
     places = torch.arange(x.shape[:2].numel(), device=x.device).view(x.shape[:2])
-    rows, batch_sizes = torch._VF._pack_padded_sequence(places, lengths, False)
+    rows, batch_sizes = pack_padded_sequence(places, lengths, False)
     return x.flatten(0, 1).index_select(0, rows), batch_sizes
 
 
-@rule(torch._VF._pad_packed_sequence, always=True)
+@rule(pad_packed_sequence, always=True)
 def _pad(
     data: Tensor, batch_sizes: Tensor, batch_first: bool, padding_value: float, total_length: int
 ) -> tuple[Tensor, Tensor]:
     places = torch.arange(1, data.shape[0] + 1, device=data.device)
-    rows, lengths = torch._VF._pad_packed_sequence(places, batch_sizes, batch_first, 0, total_length)
+    rows, lengths = pad_packed_sequence(places, batch_sizes, batch_first, 0, total_length)
     padding = data.new_full((1, *data.shape[1:]), padding_value)
     return torch.cat([padding, data]).index_select(0, rows.flatten()).unflatten(0, rows.shape), lengths
