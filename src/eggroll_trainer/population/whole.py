@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from .._torch import tree_flatten, tree_unflatten
 from ..perturbation.sample import LowRankDraws, Perturbations
 from .population import Population
 
