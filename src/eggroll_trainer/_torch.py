@@ -1,8 +1,8 @@
 """Every name of torch's that is not public, in one place; other modules import them from here.
 
-A name is torch's own without its leading underscore. Each has a public twin in no release, or one that does less. Those
-that are bound here end the import of this package with their name in a release that lacks them, and what happens
-otherwise is said beside them. ``tests/test_torch_names.py`` says what is relied on.
+A name is torch's own, without its leading underscore. None has a public twin that does the same in every release from
+2.6 on. In a release that lacks one, the import of this package ends with an error that names it, unless something else
+is said beside it. ``tests/test_torch_names.py`` says what is relied on.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ tree_leaves = _pytree.tree_leaves  # The leaves alone.
 tree_map = _pytree.tree_map  # A function of each leaf.
 
 # --- What torch.nn calls, for which there are rules: they are the keys by which its calls are recognised. In a release
-# where torch.nn calls something else, torch.vmap is left alone with it: slower, or the members run one by one.
+# where torch.nn calls something else, torch.vmap does without the rule: slower, or the members run one by one.
 weight_norm: Any = torch._weight_norm  # By nn.utils.parametrizations.weight_norm.
 pack_padded_sequence: Any = torch._pack_padded_sequence  # By the nn.utils.rnn function.
 pad_packed_sequence: Any = torch._pad_packed_sequence  # By the nn.utils.rnn function.
@@ -69,7 +69,8 @@ set_torch_function_state: Callable[[Any], None] = torch._C._set_torch_function_s
 is_fwd_grad_enabled = torch._C._is_fwd_grad_enabled  # Forward-mode differentiation on or off.
 set_fwd_grad_enabled = torch._C._set_fwd_grad_enabled
 
-# Kept by torch beside the stack of dispatch modes. Some came after torch 2.6: what a release lacks is not put back.
+# The dispatch modes themselves; in a release that lacks what the functions use, the first step of a trainer fails.
+# The flags are kept by torch beside their stack. Some came after torch 2.6: what a release lacks is not put back.
 _DISPATCH_FLAGS = [name for name in vars(_python_dispatch) if name.startswith("_is_in_")]
 
 
@@ -127,11 +128,13 @@ def lookup_backend(name: str) -> Callable[..., Any]:
 
 def is_compiled(module: nn.Module) -> bool:
     """Return whether torch.compile, or ``Module.compile``, has made something of this module, not of those below it."""
+    # Without the first, a call for all members runs what was compiled, which knows nothing of them, and fails.
     return "dynamo_ctx" in module.__dict__ or module._compiled_call_impl is not None
 
 
 def uncompiled(model: nn.Module) -> nn.Module:
     """Return the module inside of what torch.compile returned, which has the user's names, or the model as it is."""
+    # Without the attribute the wrapper is trained: names of parameters begin with another prefix.
     inner = getattr(model, "_orig_mod", None)
     return inner if isinstance(inner, nn.Module) else model
 
