@@ -9,9 +9,12 @@ import torch
 from torch import nn
 
 from .._utils import validation
+from ..distributed import Engine
+from ..fitness.evaluate import Coalesce
 from ..fitness.shaping import Shaper
 from ..noise.keys import NoiseKind
 from ..perturbation.sample import matrix_shape
+from ..update import LRSchedulerFactory, OptimizerFactory
 from .keyed import KeyedESTrainer
 
 
@@ -25,26 +28,46 @@ class EGGROLLTrainer(KeyedESTrainer):
     ``Δθ = √N · mean_i(w_i · perturbation_i)``, of full rank, and ``w`` the shaped fitness.
 
     Args:
-        params: See :class:`~eggroll_trainer.ESTrainer`; groups may have their own ``lr``, ``sigma`` and ``rank``.
+        params: Parameters to train, as ``torch.optim`` takes them: ``model.parameters()``, or groups with their own
+            ``lr``, ``sigma`` and ``rank``. All of the model's if None; those left out stay frozen.
         model: The module to train.
-        fitness_fn: From a module to its fitness, or marked with :func:`eggroll_trainer.batched`.
+        fitness_fn: From a module to its fitness, higher is better: a float, a 0-d tensor or a NumPy scalar. If marked
+            with :func:`eggroll_trainer.batched`, from a :class:`~eggroll_trainer.Population` to ``[N]``.
         population_size: ``N``, how many models are evaluated in a generation; divisible by ``noise_reuse`` and
-            ``group_size``.
-        learning_rate: With z-scores, a weight moves by about ``learning_rate·sigma`` a generation.
-        sigma: Standard deviation of the perturbations.
-        device: Where to train.
-        seed: Seed of the run.
-        rank: ``R``. Matrices that are smaller than their factors would be are perturbed at full rank, and so are those
-            that cannot have this rank.
+            ``group_size``. As many as you can afford: the direction's error falls like ``1/√N`` until ``N`` reaches
+            the number of weights. 256 is a fair start for small networks.
+        learning_rate: With z-scores, a weight moves by about ``learning_rate·sigma`` a generation. 0.1 with sigma 0.1
+            is a fair start for the plain step; with ``torch.optim.Adam`` it is Adam's own, 0.01 to 0.05.
+        sigma: Standard deviation of the perturbations. Too small and members tie, too large and most of them fail:
+            about the size of the weights' own spread, 0.02 to 0.3, is where most models learn.
+        device: Where to train; the model is moved there. Where the model is, if None.
+        seed: Seed of the run. Drawn from the system, and readable as ``trainer.seed``, if None.
+        rank: ``R``. 1 is the cheapest, and a good first choice; a higher rank makes perturbations more like full-rank
+            ones. Matrices that are smaller than their factors would be are perturbed
+            at full rank, and so are those that cannot have this rank.
         noise_reuse: How many evaluations each noise draw serves, with signs ``+ - + - …``: 2 is antithetic sampling,
-            0 and 1 mean no reuse.
+            which most runs gain by; 0 and 1 mean no reuse.
         group_size: Scores are shaped within consecutive groups of so many members; 0 for all together.
         freeze_nonlora: Perturb and update matrices only; biases and other vectors stay as they are.
-        shaping: ``"zscore"``, ``"centered_ranks"``, ``"antithetic_sign"``, ``"raw"``, or a callable from the scores
-            of a group, ``[n]`` in float64, to their weights.
-        noise: Distribution of the factors, ``"gaussian"`` or ``"rademacher"`` (±1).
-        options: ``optimizer``, ``lr_scheduler``, ``sigma_scheduler``, ``chunk_size`` and ``coalesce`` of
-            :class:`~eggroll_trainer.ESTrainer`.
+        shaping: ``"zscore"``; ``"centered_ranks"`` where scores have outliers; ``"antithetic_sign"`` with
+            ``noise_reuse=2``, where only the better of a pair counts; ``"raw"``; or a callable from the scores of a
+            group, ``[n]`` in float64, to their weights.
+        noise: Distribution of the factors, ``"gaussian"`` or ``"rademacher"`` (±1), which is quicker to draw.
+        optimizer: What takes the step: a ``torch.optim`` class or another factory ``(params, lr=…)`` of a
+            ``torch.optim.Optimizer``. It gets ``-Δθ`` as gradient. ``torch.optim.SGD`` if None.
+        lr_scheduler: Factory of a ``torch.optim.lr_scheduler`` from the trainer, stepped after every generation.
+        sigma_scheduler: Factory of a ``torch.optim.lr_scheduler`` that drives ``sigma`` instead.
+        chunk_size: How many members are evaluated at a time; bounds memory, and is what an engine shares out. If None,
+            as many as fit in ``memory_budget``, up to 1024 on a CPU.
+        coalesce: Whether a plain ``fitness_fn`` is run for the members of a chunk together, which is checked now and
+            then; ``"unchecked"`` goes without, with False members run one after the other.
+        compile: Whether to run the model's batched forwards with ``torch.compile``. Pays where a run takes minutes.
+        memory_budget: Bytes that an evaluation may take besides the model; a share of the device's memory if None.
+        evaluation_dtype: ``torch.bfloat16`` or ``torch.float16`` to run the fitness function under ``torch.autocast``
+            to that type; on processors with units for it.
+        engine: Who evaluates the chunks of a population: ``"local"``, ``"torch"`` for the processes of
+            ``torch.distributed``, ``"ray"`` for a Ray cluster, or an
+            :class:`~eggroll_trainer.distributed.Engine`. If None, ``"torch"`` under ``torchrun``, else ``"local"``.
 
     Raises:
         TypeError: An argument is of the wrong type.
@@ -92,7 +115,15 @@ class EGGROLLTrainer(KeyedESTrainer):
         *,
         shaping: str | Shaper = "zscore",
         noise: NoiseKind = "gaussian",
-        **options: Any,
+        optimizer: OptimizerFactory | None = None,
+        lr_scheduler: LRSchedulerFactory | None = None,
+        sigma_scheduler: LRSchedulerFactory | None = None,
+        chunk_size: int | None = None,
+        coalesce: Coalesce = True,
+        compile: bool = False,
+        memory_budget: int | None = None,
+        evaluation_dtype: torch.dtype | None = None,
+        engine: str | Engine | None = None,
     ) -> None:
         self._default_rank = validation.check_int("rank", rank, 1)
         self.freeze_nonlora = bool(freeze_nonlora)
@@ -116,7 +147,15 @@ class EGGROLLTrainer(KeyedESTrainer):
             group_size,
             shaping=shaping,
             noise=noise,
-            **options,
+            optimizer=optimizer,
+            lr_scheduler=lr_scheduler,
+            sigma_scheduler=sigma_scheduler,
+            chunk_size=chunk_size,
+            coalesce=coalesce,
+            compile=compile,
+            memory_budget=memory_budget,
+            evaluation_dtype=evaluation_dtype,
+            engine=engine,
         )
 
     @property

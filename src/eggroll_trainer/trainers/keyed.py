@@ -9,9 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from .._utils import validation
+from ..distributed import Engine
+from ..fitness.evaluate import Coalesce
 from ..fitness.shaping import Shaper, get_shaper, shape, shaper_name
 from ..noise.keys import Noise, NoiseKind, check_noise_kind
 from ..perturbation.sample import ParameterSpec, Perturbations, effective_rank, sample
+from ..update import LRSchedulerFactory, OptimizerFactory
 from ..update.estimate import weighted_sum
 from .base import ESTrainer
 from .method import Method, Sampled
@@ -122,12 +125,38 @@ class KeyedESTrainer(ESTrainer):
         *,
         shaping: str | Shaper = "zscore",
         noise: NoiseKind = "gaussian",
-        **options: Any,
+        optimizer: OptimizerFactory | None = None,
+        lr_scheduler: LRSchedulerFactory | None = None,
+        sigma_scheduler: LRSchedulerFactory | None = None,
+        chunk_size: int | None = None,
+        coalesce: Coalesce = True,
+        compile: bool = False,
+        memory_budget: int | None = None,
+        evaluation_dtype: torch.dtype | None = None,
+        engine: str | Engine | None = None,
     ) -> None:
         self.noise_reuse, self.group_size = noise_reuse, group_size
         self.noise = check_noise_kind(noise)
         self.shaping = shaping
-        super().__init__(params, model, fitness_fn, population_size, learning_rate, sigma, device, seed, **options)
+        super().__init__(
+            params,
+            model,
+            fitness_fn,
+            population_size,
+            learning_rate,
+            sigma,
+            device,
+            seed,
+            optimizer=optimizer,
+            lr_scheduler=lr_scheduler,
+            sigma_scheduler=sigma_scheduler,
+            chunk_size=chunk_size,
+            coalesce=coalesce,
+            compile=compile,
+            memory_budget=memory_budget,
+            evaluation_dtype=evaluation_dtype,
+            engine=engine,
+        )
 
     def sample_perturbations(self, population_size: int) -> Tensor:
         """Return the current generation's perturbations in full, ``[N, D]``: for small models and for study.
