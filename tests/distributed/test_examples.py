@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from launching import TESTS, python, torchrun
+from launching import ROOT, python, torchrun
 
-DIGITS = TESTS.parent / "examples" / "digits.py"
+DIGITS = ROOT / "examples" / "digits.py"
 
 
 @pytest.mark.parametrize("engine", ["torchrun", "ray"])

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_interruptions import surroundings
+from surroundings import surroundings
 from torch.overrides import BaseTorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
