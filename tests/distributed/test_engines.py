@@ -40,8 +40,8 @@ def test_two_nodes_give_the_bits_of_one(expected: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "workers", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(3, marks=pytest.mark.slow)]
 )
+@pytest.mark.usefixtures("ray")
 def test_ray_gives_the_bits_of_one(workers: int, expected: Any, tmp_path: Path) -> None:
-    pytest.importorskip("ray")
     python(SCRIPT, tmp_path / "out.json", f"ray{workers}")
     assert json.loads((tmp_path / "out.json").read_text()) == expected
 
@@ -194,8 +194,8 @@ def test_the_first_process_gives_the_warnings_of_all(tmp_path: Path) -> None:
     assert said == [["begin", *GIVEN], ["begin"]]
 
 
+@pytest.mark.usefixtures("ray")
 def test_the_script_gives_the_warnings_of_rays_workers(tmp_path: Path) -> None:
-    pytest.importorskip("ray")
     body = "from engine_cases import *\n" + WARNS + "for warning in given('ray'):\n    print('given', warning)"
     (tmp_path / "script.py").write_text(body)
     lines = python(tmp_path / "script.py").splitlines()
