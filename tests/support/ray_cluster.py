@@ -8,8 +8,8 @@ import sys
 def serve() -> None:
     import ray
 
-    context = ray.init(num_cpus=2, include_dashboard=False)
-    print(context.address_info["gcs_address"], flush=True)
+    ray.init(num_cpus=2, include_dashboard=False)
+    print(ray.get_runtime_context().gcs_address, flush=True)
     sys.stdin.read()
     ray.shutdown()
 
