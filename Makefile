@@ -2,6 +2,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# A module's tests run in one worker, as they share fixtures that take long. In this order tests/distributed, which
+# takes longest, is not left to the end.
+PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
@@ -15,7 +18,7 @@ demo: $(STAMP) ## train a digits classifier without gradients
 	$(BIN)/python examples/digits.py
 
 test: $(STAMP) ## run the tests, doctests included
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL)
 
 test-slow: $(STAMP) ## run the tests that take minutes
 	$(BIN)/python -m pytest -m slow

@@ -59,8 +59,8 @@ def test_what_a_callback_changes_reaches_all_processes(local: list[str], tmp_pat
     assert len({line.split()[1] for line in local}) == len(local) == 11
 
 
+@pytest.mark.usefixtures("ray")
 def test_what_a_callback_changes_reaches_rays_workers(local: list[str], tmp_path: Path) -> None:
-    pytest.importorskip("ray")
     path = tmp_path / "script.py"
     path.write_text(
         "from engine_cases import *\ntorch.set_num_threads(1)\nsay, ENGINE = print, engine_of('ray2')\n" + CALLBACKS

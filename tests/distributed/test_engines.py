@@ -6,40 +6,43 @@ import json
 from pathlib import Path
 from typing import Any
 
+import engine_cases
 import pytest
 import torch
 from engine_cases import CASES, make
-from launching import TESTS, on_two_nodes, python, run_script, torchrun
+from launching import on_two_nodes, python, run_script, torchrun
 
 from eggroll_trainer import EGGROLLTrainer
 from eggroll_trainer.distributed import Chunk, Engine, LocalEngine, ProcessGroupEngine, make_engine
+
+SCRIPT = engine_cases.__file__
 
 
 @pytest.fixture(scope="module")
 def expected(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     out = tmp_path_factory.mktemp("local") / "out.json"
-    python(TESTS / "engine_cases.py", out, "local")
+    python(SCRIPT, out, "local")
     return json.loads(out.read_text())
 
 
 @pytest.mark.parametrize(("processes", "engine"), [(2, "scores"), (3, "sums"), (4, "auto")])
 def test_processes_give_the_bits_of_one(processes: int, engine: str, expected: Any, tmp_path: Path) -> None:
-    torchrun(processes, TESTS / "engine_cases.py", tmp_path / "out.json", engine)
+    torchrun(processes, SCRIPT, tmp_path / "out.json", engine)
     assert json.loads((tmp_path / "out.json").read_text()) == expected
 
 
 def test_two_nodes_give_the_bits_of_one(expected: Any, tmp_path: Path) -> None:
     names = list(CASES)[:2]
-    on_two_nodes(TESTS / "engine_cases.py", tmp_path / "out.json", "auto", *names)
+    on_two_nodes(SCRIPT, tmp_path / "out.json", "auto", *names)
     assert json.loads((tmp_path / "out.json").read_text()) == {name: expected[name] for name in names}
 
 
 @pytest.mark.parametrize(
     "workers", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(3, marks=pytest.mark.slow)]
 )
+@pytest.mark.usefixtures("ray")
 def test_ray_gives_the_bits_of_one(workers: int, expected: Any, tmp_path: Path) -> None:
-    pytest.importorskip("ray")
-    python(TESTS / "engine_cases.py", tmp_path / "out.json", f"ray{workers}")
+    python(SCRIPT, tmp_path / "out.json", f"ray{workers}")
     assert json.loads((tmp_path / "out.json").read_text()) == expected
 
 
@@ -191,8 +194,8 @@ def test_the_first_process_gives_the_warnings_of_all(tmp_path: Path) -> None:
     assert said == [["begin", *GIVEN], ["begin"]]
 
 
+@pytest.mark.usefixtures("ray")
 def test_the_script_gives_the_warnings_of_rays_workers(tmp_path: Path) -> None:
-    pytest.importorskip("ray")
     body = "from engine_cases import *\n" + WARNS + "for warning in given('ray'):\n    print('given', warning)"
     (tmp_path / "script.py").write_text(body)
     lines = python(tmp_path / "script.py").splitlines()

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from launching import TESTS, python, torchrun
+from launching import ROOT, python, torchrun
 
-DIGITS = TESTS.parent / "examples" / "digits.py"
+DIGITS = ROOT / "examples" / "digits.py"
 
 
 @pytest.mark.parametrize("engine", ["torchrun", "ray"])
-def test_the_same_score_on_every_engine(engine: str, tmp_path: Path) -> None:
+def test_the_same_score_on_every_engine(engine: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     small = ("--generations", 8, "--population-size", 256, "--batch-size", 100, "--plot", tmp_path / "plot.png")
 
     def score(printed: str) -> Any:
@@ -24,7 +24,7 @@ def test_the_same_score_on_every_engine(engine: str, tmp_path: Path) -> None:
     local = score(python(DIGITS, *small))
     (tmp_path / "plot.png").unlink()
     if engine == "ray":
-        pytest.importorskip("ray")
+        request.getfixturevalue("ray")
         assert score(python(DIGITS, *small, "--engine", "ray")) == local
     else:
         assert score(torchrun(2, DIGITS, *small)) == local

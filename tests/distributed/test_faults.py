@@ -97,8 +97,8 @@ def test_killed_processes_of_torchrun(kills: int, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.usefixtures("ray")
 def test_killed_workers_of_ray(kills: int, tmp_path: Path) -> None:
-    pytest.importorskip("ray")
     # Workers kill themselves in the middle of a chunk, until there are as many marks as there shall be kills.
     body = f"""
 import os, random, signal
@@ -236,8 +236,8 @@ def test_a_fitness_that_hangs_always_is_an_error(tmp_path: Path) -> None:
     assert trainer.checksum() == twin.checksum()
 
 
+@pytest.mark.usefixtures("ray")
 def test_hangs_in_ray(tmp_path: Path) -> None:
-    pytest.importorskip("ray")
     body = f"""
 from pathlib import Path
 from engine_cases import *
@@ -263,8 +263,8 @@ except TimeoutError as error:
     assert "the fitness of members 12-23 of generation 3 took longer" in out and "2 times" in out
 
 
+@pytest.mark.usefixtures("ray")
 def test_frozen_weights_reach_rays_workers_when_they_change(tmp_path: Path) -> None:
-    pytest.importorskip("ray")
     body = """
 from engine_cases import *
 from eggroll_trainer.distributed import RayEngine
@@ -293,8 +293,8 @@ print("sent", len(set(references)), references[0] == references[1])
     assert "sent 4 True" in out
 
 
+@pytest.mark.usefixtures("ray")
 def test_a_straggler_is_given_out_twice_and_workers_come_and_go(tmp_path: Path) -> None:
-    pytest.importorskip("ray")
     body = f"""
 import os, time
 from pathlib import Path

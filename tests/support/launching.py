@@ -11,8 +11,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-TESTS = Path(__file__).parent
-_PATHS = [str(TESTS), str(TESTS / "distributed"), *filter(None, [os.environ.get("PYTHONPATH")])]
+ROOT = Path(__file__).parents[2]
+
+
+def environment(threads: int = 1) -> dict[str, str]:
+    """Return the environment of a process that imports what this one can, such as the modules of the tests."""
+    return {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": os.pathsep.join(sys.path)}
 
 
 def torchrun_command(processes: int, *arguments: Any, restarts: int = 0) -> list[Any]:
@@ -25,8 +29,7 @@ def start(*arguments: Any, errors: int = subprocess.PIPE) -> Iterator[subprocess
     """Start Python with these arguments; a test that fails leaves nothing running."""
     process = subprocess.Popen(
         [sys.executable, *map(str, arguments)],
-        # Ray's workers look for modules where the script is, and here.
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(_PATHS)},
+        env=environment(),
         stdout=subprocess.PIPE,
         stderr=errors,
         text=True,

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import POPULATION, Custom, X, assert_same, fitness, goes_on, make, network, start_python
+from helpers import POPULATION, Custom, X, assert_same, goes_on, make, network, start_python
 from torch import nn
 
 from eggroll_trainer import Population, VanillaESTrainer
@@ -184,23 +184,6 @@ def test_told_scores_do_not_change_in_place() -> None:
     assert not told.known.any() and later.known.tolist() == [False, False, True, False] and not later.complete
 
 
-def work(folder: str) -> None:
-    """Evaluate the members of a generation that lie in a folder, one after the other, and leave their scores there."""
-    path = Path(folder)
-    while True:
-        for member in sorted(path.glob("member-*.pt")):
-            done = path / f"{member.stem}.json"
-            if not done.exists():
-                model = network()
-                model.load_state_dict(torch.load(member))
-                part = path / f"{member.stem}.part"
-                part.write_text(json.dumps(fitness(model)))
-                part.rename(done)
-                print(member.stem, flush=True)
-        if (path / "over").exists():
-            return
-
-
 def test_an_evaluator_in_another_process_is_killed_and_started_again(tmp_path: Path) -> None:
     asking, stepping = make(coalesce=False), make(coalesce=False)
     for generation in range(2):
@@ -209,7 +192,7 @@ def test_an_evaluator_in_another_process_is_killed_and_started_again(tmp_path: P
         population = asking.ask()
         for i in range(POPULATION):
             torch.save(population.member(i).state_dict(), folder / f"member-{i}.pt")
-        with start_python("test_ask_tell.work", folder) as evaluator:
+        with start_python("evaluator.work", folder) as evaluator:
             assert evaluator.stdout is not None and evaluator.stdout.readline().startswith("member-")
             evaluator.send_signal(signal.SIGKILL)
         asking.save(tmp_path / "run.pt")
@@ -217,7 +200,7 @@ def test_an_evaluator_in_another_process_is_killed_and_started_again(tmp_path: P
         asking.load(tmp_path / "run.pt")
         asking.ask()
         (folder / "over").touch()
-        with start_python("test_ask_tell.work", folder) as evaluator:
+        with start_python("evaluator.work", folder) as evaluator:
             assert evaluator.wait(60) == 0
         scores = [json.loads((folder / f"member-{i}.json").read_text()) for i in range(POPULATION)]
         assert asking.tell(scores) == stepping.step()

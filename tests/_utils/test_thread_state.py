@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch._dynamo  # the settings of the compiler are compared, which setting a stance would import
-from test_interruptions import surroundings
+from surroundings import surroundings
 from torch.overrides import BaseTorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
+from launching import environment
 from torch import Tensor, nn
 
 from eggroll_trainer import EGGROLLTrainer, ESTrainer, Population, batched
@@ -125,8 +124,7 @@ def start_python(call: str, *arguments: object) -> subprocess.Popen[str]:
     code = f"import sys, {module}; {call}(*sys.argv[1:])"
     return subprocess.Popen(
         [sys.executable, "-W", "error", "-c", code, *map(str, arguments)],
-        cwd=Path(__file__).parent,
-        env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
+        env=environment(torch.get_num_threads()),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

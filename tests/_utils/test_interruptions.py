@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import random
 import signal
@@ -21,6 +20,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import X, Y, assert_same, make, network
+from surroundings import surroundings
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -90,31 +90,6 @@ CASES: dict[str, Callable[[], ESTrainer]] = {
     "coalesced": lambda: make(model=network(), fitness_fn=plain),
     "reinforcement learning": cartpole,
 }
-
-
-def surroundings() -> dict[str, Any]:
-    """Return whatever may be left behind in the thread and the process."""
-    dynamo = sys.modules.get("torch._dynamo.eval_frame")
-    depth = torch.autocast_increment_nesting() - 1
-    torch.autocast_decrement_nesting()
-    return {
-        "transforms": torch._C._functorch.get_dynamic_layer_stack_depth(),
-        "function modes": torch._C._len_torch_function_stack(),
-        "dispatch modes": torch._C._len_torch_dispatch_stack(),
-        "gradients": torch.is_grad_enabled(),
-        "inference": torch.is_inference_mode_enabled(),
-        "autocast": (torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu"), depth),
-        "dtype": torch.get_default_dtype(),
-        "threads": torch.get_num_threads(),
-        "stance": None if dynamo is None else dynamo._stance,
-        "deterministic": torch.are_deterministic_algorithms_enabled(),
-        "garbage": gc.isenabled(),
-        "handlers": [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)],
-        "timer": signal.getitimer(signal.ITIMER_REAL),
-        "outputs": (sys.stdout, sys.stderr, sys.unraisablehook),
-        "filters": list(warnings.filters),
-        "generator": torch.get_rng_state().tolist(),
-    }
 
 
 def contents(model: nn.Module) -> dict[str, Any]:
