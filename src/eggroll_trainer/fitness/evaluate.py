@@ -251,7 +251,7 @@ class Evaluation:
             )
             return None
         except Exception as error:
-            self._annotate(error, f"member {self.population.first + index}, evaluated by itself")
+            self._annotate(error, f"member {self.population.first + index} (evaluated by itself)")
             raise
         finally:
             # What the check has shown to a function that learns was shown to it before.
