@@ -19,6 +19,7 @@ from eggroll_trainer import Population, batched
 from eggroll_trainer.fitness import check, evaluate
 from eggroll_trainer.fitness.findings import Findings
 from eggroll_trainer.fitness.record import aligned_copy
+from eggroll_trainer.fitness.together import deadlock
 from eggroll_trainer.population.agreement import disagreement
 
 ALONE = "the fitness function is run for one member at a time"
@@ -209,7 +210,14 @@ def test_errors_of_any_wording_reach_the_user(message: str) -> None:
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="deadlocks are found on Linux")
-def test_members_that_wait_for_each_other_are_found() -> None:
+@pytest.mark.parametrize("reader", [False, True], ids=["", "a thread reads"])
+def test_members_that_wait_for_each_other_are_found(reader: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Threads of other libraries, such as those of a notebook or of these tests' own workers, wait for other things.
+    monkeypatch.setattr(deadlock, "_LONG_PATIENCE", 3.5)
+    ends = os.pipe()
+    thread = threading.Thread(target=os.read, args=(ends[0], 1))
+    if reader:
+        thread.start()
     lock = threading.Lock()
 
     def locked(model: nn.Module) -> float:
@@ -219,6 +227,11 @@ def test_members_that_wait_for_each_other_are_found() -> None:
     trainer, twin = make(fitness_fn=locked), make(coalesce=False)
     said = messages(trainer)
     twin.step()
+    os.write(ends[1], b"x")
+    if reader:
+        thread.join()
+    for end in ends:
+        os.close(end)
     assert len(said) == 1 and "that another one holds" in said[0] and not lock.locked()
     assert trainer.history == twin.history
 

@@ -301,8 +301,9 @@ class ESTrainer(RunState, OptimizerFace, torch.optim.Optimizer, ABC):
             ``population(x)``, ``each(xs)``. It is of use until the generation is told.
 
         Example:
+            >>> from eggroll_trainer import EGGROLLTrainer
             >>> x = torch.randn(8, 3)
-            >>> trainer = eggroll_trainer.EGGROLLTrainer(
+            >>> trainer = EGGROLLTrainer(
             ...     model=nn.Linear(3, 1), fitness_fn=lambda model: 0.0, population_size=16, seed=0
             ... )
             >>> population = trainer.ask()
@@ -462,9 +463,10 @@ class ESTrainer(RunState, OptimizerFace, torch.optim.Optimizer, ABC):
             ``trainer.model``.
 
         Example:
+            >>> from eggroll_trainer import EGGROLLTrainer
             >>> model = nn.Linear(3, 1)
             >>> x = torch.ones(8, 3)
-            >>> trainer = eggroll_trainer.EGGROLLTrainer(model=model, fitness_fn=lambda m: m(x).mean(), seed=0)
+            >>> trainer = EGGROLLTrainer(model=model, fitness_fn=lambda m: m(x).mean(), seed=0)
             >>> _ = trainer.step()
             >>> with trainer.best_weights() as best:
             ...     round(best(x).mean().item() - trainer.best_fitness, 5)

@@ -14,7 +14,7 @@ from types import FrameType
 from typing import Any
 
 # Seconds without a turn, nothing being computed, after which all must be waiting for each other: where no thread of
-# the process could change that, and where only one that is not Python's could.
+# the process could change that, and where others wait for something else, such as those of a notebook.
 _PATIENCE, _LONG_PATIENCE = 3.0, 30.0
 _LITTLE_PATIENCE = 0.3
 _TICK = 0.1
@@ -107,7 +107,9 @@ class _Watcher:
             # What computes, in whatever thread, may be what the members wait for.
             if known != (watch, watch.turns) or used - cpu > 0.1 * (now - since):
                 known, since, cpu = (watch, watch.turns), now, used
-            elif now - since > watch.patience and (_all_wait() or (now - since > _LONG_PATIENCE and _python_waits())):
+            elif now - since > watch.patience and (
+                _all_wait() or (now - since > _LONG_PATIENCE and _waits(threading.main_thread().native_id))
+            ):
                 watch.suspect(known[1])
             del watch
             time.sleep(_TICK)
@@ -115,11 +117,6 @@ class _Watcher:
 
 _watched: Watch | None = None
 _watcher = _Watcher()
-
-
-def _python_waits() -> bool:
-    """Return whether all of Python's threads wait for locks."""
-    return all(_waits(t.native_id) for t in threading.enumerate() if t.native_id != threading.get_native_id())
 
 
 def _all_wait() -> bool:
