@@ -28,14 +28,6 @@ class Warned:
         else:
             warnings.warn(message, RuntimeWarning, stacklevel=2)
 
-    def __contains__(self, kind: str) -> bool:
-        """Return whether something of the kind was said, or noted."""
-        return kind in self._kinds
-
-    def note(self, kind: str) -> None:
-        """Remember a kind without a warning."""
-        self._kinds.add(kind)
-
     def take(self) -> tuple[tuple[str, str], ...]:
         """Return messages and kinds of the warnings that were kept, which are then forgotten."""
         kept, self._kept = tuple(self._kept), []

@@ -8,6 +8,7 @@ the model gives with that member's weights, to the tolerance of its dtype.
 from __future__ import annotations
 
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -67,7 +68,7 @@ def difference(
     return found.replace("{member}", str(population.first + index))
 
 
-class _Alone:
+class _Alone(ABC):
     """One evaluation of a member alone, in which each call of the model is led to :meth:`call`."""
 
     def __init__(self, population: Population) -> None:
@@ -84,8 +85,9 @@ class _Alone:
             return plain_call(module, args, kwargs)
         return self.call(module, args, kwargs)
 
+    @abstractmethod
     def call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        raise NotImplementedError
+        """Return what a call of the model returns."""
 
     def plain(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call a module, and those inside it, as if nothing were intercepted."""

@@ -9,8 +9,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .._torch import tree_leaves, tree_map
+from .._torch import tree_flatten, tree_unflatten
 from ..noise.keys import derive_seed
+from .record import copies
 
 # Of the sample.
 _MOST_BYTES = 2**24
@@ -67,9 +68,9 @@ class Findings:
     def note_sample(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Note a call of the model, if there is none yet, with copies of its tensors."""
         if self.sample is None:
-            tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-            if sum(tensor.nbytes for tensor in tensors) <= _MOST_BYTES:
-                self.sample = tree_map(_copy, (args, kwargs))
+            leaves, spec = tree_flatten((args, kwargs))
+            if sum(leaf.nbytes for leaf in leaves if isinstance(leaf, Tensor)) <= _MOST_BYTES:
+                self.sample = tree_unflatten(copies(leaves), spec)
 
     def to_check(self, seed: int, first: int, size: int, population_size: int) -> list[int]:
         """Return which members of a chunk are to be checked, by their indices in it.
@@ -104,7 +105,3 @@ def _kind_of(fitness_fn: Callable[..., Any]) -> Hashable:
 
 def _structure_of(model: nn.Module) -> Hashable:
     return tuple((id(module), module.training) for module in model.modules())
-
-
-def _copy(leaf: Any) -> Any:
-    return leaf.detach().clone() if isinstance(leaf, Tensor) else leaf

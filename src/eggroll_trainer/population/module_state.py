@@ -164,23 +164,6 @@ def training_modes(module: nn.Module, modes: Mapping[nn.Module, bool]) -> Iterat
             m.training = mode
 
 
-@contextlib.contextmanager
-def unchanged_state(module: nn.Module) -> Iterator[None]:
-    """Put back whatever a call changes in the module besides its result, and say so.
-
-    Raises:
-        NotBatchable: Attributes, buffers or submodules were changed; ``stateful`` is true.
-    """
-    before = ModuleState(module)
-    changed: list[str] = []
-    try:
-        yield
-    finally:
-        changed = before.restore()
-    if changed:
-        raise NotBatchable(f"the model's forward changes {' and '.join(changed)}", stateful=True)
-
-
 class ModuleState:
     """What a module and those below it hold besides the values of parameters."""
 

@@ -127,6 +127,17 @@ class Population:
         Raises:
             ValueError: An argument has another number of members, or a BatchNorm layer is in training mode.
         """
+        dims = self._dims_of(args, kwargs, in_dims)
+        return self._audited(self._call(args, kwargs, dims), args, kwargs, dims)
+
+    def _dims_of(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], in_dims: int | Sequence[int | None]
+    ) -> list[int | None]:
+        """Return, for each leaf of the arguments, its dimension of members, or None if they share it.
+
+        Raises:
+            ValueError: An argument has another number of members.
+        """
         if in_dims is None or isinstance(in_dims, int):
             in_dims = [in_dims] * len(args)
         if len(in_dims) != len(args):
@@ -141,7 +152,7 @@ class Population:
                         f" of shape {list(leaf.shape)}; pass in_dims=None for an input that all members share"
                     )
                 dims.append(dim if own else None)
-        return self._audited(self._call(args, kwargs, dims), args, kwargs, dims)
+        return dims
 
     def train(self, mode: bool = True) -> Population:
         """Run the members in training mode, whatever mode the model is in, and return ``self``."""

@@ -47,9 +47,6 @@ class Snapshot:
         value: A container, array, tensor or object.
         seen: Identities of values that other snapshots have noted; added to.
 
-    Attributes:
-        opaque: Whether something was met that hides its state, or there was too much.
-
     Example:
         >>> notes = {"seen": [1, 2]}
         >>> before = Snapshot(notes)
@@ -62,13 +59,11 @@ class Snapshot:
     """
 
     def __init__(self, value: Any, seen: set[int] | None = None) -> None:
-        self.opaque = False
         self._notes: list[_Note] = []
         seen = set() if seen is None else seen
         todo = [value]
         while todo:
             if len(self._notes) > _LIMIT:
-                self.opaque = True
                 break
             item = todo.pop()
             if not isinstance(item, _GUARDED) and not is_immutable(item) and id(item) not in seen:
@@ -103,7 +98,6 @@ class Snapshot:
             contents = _contents(part)
             held += contents
             self._notes.append(_note_contents(part, contents))
-        self.opaque |= not held and not _parts(item)
         return held
 
 

@@ -61,15 +61,16 @@ class WholePopulation(Population):
 
     def each(self, *args: Any, in_dims: int | Sequence[int | None] = 0, **kwargs: Any) -> Any:
         """Call every member with arguments of its own; see :meth:`~eggroll_trainer.Population.each`."""
-        dims = [in_dims] * len(args) if in_dims is None or isinstance(in_dims, int) else list(in_dims)
+        dims = self._dims_of(args, kwargs, in_dims)
+        leaves, spec = tree_flatten((args, kwargs))
         results = []
         for chunk in self._prepared():
             own = [
-                arg if dim is None else _part(arg, dim, chunk.members, self._size)
-                for arg, dim in zip(args, dims, strict=True)
+                leaf if dim is None else leaf.narrow(dim, chunk.first, len(chunk))
+                for leaf, dim in zip(leaves, dims, strict=True)
             ]
-            own_kwargs = {key: _part(value, 0, chunk.members, self._size) for key, value in kwargs.items()}
-            results.append(chunk.each(*own, in_dims=dims, **own_kwargs))
+            own_args, own_kwargs = tree_unflatten(own, spec)
+            results.append(chunk._call(own_args, own_kwargs, dims))
         return _joined(results)
 
     def train(self, mode: bool = True) -> Population:
@@ -146,19 +147,6 @@ def adapters(perturbations: Perturbations, member: int) -> dict[str, tuple[Tenso
             factors = draws.factors[draw].to(draws.spec.centre.dtype)
             found[name] = factors[:, :rows].mT.clone(), factors[:, rows:].mT.clone(), sign * draws.scale
     return found
-
-
-def _part(value: Any, dim: int, members: range, size: int) -> Any:
-    """Return the rows of some members."""
-    leaves, spec = tree_flatten(value)
-    for leaf in leaves:
-        if isinstance(leaf, Tensor) and (leaf.ndim == 0 or leaf.shape[dim] != size):
-            raise ValueError(
-                f"expected one input for each of the {size} members in dimension {dim}, got a tensor of shape"
-                f" {list(leaf.shape)}; pass in_dims=None for an input that all members share"
-            )
-    parts = [leaf.narrow(dim, members.start, len(members)) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-    return tree_unflatten(parts, spec)
 
 
 def _joined(results: Sequence[Any]) -> Any:
