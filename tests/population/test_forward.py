@@ -387,10 +387,12 @@ class TestCompiled:
             def __init__(self) -> None:
                 super().__init__()
                 self.linear = nn.Linear(4, 2)
+                # Of an antithetic pair one is above it, the other below.
+                self.limit = float(self.linear.weight.detach().sum())
 
             def forward(self, x: Tensor) -> Tensor:
                 y = self.linear(x)
-                return y if y.sum() > 0 else -y
+                return y if self.linear.weight.sum() > self.limit else -y
 
         trainer = make(model=Branching(), compile=True, fitness_fn=population_fitness)
         with pytest.warns(RuntimeWarning) as warned:
@@ -616,7 +618,7 @@ class TestRepeated:
                 return super().forward(x) if x.sum() > 0 else -super().forward(x)
 
         members = population(Branches(4, 3), 6)
-        x = torch.randn(6, 3, 4)
+        x = torch.randn(6, 3, 4).abs() * torch.tensor([1.0, -1.0] * 3)[:, None, None]
         with members.repeated() as each:
             with pytest.warns(RuntimeWarning, match="not batched"):
                 first = each(x[:2], members=(4, 1))

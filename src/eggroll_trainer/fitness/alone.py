@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 from torch import nn
 
 from ..population import Population
+from ..population.interception import Interception
 from . import thread_modes
-from .interception import Interception
 from .randomness import Source, keyed
 
 
@@ -33,15 +33,10 @@ def score(
         interception: Is on meanwhile, if given.
     """
     with contextlib.ExitStack() as stack:
-        stack.enter_context(keyed(generators, *member_key(population, index)))
+        stack.enter_context(keyed(generators, *population.member_key(index)))
         stack.enter_context(thread_modes.kept())
         changed = stack.enter_context(population.holding(index))
         if interception is not None:
             stack.enter_context(interception)
         value = function(population.model)
     return value, changed
-
-
-def member_key(population: Population, index: int) -> tuple[int | str, ...]:
-    """Return the key from which the global generators are seeded for a member's evaluation."""
-    return population.seed, population.generation, "member", population.first + index

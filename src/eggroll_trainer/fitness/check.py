@@ -20,9 +20,9 @@ from ..noise.keys import kept_rng
 from ..population import Population
 from ..population.agreement import disagreement, precision
 from ..population.forward import PLAIN_TYPES
+from ..population.interception import Interception, plain_call
 from ..population.snapshot import same_bits
 from . import alone, thread_modes
-from .interception import Interception, plain_call
 from .randomness import Source
 from .record import Record, aligned_copy, copies, describe
 

@@ -1,7 +1,7 @@
 """Perturbation of parameters: how members differ from the centre, and how operations use that."""
 
 # Importing a module of rules registers them.
-from .rules import attention, conv, embedding, linear, products, recurrent
+from .rules import attention, conv, embedding, linear, products, recurrent, values
 from .tensor import BatchingRules, DenseParameter, PerturbedTensor, dense_sum, densify
 
 __all__ = [
@@ -16,4 +16,5 @@ __all__ = [
     "linear",
     "products",
     "recurrent",
+    "values",
 ]

@@ -7,7 +7,46 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .._torch import TransformType, VmapInterpreter, add_batch_dim, peek_interpreter_stack, unwrap_batched
+from .._torch import (
+    TransformType,
+    VmapInterpreter,
+    add_batch_dim,
+    is_functorch_wrapped_tensor,
+    peek_interpreter_stack,
+    unwrap_batched,
+)
+
+
+def unanimous(tensor: Tensor) -> Tensor | None:
+    """Return what a tensor is for every member, if it is the same for all, else None.
+
+    Outside of a ``torch.vmap`` it is the tensor itself.
+    """
+    if torch.compiler.is_compiling():
+        return None
+    transform = peek_interpreter_stack()
+    if transform is None or not is_functorch_wrapped_tensor(tensor):
+        return tensor
+    if transform.key() != TransformType.Vmap:
+        return None
+    interpreter = VmapInterpreter(transform)
+    values, dim = unwrap_batched(tensor, interpreter.level())
+    if dim is None or is_functorch_wrapped_tensor(values):
+        return None
+    with interpreter.lower():
+        first = values.select(dim, 0)
+        return first if torch.equal(values, first.unsqueeze(dim).expand_as(values)) else None
+
+
+def own(tensor: Tensor, size: int) -> Tensor:
+    """Return a tensor of which each member under the innermost ``torch.vmap`` has a copy of its own."""
+    transform = peek_interpreter_stack()
+    if transform is None or transform.key() != TransformType.Vmap or is_functorch_wrapped_tensor(tensor):
+        return tensor
+    interpreter = VmapInterpreter(transform)
+    with interpreter.lower():
+        copies = tensor.expand(size, *tensor.shape).contiguous()
+    return add_batch_dim(copies, 0, interpreter.level())
 
 
 class _Info(NamedTuple):

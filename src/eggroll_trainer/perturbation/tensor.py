@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from .._torch import DisableTorchFunctionSubclass, tree_map
+from . import batching
 
 Rule = Callable[..., Any]
 
@@ -156,7 +157,16 @@ def autocast_like_linear(tensor: Tensor) -> Tensor:
 
 
 class BatchingRules(TorchFunctionMode):
-    """Inside the block, operations that torch.vmap cannot batch well are computed by rules of ours."""
+    """Inside the block, operations that torch.vmap cannot batch well are computed by rules of ours.
+
+    Args:
+        own_factories: Number of members, to have tensors that the model makes (``torch.zeros``, say) be each member's
+            own, so that it can fill them with what differs between members. If None they are shared, which is cheaper.
+    """
+
+    def __init__(self, own_factories: int | None = None) -> None:
+        super().__init__()
+        self._own_factories = own_factories
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -168,6 +178,8 @@ class BatchingRules(TorchFunctionMode):
             result = implementation(*args, **kwargs)
             if result is not NotImplemented:
                 return result
+        if self._own_factories is not None and func in _FACTORIES:
+            return batching.own(func(*args, **kwargs), self._own_factories)
         return func(*args, **kwargs)
 
 
@@ -194,6 +206,11 @@ METADATA = _getters(
     torch.Tensor.element_size, torch.Tensor.get_device, torch.Tensor.__len__, torch.Tensor.storage_offset,
     torch.Tensor.is_inference, torch.Tensor.is_signed, torch.numel, torch.is_floating_point, torch.is_complex,
     torch.is_tensor, torch.is_inference, torch.is_same_size,
+}  # fmt: skip
+# What makes a tensor from sizes.
+_FACTORIES: set[Any] = {
+    torch.zeros, torch.ones, torch.full, torch.empty, torch.zeros_like, torch.ones_like, torch.full_like,
+    torch.empty_like, torch.Tensor.new_zeros, torch.Tensor.new_ones, torch.Tensor.new_full, torch.Tensor.new_empty,
 }  # fmt: skip
 _OWN_ATTRIBUTES: set[Any] = {torch.Tensor.__hash__}
 _REQUIRES_GRAD: Any = torch.Tensor.requires_grad.__get__  # type: ignore[attr-defined]

@@ -154,11 +154,7 @@ def batched(call: Call) -> Callable[..., Result]:
             leaves = dict(constants)
             leaves.update(zip(own_at, own, strict=True))
             leaves.update(zip(shared_at, shared, strict=True))
-            args, kwargs = tree_unflatten([leaves[i] for i in range(count)], spec)
-            parameters = {name: perturb(centres[name], value) for name, value in factors.items()}
-            with swapped(slots, parameters):
-                result = module(*args, **kwargs)
-            results, result_spec = tree_flatten(tree_map(densify, result))
+            results, result_spec = for_one(module, slots, centres, factors, [leaves[i] for i in range(count)], spec)
             others = {i: leaf for i, leaf in enumerate(results) if not isinstance(leaf, Tensor)}
             for leaf in others.values():
                 if not isinstance(leaf, PLAIN_TYPES):
@@ -172,6 +168,22 @@ def batched(call: Call) -> Callable[..., Result]:
         return tensors, *structure[0]
 
     return forward
+
+
+def for_one(
+    module: nn.Module,
+    slots: Sequence[Slot],
+    centres: Mapping[str, Tensor],
+    factors: Mapping[str, Any],
+    leaves: Sequence[Any],
+    spec: TreeSpec,
+) -> tuple[list[Any], TreeSpec]:
+    """Call a module with the weights of one member, under ``torch.vmap``, and return its result's leaves and spec."""
+    args, kwargs = tree_unflatten(list(leaves), spec)
+    parameters = {name: perturb(centres[name], value) for name, value in factors.items()}
+    with swapped(slots, parameters):
+        result = module(*args, **kwargs)
+    return tree_flatten(tree_map(densify, result))
 
 
 class Forwards:
@@ -371,6 +383,8 @@ class _Values:
 def _joined(parts: Sequence[Result], size: int) -> Any:
     """Return the result for all members, of which the last part may repeat some of the one before."""
     tensors, others, spec = parts[0]
+    if any(repr(part[1:]) != repr((others, spec)) for part in parts[1:]):
+        raise NotBatchable("the model returns other values for some members")
     if len(parts) > 1:
         *_, last = parts
         count = len(parts[0][0][0]) if tensors else 0

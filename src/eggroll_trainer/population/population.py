@@ -6,22 +6,24 @@ import contextlib
 import dataclasses
 import functools
 import warnings
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .._torch import tree_flatten, tree_map, tree_unflatten
+from .._torch import TreeSpec, tree_flatten, tree_map, tree_unflatten
+from .._utils import validation
 from .._utils.graphs import replay
 from .._utils.interrupts import delayed_interrupt
 from .._utils.memory import is_out_of_memory, keep_freed_memory
 from .._utils.warned import Warned
-from ..noise.keys import kept_rng
+from ..noise.keys import kept_rng, keyed_generator
 from ..perturbation import densify
 from ..perturbation.sample import FullRankDraws, ParameterSpec, Perturbations, perturb
 from .agreement import disagreement, precision
 from .copying import copy_of
+from .folded import Folded
 from .forward import PLAIN_TYPES, Call, Forwards
 from .module_state import ModuleState, NotBatchable, Slot, parameter_slots, training_modes
 
@@ -77,6 +79,7 @@ class Population:
         self._before_caches: list[ModuleState] = []
         self.audit: Audit | None = None
         self._dense: dict[int, dict[str, Tensor]] = {}
+        self._generators: dict[Any, torch.Generator] = {}
         self._warned = Warned() if warned is None else warned
         self.forwards = Forwards() if forwards is None else forwards
 
@@ -351,6 +354,58 @@ class Population:
         if changed and not failed:
             raise _lost(_changes(changed))
 
+    def folded(self, rows: int) -> contextlib.AbstractContextManager[nn.Module]:
+        """Run the user's own model on rows of all members at once, for code with loops and caches of its own.
+
+        Inside the block the model's calls take tensors with the rows of all members in dimension 0, member after
+        member: ``[N·Q, …]``, or ``[N·Q·k, …]``, as where ``generate()`` returns ``k`` sequences for each prompt. A
+        member's rows see its weights; results have their rows in the same order. Objects that hold tensors, such as
+        key-value caches, are passed in and out like tensors. Random numbers that are drawn in the block, as for
+        sampled tokens, come from a generator for each member, which depends on the seed, the generation and the
+        member alone; draw them with rows of all members in dimension 0.
+
+        What sees the whole batch sees all members: ``generate()`` goes on until the last row has ended. What cannot be
+        run for all members at once, such as a mixture of experts that looks at values, is run for one member after the
+        other, with one warning.
+
+        Args:
+            rows: ``Q``, rows of each member; a divisor of the rows in every call.
+
+        Yields:
+            The model: the module that you passed to the trainer.
+
+        Raises:
+            ValueError: A call has another number of rows, or changes a buffer of the model.
+            RuntimeError: A perturbed parameter is used outside of a call of a module.
+
+        Example:
+            >>> import torch
+            >>> with Population.of(torch.nn.Linear(2, 3)).folded(rows=4) as model:
+            ...     model(torch.zeros(4, 2)).shape
+            torch.Size([4, 3])
+        """
+        return Folded(self, validation.check_int("rows", rows, 1)).entered()
+
+    @property
+    def training(self) -> Mapping[nn.Module, bool]:
+        """Modules whose training mode is to differ from the model's."""
+        return self._training
+
+    def member_key(self, index: int) -> tuple[int | str, ...]:
+        """Return the key of the random numbers that one member's evaluation draws."""
+        return self.seed, self.generation, "member", self.first + index
+
+    def generator(self, index: int, device: torch.device) -> torch.Generator:
+        """Return the generator of one member's random numbers, which goes on where it was left."""
+        key = index, device
+        if key not in self._generators:
+            self._generators[key] = keyed_generator(*self.member_key(index), device=device)
+        return self._generators[key]
+
+    def warn(self, message: str) -> None:
+        """Give a warning, if it has not been given yet."""
+        self._warned.once(message)
+
     def _call_of(
         self,
         module: nn.Module,
@@ -361,6 +416,18 @@ class Population:
         exact: bool = False,
     ) -> Call:
         leaves, spec = tree_flatten((args, kwargs))
+        return self.call_of(module, leaves, spec, dims, members, exact)
+
+    def call_of(
+        self,
+        module: nn.Module,
+        leaves: Sequence[Any],
+        spec: TreeSpec,
+        dims: Sequence[int | None],
+        members: Sequence[int] | None = None,
+        exact: bool = False,
+    ) -> Call:
+        """Return the call of a module with the leaves of its arguments; see :class:`~.forward.Call`."""
         slots = self._slots_in(module)
         names = list(dict.fromkeys(name for slot in slots for name in slot.names))
         everybody = members is None or list(members) == list(range(len(self)))

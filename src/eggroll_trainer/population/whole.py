@@ -120,6 +120,14 @@ class WholePopulation(Population):
         """
         raise TypeError("call repeated() of a chunk: for chunk in population.chunks(): …")
 
+    def folded(self, rows: int) -> Any:
+        """Refuse: rows of all members lie in one batch, which is a chunk's.
+
+        Raises:
+            TypeError: Always.
+        """
+        raise TypeError("call folded() of a chunk: for chunk in population.chunks(): …")
+
     _mode: bool | None = None
 
     def _prepared(self) -> Iterator[Population]:

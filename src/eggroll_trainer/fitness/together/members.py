@@ -23,11 +23,10 @@ from ..._utils.interrupts import delayed_interrupt
 from ..._utils.warned import Warned
 from ...population import Population
 from ...population.forward import PLAIN_TYPES
+from ...population.interception import plain_call
 from ...population.module_state import NotBatchable
 from .. import thread_modes, turns
-from ..alone import member_key
 from ..findings import Findings
-from ..interception import plain_call
 from ..randomness import Source, TorchSource, keyed, seed_all
 from ..record import Record, copies, describe
 from . import workers
@@ -410,7 +409,7 @@ class _Evaluation:
     def _enter_generators(self, member: _Member) -> None:
         for i in self.findings.divided:
             if member.random is None:
-                seed_all([self._generators[i]], *member_key(self.population, member.index))
+                seed_all([self._generators[i]], *self.population.member_key(member.index))
             else:
                 self._generators[i].set(member.random[i])
 

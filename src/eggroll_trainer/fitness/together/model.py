@@ -11,19 +11,18 @@ import contextlib
 import operator
 import os
 import threading
-import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..._torch import DisableTorchFunctionSubclass, has_compatible_shallow_copy_type, tree_leaves
-from ...perturbation.tensor import METADATA
+from ..._torch import DisableTorchFunctionSubclass
 from ...population import Population
+from ...population.interception import ATTRIBUTE, Handler, Interception
 from ...population.module_state import ModuleState
+from ...population.watched import data_of, set_data, unwatch, watch, watchers
 from .. import thread_modes
-from ..interception import ATTRIBUTE, Handler, Interception
 
 # The dictionaries of a module that calls, or the function, may change.
 _REGISTRIES = ("_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks")
@@ -95,15 +94,11 @@ class SharedModel:
         for attributes, before in zip(self._attributes, self._before[:: 1 + len(_REGISTRIES)], strict=True):
             before[ATTRIBUTE] = attributes[ATTRIBUTE]
         self._values = [tuple(before.values()) for before in self._before]
-        for p in self._centres:
-            _shared[id(p)] = weakref.ref(self)
-            p.__class__ = _SharedParameter
+        watch(self._centres, self)
 
     def _stop(self) -> None:
         self._interception.stop()
-        for p in self._centres:
-            _shared.pop(id(p), None)
-            p.__class__ = nn.Parameter
+        unwatch(self._centres)
 
     @contextlib.contextmanager
     def released(self) -> Iterator[None]:
@@ -134,7 +129,7 @@ class SharedModel:
         self._set_training(self._training if holding.training is None else holding.training)
         if holding.weights:
             for p, (data, _) in holding.weights.items():
-                _set_data(p, data)
+                set_data(p, data)
             torch.clear_autocast_cache()
         for place, contents in holding.changes.items():
             self._places[place].clear()
@@ -146,8 +141,8 @@ class SharedModel:
         holding.training = self._training_now = self._read_training()
         if holding.weights:
             for p, (_, copied) in holding.weights.items():
-                holding.weights[p] = _data(p), copied
-                _set_data(p, self._centres[p])
+                holding.weights[p] = data_of(p), copied
+                set_data(p, self._centres[p])
             torch.clear_autocast_cache()
         if self.isolate:
             self._set_training(self._training)
@@ -192,7 +187,7 @@ class SharedModel:
 
     def wrote_weights(self, holding: Holding) -> bool:
         """Return whether a member, in its turn, has changed the weights that it holds."""
-        return any(not torch.equal(_data(p), copied) for p, (_, copied) in holding.weights.items())
+        return any(not torch.equal(data_of(p), copied) for p, (_, copied) in holding.weights.items())
 
     def changed(self) -> bool:
         """Return whether attributes of modules have changed, outside of a turn."""
@@ -217,7 +212,7 @@ class SharedModel:
         with thread_modes.neutral():
             value = self.population.member_parameters(index, [name])[name]
             holding.weights[parameter] = value, value.clone()
-        _set_data(parameter, value)
+        set_data(parameter, value)
 
     def leave_to_child(self) -> None:
         """In a forked process: be the model of the member whose turn it was, by itself."""
@@ -249,82 +244,11 @@ class SharedModel:
             self._training_now = training
 
 
-# The models whose parameters are shared, by the parameters' id.
-_shared: dict[int, weakref.ref[SharedModel]] = {}
-
-
-# What neither looks at values nor changes any.
-_TENSOR: Any = torch.Tensor
-_HARMLESS: set[Any] = METADATA | {
-    _TENSOR.requires_grad_, _TENSOR.requires_grad.__set__, _TENSOR.grad.__set__,
-    torch.Tensor.is_shared, torch.Tensor.__hash__, has_compatible_shallow_copy_type,
-}  # fmt: skip
-# What returns the tensor itself where it is of the right kind already.
-_CONVERSIONS: set[Any] = {
-    torch.Tensor.to, torch.Tensor.cpu, torch.Tensor.cuda, torch.Tensor.float, torch.Tensor.double, torch.Tensor.half,
-    torch.Tensor.bfloat16, torch.Tensor.type, torch.Tensor.contiguous,
-}  # fmt: skip
-_SET_DATA: Any = _TENSOR.data.__set__
-
-
-class _SharedParameter(nn.Parameter):
-    """What the parameters of a shared model are meanwhile: looked at for their values, they hold the member's."""
-
-    @classmethod
-    def __torch_function__(
-        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        with DisableTorchFunctionSubclass():
-            if func in _HARMLESS:
-                return func(*args, **kwargs)
-            if func in _CONVERSIONS:
-                # Moving a model to where it is already is common, and changes nothing.
-                result = func(*args, **kwargs)
-                if result is args[0]:
-                    return result
-            elif func is _SET_DATA and args[0] is args[1]:
-                return None
-            for leaf in tree_leaves((args, kwargs)):
-                if type(leaf) is _SharedParameter:
-                    _form(leaf)
-            return func(*args, **kwargs)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:
-        _form(self)
-        memo[id(self)] = clone = nn.Parameter(_data(self).clone(), self.requires_grad)
-        return clone
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        _form(self)
-        return nn.Parameter(_data(self), self.requires_grad).__reduce_ex__(protocol)
-
-    def __repr__(self) -> str:  # type: ignore[override]
-        _form(self)
-        return repr(nn.Parameter(_data(self), self.requires_grad))
-
-
-def _form(parameter: nn.Parameter) -> None:
-    reference = _shared.get(id(parameter))
-    model = None if reference is None else reference()
-    if model is not None:
-        model.form(parameter)
-
-
-def _data(parameter: nn.Parameter) -> Tensor:
-    with DisableTorchFunctionSubclass():
-        return parameter.data
-
-
-def _set_data(parameter: nn.Parameter, value: Tensor) -> None:
-    with DisableTorchFunctionSubclass():
-        parameter.data = value
-
-
 def _leave_to_the_parent() -> None:
     """In a forked process: take no part in the turns."""
-    for model in {id(model): model for reference in _shared.values() if (model := reference()) is not None}.values():
-        model.leave_to_child()
+    for model in watchers():
+        if isinstance(model, SharedModel):
+            model.leave_to_child()
 
 
 if hasattr(os, "register_at_fork"):

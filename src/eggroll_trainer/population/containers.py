@@ -1,0 +1,165 @@
+"""Objects that hold tensors, which a model is called with, returns or changes: key-value caches, outputs, dataclasses.
+
+An object is opened down to the places that hold its tensors, so that these can be exchanged for one batched call and
+read again after it. The object itself stays the user's own.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .._torch import tree_leaves, tree_map
+from .snapshot import is_immutable
+
+# Items that are looked through; what refers to more is part of something larger.
+_LIMIT = 100_000
+
+# Tensors up to so many numbers are kept as copies, to be put back after a call that has failed.
+_SMALL = 4096
+
+
+class Place(NamedTuple):
+    """A place ``container[key]`` that holds a tensor, or a tuple of tensors.
+
+    Attributes:
+        container: A list or dictionary, such as an object's attributes.
+        key: Index or key.
+        path: How the place is reached from the object.
+    """
+
+    container: Any
+    key: Any
+    path: tuple[Any, ...]
+
+    def tensors(self) -> list[Tensor]:
+        """Return its tensors."""
+        return [leaf for leaf in tree_leaves(self.container[self.key]) if isinstance(leaf, Tensor)]
+
+    def exchange(self, values: Iterator[Tensor]) -> None:
+        """Put the next tensors in the place of those it holds."""
+        self.container[self.key] = tree_map(
+            lambda leaf: next(values) if isinstance(leaf, Tensor) else leaf, self.container[self.key]
+        )
+
+
+def is_container(value: Any) -> bool:
+    """Return whether a leaf of a call's arguments is an object that is opened: it has attributes and is no module."""
+    return (
+        not isinstance(value, (Tensor, nn.Module, torch.Generator))
+        and not is_immutable(value)
+        and not callable(value)
+        and type(getattr(value, "__dict__", None)) is dict
+    )
+
+
+def contents(objects: Iterable[Any]) -> Contents:
+    """Return what some objects hold.
+
+    Raises:
+        TypeError: One of them refers to a module, or to too much.
+    """
+    found = Contents([], [])
+    seen: set[int] = set()
+    for i, value in enumerate(objects):
+        if id(value) not in seen:
+            seen.add(id(value))
+            _look(value.__dict__, (i,), seen, found)
+    return found
+
+
+class Contents(NamedTuple):
+    """What objects hold, down to tensors.
+
+    Attributes:
+        places: The places of tensors, in a fixed order.
+        containers: The lists and dictionaries that were looked through, with what they held.
+    """
+
+    places: list[Place]
+    containers: list[tuple[Any, Any]]
+
+    def tensors(self) -> list[Tensor]:
+        """Return the tensors, in the order of the places."""
+        return [tensor for place in self.places for tensor in place.tensors()]
+
+    def paths(self) -> list[tuple[Any, ...]]:
+        """Return, for each of the tensors, how it is reached."""
+        return [(*place.path, i) for place in self.places for i in range(len(place.tensors()))]
+
+    def exchange(self, values: Iterable[Tensor]) -> None:
+        """Put other tensors in the place of those that the objects hold."""
+        iterator = iter(values)
+        for place in self.places:
+            place.exchange(iterator)
+
+
+def _look(container: Any, path: tuple[Any, ...], seen: set[int], found: Contents) -> None:
+    if len(seen) > _LIMIT:
+        raise TypeError("refers to too many objects")
+    found.containers.append((container, copy.copy(container)))
+    for key, value in list(container.items() if isinstance(container, dict) else enumerate(container)):
+        where = (*path, key)
+        if isinstance(value, Tensor):
+            found.places.append(Place(container, key, where))
+        elif isinstance(value, nn.Module):
+            raise TypeError("refers to a module")
+        elif isinstance(value, tuple):
+            if any(isinstance(leaf, Tensor) for leaf in tree_leaves(value)):
+                found.places.append(Place(container, key, where))
+        elif id(value) not in seen:
+            inside = value if isinstance(value, (list, dict)) else value.__dict__ if is_container(value) else None
+            if inside is not None:
+                seen.add(id(value))
+                _look(inside, where, seen, found)
+
+
+class Kept:
+    """The state of objects, to be put back after a call that has failed.
+
+    Args:
+        objects: The objects.
+    """
+
+    def __init__(self, objects: Sequence[Any]) -> None:
+        self._contents = contents(objects)
+        tensors = self._contents.tensors()
+        self._copies = [tensor.clone() if tensor.numel() <= _SMALL else None for tensor in tensors]
+        self._versions = [None if tensor.is_inference() else tensor._version for tensor in tensors]
+        self._tensors = tensors
+
+    def restore(self) -> None:
+        """Put everything back.
+
+        Raises:
+            RuntimeError: A large tensor has been written into.
+        """
+        for container, before in self._contents.containers:
+            if isinstance(container, dict):
+                container.clear()
+                container.update(before)
+            else:
+                container[:] = before
+        for tensor, copied, version in zip(self._tensors, self._copies, self._versions, strict=True):
+            if copied is not None:
+                tensor.copy_(copied)
+            elif version is not None and tensor._version != version:
+                raise RuntimeError("a failed call has written into a tensor of an argument, which cannot be undone")
+
+
+def copy_with(objects: Sequence[Any], value_of: Callable[[Tensor], Tensor]) -> list[Any]:
+    """Return copies of objects that hold other tensors, but are the same in all else."""
+    memo: dict[int, Any] = {id(tensor): value_of(tensor) for tensor in contents(objects).tensors()}
+    return copy.deepcopy(list(objects), memo)
+
+
+def become(objects: Sequence[Any], others: Sequence[Any]) -> None:
+    """Give objects the attributes of others."""
+    for value, other in zip(objects, others, strict=True):
+        attributes: Mapping[str, Any] = dict(other.__dict__)
+        value.__dict__.clear()
+        value.__dict__.update(attributes)

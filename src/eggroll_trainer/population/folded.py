@@ -1,0 +1,176 @@
+"""Folded evaluation: the user's own module, run on rows of all members that lie in one batch.
+
+Code that loops over forwards with state of its own, such as ``generate()`` of a language model, keeps a batch of rows
+``[N·Q, …]``, member after member. Where it calls the module, the rows are unfolded to ``[N, Q, …]``, the call is made
+for all members at once, and its results are folded again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .._utils.memory import is_out_of_memory
+from ..noise.keys import kept_rng
+from .agreement import disagreement, precision
+from .drawing import MemberDraws
+from .interception import Interception
+from .members import Members
+from .module_state import ModuleState, NotBatchable, training_modes
+from .opened import Opened, run_opened
+from .rows import MemberCall, RowCall, Vectors
+from .watched import unwatch, watch
+
+
+class Folded:
+    """A population's model while it is called with rows of all members.
+
+    Args:
+        population: The ``N`` members.
+        rows: ``Q``; a call's tensors have ``N·Q·k`` rows for some ``k``.
+    """
+
+    def __init__(self, population: Members, rows: int) -> None:
+        self.population, self.model, self.rows = population, population.model, rows
+        self._thread = threading.get_ident()
+        self._interception = Interception(self.model, self._on_call)
+        self._draws = MemberDraws(population, rows)
+        named = dict(self.model.named_parameters(remove_duplicate=False))
+        self._watched = {p: name for name in population.perturbations.draws if type(p := named[name]) is nn.Parameter}
+        self._vectors = Vectors()
+        # Modules that have been called for all members at once.
+        self._called: set[nn.Module] = set()
+
+    @contextlib.contextmanager
+    def entered(self) -> Iterator[nn.Module]:
+        """Yield the model, whose calls are made for all members inside the block.
+
+        Raises:
+            ValueError: A call has changed a buffer of the model.
+        """
+        before = ModuleState(self.model)
+        try:
+            with training_modes(self.model, self.population.training), self._intercepted(), self._draws:
+                yield self.model
+        finally:
+            changed = [text for text in before.restore() if text.startswith("buffer")]
+        if changed:
+            raise ValueError(f"the model's forward changes {' and '.join(changed)}: it would be lost with the members")
+
+    @contextlib.contextmanager
+    def _intercepted(self) -> Iterator[None]:
+        self._interception.start()
+        watch(self._watched, self)
+        try:
+            yield
+        finally:
+            unwatch(self._watched)
+            self._interception.stop()
+
+    @contextlib.contextmanager
+    def _released(self) -> Iterator[None]:
+        """Let the model be an ordinary one in the block."""
+        unwatch(self._watched)
+        self._interception.stop()
+        try:
+            with self._draws.suspended():
+                yield
+        finally:
+            self._interception.start()
+            watch(self._watched, self)
+
+    def form(self, parameter: nn.Parameter) -> None:
+        """Refuse a look at a parameter outside of a call: nobody could tell whose it is.
+
+        Raises:
+            RuntimeError: Always.
+        """
+        raise RuntimeError(
+            f"the parameter {self._watched[parameter]!r} is used outside of a module's forward in population.folded(),"
+            " where it differs between members: call the module that holds it instead"
+        )
+
+    def _on_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if threading.get_ident() != self._thread:
+            raise RuntimeError("the model is called in another thread than the one that entered population.folded()")
+        call = RowCall(module, args, kwargs, len(self.population), self.rows, self._vectors)
+        # The call changes what objects hold.
+        before = {i: call.of(i) for i in self._audited_members()}
+        refused = self.population.forwards.refused
+        key = "folded", module, str(call.spec)
+        if key in refused:
+            return self._one_by_one(module, call)
+        try:
+            result = call.folded(self._batched(module, call))
+        except NotBatchable as error:
+            if error.stateful:
+                raise
+            refused[key] = str(error)
+            self.population.warn(f"in population.folded() the model runs for one member after the other: {error}")
+            return self._one_by_one(module, call)
+        for i, own in before.items():
+            self._audit(module, call, result, i, own)
+        return result
+
+    def _batched(self, module: nn.Module, call: RowCall) -> Opened:
+        values, count = call.unfolded(), len(call.leaves)
+        batched = self.population.call_of(module, values[:count], call.spec, call.dims[:count])
+        state = None if module in self._called else ModuleState(module)
+        try:
+            with self._released(), torch.inference_mode(False), torch.no_grad(), warnings.catch_warnings():
+                # An operation that vmap runs member by member is slow, but right.
+                warnings.filterwarnings("ignore", "There is a performance drop")
+                opened = run_opened(batched, call.objects, values[count:], call.dims[count:])
+        except NotBatchable:
+            raise
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            raise NotBatchable(f"{type(error).__name__}: {error}") from error
+        if state is not None and state.differs_by_member():
+            raise NotBatchable(f"the model's forward changes {' and '.join(state.restore())}", stateful=True)
+        self._called.add(module)
+        return opened
+
+    def _one_by_one(self, module: nn.Module, call: RowCall) -> Any:
+        """Make a call for one member after the other."""
+        own = [call.of(i) for i in range(len(self.population))]
+        results = []
+        for i, member in enumerate(own):
+            with self._released(), torch.no_grad(), self.population.holding(i):
+                results.append(module(*member.args, **member.kwargs))
+        return call.joined(own, results)
+
+    def _audited_members(self) -> list[int]:
+        audit = self.population.audit
+        return (
+            [] if audit is None or audit.found is not None else [i for i in audit.members if i < len(self.population)]
+        )
+
+    def _audit(self, module: nn.Module, call: RowCall, result: Any, index: int, own: MemberCall) -> None:
+        """Compare the rows of a member with what the module gives by itself."""
+        audit = self.population.audit
+        if audit is None or audit.found is not None:
+            return
+        audit.calls += 1
+
+        def alone() -> list[Tensor]:
+            args, kwargs = own.copied()
+            with torch.no_grad():
+                return call.row_tensors(module(*args, **kwargs))
+
+        devices = {leaf.device for leaf in call.leaves if isinstance(leaf, Tensor)}
+        with self._released(), kept_rng(devices), self.population.holding(index):
+            off = disagreement(self.model, alone, call.row_tensors(result, index), precision(self.model, call.leaves))
+        if off is not None:
+            audit.found = (
+                f"in call {audit.calls} of population.folded() in generation {self.population.generation + 1} the"
+                f" output for member {self.population.first + index}, computed for all members at once, is not what the"
+                f" model gives with that member's weights: {off}"
+            )

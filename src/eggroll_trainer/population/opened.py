@@ -1,0 +1,124 @@
+"""Batched calls with objects among their arguments or results, such as key-value caches.
+
+What these hold is batched like the arguments themselves: for the call each tensor is exchanged for one with a dimension
+of members, and after it they hold plain tensors again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .._torch import TreeSpec, is_functorch_wrapped_tensor, tree_unflatten
+from ..perturbation import BatchingRules
+from ..perturbation.sample import members_of
+from .containers import Contents, Kept, contents, is_container
+from .forward import PLAIN_TYPES, Call, for_one
+from .module_state import NotBatchable
+
+
+class Opened(NamedTuple):
+    """The result of a call.
+
+    Attributes:
+        leaves: Of the result, tensors with a leading dimension of members where they are in ``own``.
+        spec: Its structure.
+        own: For each leaf whether it is a tensor that differs between members.
+        objects: The objects of the arguments, and those that came up in the result.
+        contents: What they hold now: the members' tensors.
+        tensors: For each tensor in ``contents`` its values, with a leading dimension of members where they are in
+            ``held_own``.
+        held_own: For each whether it differs between members.
+    """
+
+    leaves: list[Any]
+    spec: TreeSpec
+    own: list[bool]
+    objects: list[Any]
+    contents: Contents
+    tensors: list[Tensor]
+    held_own: list[bool]
+
+    def result(self) -> Any:
+        """Return the result as it is."""
+        return tree_unflatten(self.leaves, self.spec)
+
+
+def objects_in(leaves: Sequence[Any]) -> list[Any]:
+    """Return the objects among the leaves of arguments that are opened, each once.
+
+    Raises:
+        NotBatchable: One of them is of a kind that cannot be.
+    """
+    return list({id(leaf): leaf for leaf in leaves if is_container(leaf)}.values())
+
+
+def run_opened(call: Call, objects: Sequence[Any], held: Sequence[Tensor], held_dims: Sequence[int | None]) -> Opened:
+    """Make a call for its members at once.
+
+    Args:
+        call: The call, without the tensors in objects.
+        objects: The objects among its leaves.
+        held: What to put in the place of each of the tensors that they hold, for the call.
+        held_dims: For each of these its dimension of members, or None if they share it.
+
+    Raises:
+        Exception: Whatever the module raises, or torch.vmap where the call cannot be batched; the objects are then as
+            they were.
+    """
+    kept = Kept(objects)
+    try:
+        return _run(call, objects, held, held_dims, BatchingRules())
+    except Exception as error:
+        kept.restore()
+        if "vmap: " not in str(error):
+            raise
+    try:
+        # A tensor that the module has made, of one member's shape, was to be filled with what differs between members.
+        return _run(call, objects, held, held_dims, BatchingRules(own_factories=call.size))
+    except Exception:
+        kept.restore()
+        raise
+
+
+def _run(
+    call: Call, objects: Sequence[Any], held: Sequence[Tensor], held_dims: Sequence[int | None], rules: BatchingRules
+) -> Opened:
+    count = len(call.leaves)
+    values = [*call.leaves, *held]
+    dims = [*call.dims, *held_dims]
+    own_at = [i for i, dim in enumerate(dims) if dim is not None]
+    before = contents(objects)
+    found: list[Any] = []
+
+    def member(_: Tensor, factors: dict[str, Any], own: list[Tensor]) -> list[Tensor]:
+        given = dict(enumerate(values)) | dict(zip(own_at, own, strict=True))
+        before.exchange([given[i] for i in range(count, len(values))])
+        arguments = [given[i] for i in range(count)]
+        leaves, spec = for_one(call.module, call.slots, call.centres, factors, arguments, call.spec)
+        for leaf in leaves:
+            if not isinstance(leaf, (Tensor, *PLAIN_TYPES)) and not is_container(leaf):
+                raise NotBatchable(f"the model returns a {type(leaf).__name__}")
+        opened = list({id(value): value for value in (*objects, *objects_in(leaves))}.values())
+        after = contents(opened)
+        tensors = after.tensors()
+        own_leaves = [isinstance(leaf, Tensor) and is_functorch_wrapped_tensor(leaf) for leaf in leaves]
+        own_tensors = [is_functorch_wrapped_tensor(tensor) for tensor in tensors]
+        found[:] = leaves, spec, own_leaves, opened, after, tensors, own_tensors
+        return [value for value, own in zip([*leaves, *tensors], own_leaves + own_tensors, strict=True) if own]
+
+    factors = {name: members_of(value) for name, value in call.factors.items()}
+    in_dims = (0, 0, [dims[i] for i in own_at])
+    counter = torch.arange(call.size, device="cpu")
+    with rules:
+        outputs = iter(
+            torch.vmap(member, in_dims, randomness="different")(counter, factors, [values[i] for i in own_at])
+        )
+    leaves, spec, own_leaves, opened, after, tensors, own_tensors = found
+    leaves = [next(outputs) if own else leaf for leaf, own in zip(leaves, own_leaves, strict=True)]
+    tensors = [next(outputs) if own else tensor for tensor, own in zip(tensors, own_tensors, strict=True)]
+    after.exchange(tensors)
+    return Opened(leaves, spec, own_leaves, opened, after, tensors, own_tensors)
