@@ -174,7 +174,7 @@ class Generation(NamedTuple):
     Attributes:
         number: Counted from 1.
         settings: What it depended on, in plain form.
-        scores: ``[N]`` in float64, as they came from the fitness function.
+        scores: ``[N]`` or ``[N, K]`` in float64, as they came from the fitness function.
         statistics: What a fitness function that learns has seen in each chunk.
     """
 

@@ -25,7 +25,7 @@ class ScoreLog:
     """The scores of every generation, in a file of JSON lines.
 
     Perturbations follow from seeds, so with the initial weights the scores are all that it takes to make the same
-    steps again: four bytes a member (eight where the scores are not float32 numbers), a third more as text. The first
+    steps again: four bytes a score (eight where the scores are not float32 numbers), a third more as text. The first
     line tells the settings and a checksum of the initial weights, each other one the settings that have changed since.
 
     Args:
@@ -165,13 +165,15 @@ class ScoreLog:
         return head
 
 
-def _to_text(array: np.ndarray[Any, Any]) -> list[str]:
-    return [array.dtype.str, base64.b64encode(array.tobytes()).decode()]
+def _to_text(array: np.ndarray[Any, Any]) -> list[Any]:
+    text: list[Any] = [array.dtype.str, base64.b64encode(array.tobytes()).decode()]
+    return text if array.ndim == 1 else [*text, list(array.shape)]
 
 
-def _from_text(text: list[str]) -> Tensor:
-    dtype, data = text
-    return torch.from_numpy(np.frombuffer(base64.b64decode(data), np.dtype(dtype)).copy())
+def _from_text(text: list[Any]) -> Tensor:
+    dtype, data, *shape = text
+    values = torch.from_numpy(np.frombuffer(base64.b64decode(data), np.dtype(dtype)).copy())
+    return values.view(*shape) if shape else values
 
 
 def _checksum(line: dict[str, Any]) -> int:

@@ -34,7 +34,7 @@ class Outcome(NamedTuple):
     """What the evaluation of a chunk gave.
 
     Attributes:
-        scores: ``[size]`` in float64, on the CPU.
+        scores: ``[size]``, or ``[size, K]`` for ``K`` tasks, in float64, on the CPU.
         statistics: What it has shown to a fitness function that learns along the way, on the CPU; else None.
         warnings: Messages and kinds of the warnings that the first process is to give.
         alone: Why all members must be evaluated alone instead, if the evaluation has found that out.
@@ -124,11 +124,20 @@ class Engine(ABC):
     ) -> list[Outcome]:
         """Return the outcomes of chunks, evaluated in this process one after the other."""
         # Made at once: small pieces that stay would lie in the way of large ones that come and go.
-        scores = torch.empty(sum(chunk.size for chunk in chunks), dtype=torch.float64, device="cpu")
+        total = sum(chunk.size for chunk in chunks)
+        scores = torch.empty(total, dtype=torch.float64, device="cpu")
         outcomes: list[Outcome] = []
-        for chunk, part in zip(chunks, scores.split([chunk.size for chunk in chunks]), strict=True):
+        at = 0
+        for chunk in chunks:
             outcome = self._evaluate_chunk(trainer, chunk, exit_when_stuck)
-            outcomes.append(outcome._replace(scores=part.copy_(outcome.scores)))
+            if not outcomes and outcome.scores.ndim > 1:
+                # Only now the number of tasks is known.
+                scores = scores.new_empty(total, *outcome.scores.shape[1:])
+            part = scores[at : at + chunk.size]
+            # Another number of tasks is an error, which the trainer raises.
+            kept = part.copy_(outcome.scores) if part.shape == outcome.scores.shape else outcome.scores
+            outcomes.append(outcome._replace(scores=kept))
+            at += chunk.size
         return outcomes
 
     def _evaluate_chunk(self, trainer: Evaluator, chunk: Chunk, exit_when_stuck: bool) -> Outcome:

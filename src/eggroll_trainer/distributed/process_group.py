@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import hashlib
+import math
 import os
 import pickle
 import secrets
@@ -200,7 +201,7 @@ class _Report(NamedTuple):
     """What a process tells the others about its share of a generation."""
 
     digest: bytes
-    counts: list[int]
+    shapes: list[tuple[int, ...]]
     scores: np.ndarray[Any, Any]
     statistics: list[np.ndarray[Any, Any] | None]
     warnings: list[tuple[tuple[str, str], ...]]
@@ -211,17 +212,18 @@ class _Report(NamedTuple):
     def of(digest: bytes, outcomes: Sequence[Outcome], failure: BaseException | None) -> _Report:
         if failure is not None:
             return _Report(digest, [], np.zeros(0), [], [], [], _portable(failure))
-        scores = packed(torch.cat([outcome.scores for outcome in outcomes] or [torch.zeros(0, device="cpu")]))
+        scores = packed(torch.cat([o.scores.flatten() for o in outcomes] or [torch.zeros(0, device="cpu")]))
         statistics = [None if o.statistics is None else o.statistics.numpy() for o in outcomes]
-        counts, warned = [len(outcome.scores) for outcome in outcomes], [outcome.warnings for outcome in outcomes]
+        shapes, warned = [tuple(outcome.scores.shape) for outcome in outcomes], [o.warnings for o in outcomes]
         alone = [outcome.alone for outcome in outcomes]
-        return _Report(digest, counts, scores, statistics, warned, alone, None)
+        return _Report(digest, shapes, scores, statistics, warned, alone, None)
 
     def outcomes(self) -> list[Outcome]:
-        parts = torch.from_numpy(self.scores.astype(np.float64)).split(self.counts)
+        parts = torch.from_numpy(self.scores.astype(np.float64)).split([math.prod(shape) for shape in self.shapes])
+        scores = [part.view(shape) for part, shape in zip(parts, self.shapes, strict=True)]
         return [
-            Outcome(part, None if values is None else torch.from_numpy(values), warned, alone)
-            for part, values, warned, alone in zip(parts, self.statistics, self.warnings, self.alone, strict=True)
+            Outcome(own, None if values is None else torch.from_numpy(values), warned, alone)
+            for own, values, warned, alone in zip(scores, self.statistics, self.warnings, self.alone, strict=True)
         ]
 
 

@@ -14,15 +14,16 @@ from ..population import Population
 from ..population.interception import Interception
 from . import thread_modes
 from .randomness import Source, keyed
+from .scores import Score
 
 
 def score(
     population: Population,
-    function: Callable[[nn.Module], float],
+    function: Callable[[nn.Module], Score],
     index: int,
     generators: Sequence[Source],
     interception: Interception | None = None,
-) -> tuple[float, list[str]]:
+) -> tuple[Score, list[str]]:
     """Return the fitness of one member, and what its evaluation has changed in the model, which is undone.
 
     Args:

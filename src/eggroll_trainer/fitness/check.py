@@ -25,8 +25,9 @@ from ..population.snapshot import same_bits
 from . import alone, thread_modes
 from .randomness import Source
 from .record import Record, aligned_copy, copies, describe
+from .scores import Score, described
 
-Function = Callable[[nn.Module], float]
+Function = Callable[[nn.Module], Score]
 
 SHARED = "the function seems to share something, such as a simulator or a random generator, between calls"
 
@@ -76,7 +77,7 @@ class _Alone(ABC):
         self._thread = threading.get_ident()
         self._interception = Interception(population.model, self._on_call)
 
-    def score(self, function: Function, index: int, generators: Sequence[Source]) -> tuple[float, list[str]]:
+    def score(self, function: Function, index: int, generators: Sequence[Source]) -> tuple[Score, list[str]]:
         return alone.score(self.population, function, index, generators, self._interception)
 
     def _on_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -104,7 +105,7 @@ def evaluate_noting(
     index: int,
     generators: Sequence[Source],
     note: Callable[[tuple[Any, ...], dict[str, Any]], None],
-) -> tuple[float, list[str]]:
+) -> tuple[Score, list[str]]:
     """Evaluate a member alone as :func:`.alone.score` does, and note the arguments of calls of the model."""
     return _Noting(population, note).score(function, index, generators)
 
@@ -166,11 +167,9 @@ class _Replay(_Alone):
             torch.set_num_threads(threads)
         if self._at < len(self._record.calls):
             return f"member {{member}} called the model more often than when it is evaluated by itself: {SHARED}"
-        if score != self._record.score and not (score != score and self._record.score != self._record.score):
-            return (
-                f"member {{member}} earned {self._record.score!r}, and {score!r} when it is evaluated by itself, from"
-                f" the same outputs of the model: {SHARED}"
-            )
+        earned = _earned(self._record.score, score)
+        if earned is not None:
+            return f"member {{member}} {earned} when it is evaluated by itself, from the same outputs of the model: {SHARED}"
         return None
 
     def call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -225,6 +224,20 @@ class _Differentiable(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[None, None]:
         return None, None
+
+
+def _earned(score: Score | None, alone: Score) -> str | None:
+    """Return what a member earned together with others, and alone, if these differ."""
+    scores, own = (value if isinstance(value, tuple) else (value,) for value in (score, alone))
+    if isinstance(score, tuple) != isinstance(alone, tuple) or len(scores) != len(own):
+        counts = [[len(value)] if isinstance(value, tuple) else [] for value in (score, alone)]
+        return f"earned {described(counts[0])}, and {described(counts[1])}"
+    for task, (one, other) in enumerate(zip(scores, own, strict=True)):
+        # NaN is the same as NaN.
+        if one != other and not (one != one and other != other):
+            where = f" in task {task}" if len(own) > 1 else ""
+            return f"earned {one!r}{where}, and {other!r}"
+    return None
 
 
 def _same(one: Any, other: Any) -> bool:

@@ -24,10 +24,12 @@ from .findings import Findings
 from .learning import Learner, discard_statistics
 from .randomness import Source, keyed, sources
 from .record import Record
-from .scores import to_score, to_scores
+from .scores import Score, described, to_score, to_scores
 
 F = TypeVar("F", bound=Callable[..., Any])
 Coalesce = bool | Literal["unchecked"]
+
+SAME_TASKS = "all members of a generation must be scored on the same tasks"
 
 # Seconds that an evaluation waits for one in another thread before it says so.
 _LONG_WAIT = 10.0
@@ -41,7 +43,8 @@ def batched(fitness_fn: Callable[..., Any] | None = None, *, check: bool = True)
     """Mark a fitness function as written for a whole population.
 
     It is called with a :class:`~eggroll_trainer.Population` of ``N`` members (a chunk of the population) and returns
-    ``N`` scores, ``[N]``; higher is better.
+    ``N`` scores, ``[N]``, or ``[N, K]`` with a column for each of ``K`` tasks, such as prompts or episodes; higher is
+    better.
 
     Args:
         fitness_fn: The function.
@@ -81,7 +84,7 @@ class Scored(NamedTuple):
     """What an evaluation gave.
 
     Attributes:
-        scores: ``[N]`` in float64.
+        scores: ``[N]`` in float64, or ``[N, K]`` for ``K`` tasks.
         statistics: What it has shown to a function that learns along the way, or None.
         alone: Why the members must be evaluated alone instead, if this has been found out; the scores mean nothing.
     """
@@ -182,7 +185,7 @@ class Evaluation:
             found = self._difference(index, record)
             if found is not None:
                 return self._refused(found)
-        return Scored(torch.tensor(scores, dtype=torch.float64, device="cpu"), statistics)
+        return Scored(self._table(scores), statistics)
 
     def _alone(self) -> Scored:
         scores = []
@@ -190,12 +193,30 @@ class Evaluation:
         with together.Watch(self.findings.alone == together.DEADLOCK) as watch:
             for watch.turns in range(len(self.population)):
                 scores.append(self._score_alone(watch.turns))
-        return Scored(torch.tensor(scores, dtype=torch.float64, device="cpu"), self._statistics())
+        return Scored(self._table(scores), self._statistics())
 
-    def _score(self, model: nn.Module) -> float:
+    def _table(self, scores: Sequence[Score]) -> Tensor:
+        """Return the scores of the members, ``[N]`` or ``[N, K]``.
+
+        Raises:
+            ValueError: They are of different numbers of tasks.
+        """
+        tasks = [(len(score),) if isinstance(score, tuple) else () for score in scores]
+        odd = next((index for index, own in enumerate(tasks) if own != tasks[0]), None)
+        if odd is not None:
+            first = self.population.first
+            error = ValueError(
+                f"the fitness function returned {described(tasks[0])} for member {first} and {described(tasks[odd])}"
+                f" for member {first + odd}: {SAME_TASKS}"
+            )
+            self._annotate(error, f"member {first + odd}")
+            raise error
+        return torch.tensor(scores, dtype=torch.float64, device="cpu")
+
+    def _score(self, model: nn.Module) -> Score:
         return to_score(self.fitness_fn(model))
 
-    def _score_alone(self, index: int) -> float:
+    def _score_alone(self, index: int) -> Score:
         try:
             if self.findings.sample is None and index == 0 and not _is_scripted(self.population.model):
                 value, changed = evaluate_noting(

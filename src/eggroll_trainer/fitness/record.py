@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .._torch import tree_flatten, tree_map, tree_unflatten
+from .scores import Score
 
 _ALIGNMENT = 64
 
@@ -46,7 +47,7 @@ class Record:
     def __init__(self) -> None:
         self.calls: list[RecordedCall] = []
         self.threads = torch.get_num_threads()
-        self.score: float | None = None
+        self.score: Score | None = None
 
     def begin(self, module: nn.Module, leaves: list[Any], spec: Any) -> RecordedCall:
         """Note a call, with copies of its arguments."""

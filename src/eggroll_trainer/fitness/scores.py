@@ -4,29 +4,36 @@ from __future__ import annotations
 
 import dataclasses
 import numbers
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+# Of one model: a number, or one for each of several tasks.
+Score = float | tuple[float, ...]
+
 _EXPECTED = "a float, a 0-d tensor or a NumPy scalar (higher is better)"
 
 
-def to_score(value: Any) -> float:
-    """Return the fitness of one model as a float.
+def to_score(value: Any) -> Score:
+    """Return the fitness of one model: a float, or one for each of ``K ≥ 2`` tasks from an array ``[K]``.
 
     Raises:
-        TypeError: ``value`` is not a number.
-        ValueError: ``value`` is an array of more than a number.
+        TypeError: ``value`` is not a number, nor an array of numbers.
+        ValueError: ``value`` is an array of another shape.
     """
     if type(value) is float:
         return value
     if isinstance(value, (Tensor, np.ndarray)):
+        if value.ndim == 1 and len(value) > 1:
+            return _of_tasks(value)
         if value.ndim != 0:
             raise ValueError(
                 f"the fitness function must return {_EXPECTED}, got a {type(value).__name__} of shape"
-                f" {list(value.shape)}; reduce it, for example with .mean()"
+                f" {list(value.shape)}; reduce it, for example with .mean(), or return one score for each of two or"
+                " more tasks, [K]"
             )
         value = value.item()
     if value is None:
@@ -37,8 +44,26 @@ def to_score(value: Any) -> float:
     raise TypeError(f"the fitness function must return {_EXPECTED}, got {type(value).__name__} {value!r}")
 
 
+def _of_tasks(value: Tensor | np.ndarray[Any, Any]) -> tuple[float, ...]:
+    scores = value.tolist()
+    if not all(isinstance(score, numbers.Real) for score in scores):
+        raise TypeError(f"the fitness function must return real numbers, got a {type(value).__name__} of {value.dtype}")
+    return tuple(map(float, scores))
+
+
+def mean_over_tasks(scores: Score | Tensor | np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Return the mean fitness over tasks, ``[..., K] → [...]``; a single number is its own."""
+    values = np.atleast_1d(np.asarray(scores, np.float64))
+    with np.errstate(over="ignore", invalid="ignore"):
+        means = values.mean(-1)
+        # The sum of huge scores overflows, their mean does not.
+        return np.where(np.isfinite(means), means, (values / values.shape[-1]).sum(-1))
+
+
 def to_scores(value: Any, count: int) -> Tensor:
-    """Return what a batched fitness function gave for ``count`` members as ``[count]`` in float64.
+    """Return what a batched fitness function gave for ``count`` members in float64: ``[count]``, or ``[count, K]``.
+
+    A single column ``[count, 1]`` is the same as none.
 
     Raises:
         TypeError: ``value`` is not an array of numbers.
@@ -51,15 +76,37 @@ def to_scores(value: Any, count: int) -> Tensor:
         scores = torch.as_tensor(value, dtype=dtype, device="cpu")
     except (TypeError, ValueError, RuntimeError):
         raise TypeError(f"{expected}, a tensor of shape [{count}]; got {type(value).__name__} {value!r}") from None
-    if scores.shape != (count,):
-        raise ValueError(f"{expected}, a tensor of shape [{count}]; got shape {list(scores.shape)}")
     if scores.is_complex():
         raise TypeError(f"{expected}, real numbers; got {scores.dtype}")
-    return scores.detach().double()
+    if not is_table(scores, count):
+        raise ValueError(
+            f"{expected}, a tensor of shape [{count}], or [{count}, K] for K tasks; got shape {list(scores.shape)}"
+        )
+    return without_single_column(scores.detach().double())
+
+
+def is_table(scores: Tensor, count: int) -> bool:
+    """Return whether the scores are ``[count]``, or ``[count, K]`` with at least one column."""
+    return scores.shape == (count,) or (scores.ndim == 2 and len(scores) == count and scores.shape[1] > 0)
+
+
+def without_single_column(scores: Tensor) -> Tensor:
+    """Return ``[n, 1]`` as ``[n]``, so that one task is the same as none; other scores as they are."""
+    return scores[:, 0] if scores.shape[1:] == (1,) else scores
+
+
+def described(tasks: Sequence[int]) -> str:
+    """Return in words what a member has whose scores have these further dimensions.
+
+    Example:
+        >>> described([]), described([3])
+        ('a single score', '3 scores')
+    """
+    return f"{tasks[0]} scores" if tasks else "a single score"
 
 
 def packed(scores: Tensor) -> np.ndarray[Any, Any]:
-    """Return scores ``[n]`` in float32 if they lose nothing by it, as most come from such tensors, else in float64.
+    """Return scores in float32 if they lose nothing by it, as most come from such tensors, else in float64.
 
     Example:
         >>> packed(torch.tensor([0.5, float("nan")], dtype=torch.float64)).dtype.name
@@ -92,47 +139,59 @@ class CheckedScores:
     """The scores of one generation.
 
     Attributes:
-        values: ``[N]`` in float64, finite: NaN and ±inf are replaced by the worst finite score of their group.
-        num_nonfinite: How many were replaced.
-        num_tied: How many members share their score with another one.
-        best: Index of the member with the highest score; one whose own score is finite.
+        values: ``[N]``, or ``[N, K]`` for the tasks that have any finite score, in float64 and finite: NaN and ±inf are
+            replaced by the worst finite score of their task and group.
+        means: ``[N]``, the mean of each member over the tasks.
+        num_nonfinite: How many scores were not finite.
+        num_tied: How many members share their mean with another one.
+        best: Index of the member with the highest mean; one with a finite score of its own.
     """
 
     values: Tensor
+    means: Tensor
     num_nonfinite: int
     num_tied: int
     best: int
 
 
 def check_scores(scores: Tensor, generation: int, group_size: int = 0) -> CheckedScores:
-    """Replace scores that are not finite by the worst finite one of their group.
+    """Replace scores that are not finite by the worst finite one of their group, in each task on its own.
 
     In a group without a finite score they become the worst of the generation: no member of it is better than another.
+    A task without a finite score in the whole generation is left out.
 
     Args:
-        scores: ``[N]``.
+        scores: ``[N]``, or ``[N, K]`` with a column for each task.
         generation: Its index, counted from 1.
         group_size: Members in a group; 0 for one group of all.
 
     Raises:
         ValueError: No score is finite.
     """
-    values = scores.double().numpy()
-    finite = np.isfinite(values)
-    if not finite.any():
+    count = len(scores)
+    table = scores.double().numpy().reshape(count, -1)
+    finite = np.isfinite(table)
+    num_nonfinite = int((~finite).sum())
+    if num_nonfinite == finite.size:
         raise ValueError(
-            f"no member of generation {generation} has a finite fitness (NaN or inf from all {len(scores)});"
+            f"no member of generation {generation} has a finite fitness (NaN or inf from all {count});"
             " the parameters were not changed. Lower sigma or learning_rate, or mend the fitness function."
         )
-    groups = np.where(finite, values, np.inf).reshape(-1, group_size or len(values))
+    judged = finite.any(0)
+    table, finite = table[:, judged], finite[:, judged]
+    groups = np.where(finite, table, np.inf).reshape(-1, group_size or count, table.shape[1])
     worst = groups.min(1, keepdims=True)
-    worst = np.where(np.isfinite(worst), worst, values[finite].min())
-    values = np.where(np.isfinite(groups), groups, worst).reshape(-1)
-    ordered = np.sort(values)
+    worst = np.where(np.isfinite(worst), worst, groups.min((0, 1)))
+    table = np.where(np.isfinite(groups), groups, worst).reshape(count, -1)
+    means = mean_over_tasks(table)
+    ordered = np.sort(means)
     same = ordered[1:] == ordered[:-1]
     tied = np.append(same, False) | np.append(False, same)
-    best = int(np.where(finite, values, -np.inf).argmax())
-    return CheckedScores(torch.from_numpy(values), int((~finite).sum()), int(tied.sum()), best)
+    # Of equal ones the first of those who failed least.
+    eligible = np.where(finite.any(1), means, -np.inf)
+    best = int(np.where(eligible == eligible.max(), finite.sum(1), -1).argmax())
+    values = torch.from_numpy(table if scores.ndim > 1 else means)
+    return CheckedScores(values, torch.from_numpy(means), num_nonfinite, int(tied.sum()), best)
 
 
 def metrics_of(
@@ -147,8 +206,8 @@ def metrics_of(
         learning_rate: Of the first parameter group.
         sigma: Of the first parameter group.
     """
-    fitness = scores.values.max().item()
-    mean, std = scores.values.mean().item(), scores.values.std(correction=0).item()
+    fitness = scores.means.max().item()
+    mean, std = scores.means.mean().item(), scores.means.std(correction=0).item()
     values = (
         *(generation, fitness, mean, std, max(fitness, best_fitness), 0.0),
         *(scores.num_nonfinite, scores.num_tied, learning_rate, sigma),

@@ -1,7 +1,8 @@
 """Shaping: from the scores of a population to the weights of its perturbations.
 
 A shaper is any callable ``[n] → [n]`` in float64; it is applied to each group of members on its own. Those here also
-take many groups at once, ``[..., n] → [..., n]``.
+take many groups at once, ``[..., n] → [..., n]``. How members with a score for each of several tasks are shaped,
+:func:`shape` says.
 """
 
 from __future__ import annotations
@@ -27,11 +28,21 @@ def zscore(scores: Tensor) -> Tensor:
         >>> zscore(torch.tensor([1.0, 2.0, 1.0, 2.0])).tolist()
         [-1.0, 1.0, -1.0, 1.0]
     """
-    centred = scores - scores.mean(-1, keepdim=True)
+    return _zscore_of_tasks(scores.unsqueeze(-2))
+
+
+def _zscore_of_tasks(scores: Tensor) -> Tensor:
+    """Return ``mean_k(f_k - mean(f_k)) / std`` over tasks ``k``, ``[..., K, n] → [..., n]``.
+
+    ``std`` is that of all ``K·n`` scores, each centred on the mean of its task.
+    """
+    equal = (scores == scores[..., :1]).all(-1, keepdim=True)
+    # By rounding, the mean of equal numbers may be another one.
+    centred = torch.where(equal, 0.0, scores - scores.mean(-1, keepdim=True))
     # Scaled first, so that tiny or huge scores neither vanish nor overflow when squared.
-    centred = centred / centred.abs().amax(-1, keepdim=True)
-    weights = centred / centred.square().mean(-1, keepdim=True).sqrt()
-    return torch.where((scores == scores[..., :1]).all(-1, keepdim=True), 0.0, weights)
+    centred = centred / centred.abs().amax((-2, -1), keepdim=True)
+    spread = centred.square().mean((-2, -1), keepdim=True).sqrt()
+    return torch.where(equal.all(-2), 0.0, (centred / spread).mean(-2))
 
 
 def centered_ranks(scores: Tensor) -> Tensor:
@@ -127,17 +138,41 @@ def _code_bytes(code: types.CodeType) -> bytes:
 
 
 def shape(scores: Tensor, shaper: Shaper, group_size: int = 0) -> Tensor:
-    """Return the weight of each member's perturbation.
+    """Return the weight of each member's perturbation, ``[N]``.
+
+    With a score for each of ``K`` tasks, every task is shaped over the members (of a group) by itself, and a member's
+    weight is its mean over the tasks: of its ranks for ``"centered_ranks"``, of its pair's signs for
+    ``"antithetic_sign"``, of its scores for ``"raw"``, of what a callable returns for each task's scores ``[n]``.
+    Z-scores alone look at all tasks of a group at once: ``w = mean_k(f_k - mean(f_k)) / std``, where ``std`` is that of
+    all centred scores. A task in which members hardly differ then counts for little; a z-score of its own would make
+    it count as much as any other.
 
     Args:
-        scores: Finite scores ``[N]``.
+        scores: Finite scores ``[N]``, or ``[N, K]``.
         shaper: What to apply to each group.
         group_size: Members in a group; 0 for one group of all.
 
     Raises:
         ValueError: The shaper returned something other than one finite number for each score.
+
+    References:
+        "Evolution Strategies at the Hyperscale", arXiv 2511.16652, on language models: the mean of each prompt is
+        subtracted, and all are divided by the global standard deviation.
     """
-    groups = scores.double().view(-1, group_size or len(scores))
+    count = group_size or len(scores)
+    groups = scores.double().view(-1, count, *scores.shape[1:])
+    if scores.ndim == 1:
+        return _of_groups(groups, shaper)
+    # [G, K, n]
+    tasks = groups.mT
+    if shaper is zscore:
+        return _zscore_of_tasks(tasks).view(-1)
+    weights = _of_groups(tasks.reshape(-1, count), shaper)
+    return weights.view(-1, scores.shape[1], count).mean(1).view(-1)
+
+
+def _of_groups(groups: Tensor, shaper: Shaper) -> Tensor:
+    """Return the weights of groups ``[G, n]``, one group after the other, ``[G·n]``."""
     if shaper in SHAPERS.values():
         return shaper(groups).view(-1)
     weights = []

@@ -24,7 +24,7 @@ from ..distributed import Chunk, Engine, Outcome, local_device, make_engine
 from ..fitness import thread_modes
 from ..fitness.evaluate import Coalesce, is_batched
 from ..fitness.learning import learner, merged
-from ..fitness.scores import check_scores, metrics_of, to_score, to_scores
+from ..fitness.scores import check_scores, mean_over_tasks, metrics_of, to_score, to_scores
 from ..perturbation.sample import wide_dtype
 from ..population import Population, WholePopulation
 from ..population.forward import Forwards
@@ -53,8 +53,9 @@ class ESTrainer(RunState, OptimizerFace, torch.optim.Optimizer, ABC):
             with ``requires_grad=False`` is neither perturbed nor updated, until it is freed; what is set between two
             generations holds from the next one on.
         model: The module to train.
-        fitness_fn: From a module to its fitness, higher is better: a float, a 0-d tensor or a NumPy scalar. If
-            marked with :func:`eggroll_trainer.batched`, from a :class:`~eggroll_trainer.Population` to ``[N]``.
+        fitness_fn: From a module to its fitness, higher is better: a float, a 0-d tensor or a NumPy scalar; or a tensor
+            or array ``[K]``, ``K ≥ 2``, with a score for each of several tasks, such as prompts or episodes. If marked
+            with :func:`eggroll_trainer.batched`, from a :class:`~eggroll_trainer.Population` to ``[N]`` or ``[N, K]``.
         population_size: ``N``, how many models are evaluated in a generation.
         learning_rate: Step size; ``param_groups[i]["lr"]``.
         sigma: Standard deviation of the perturbations; ``param_groups[i]["sigma"]``.
@@ -215,8 +216,8 @@ class ESTrainer(RunState, OptimizerFace, torch.optim.Optimizer, ABC):
 
         Args:
             perturbations: ``[N, D]``, as they were sampled.
-            fitnesses: ``[N]`` in float64, finite, higher is better. Products with tensors of another dtype are taken in
-                the wider one.
+            fitnesses: ``[N]`` in float64, finite, higher is better; means over tasks where members have several scores.
+                Products with tensors of another dtype are taken in the wider one.
 
         Returns:
             ``[D]``.
@@ -277,7 +278,8 @@ class ESTrainer(RunState, OptimizerFace, torch.optim.Optimizer, ABC):
             Metrics: ``generation`` (counted from 1), ``fitness`` (of the generation's best member),
             ``mean_fitness``, ``std_fitness``, ``best_fitness`` (so far), ``update_norm`` (length of the step),
             ``num_nonfinite`` (scores that were NaN or inf and counted as the worst finite one), ``num_tied`` (members
-            who share their score), ``learning_rate`` and ``sigma``.
+            who share their fitness), ``learning_rate`` and ``sigma``. A member's fitness is its mean over the tasks,
+            where it has a score for each of several.
 
         Raises:
             ValueError: No member has a finite fitness.
@@ -330,8 +332,8 @@ class ESTrainer(RunState, OptimizerFace, torch.optim.Optimizer, ABC):
         Of several processes all must be told the same.
 
         Args:
-            scores: ``[N]``, higher is better; NaN for a member whose evaluation failed, who counts as the worst. With
-                ``members``, one for each of them.
+            scores: ``[N]``, or ``[N, K]`` with a column for each of ``K`` tasks; higher is better. NaN for what failed,
+                which counts as the worst of its task. With ``members``, one or a row for each of them.
             members: Indices of the members that the scores are of, in any order; all if None. What was told of others
                 is kept, also by :meth:`save`.
 
@@ -340,7 +342,8 @@ class ESTrainer(RunState, OptimizerFace, torch.optim.Optimizer, ABC):
 
         Raises:
             RuntimeError: The generation was not asked for.
-            ValueError: A score or member too many, or settings that members depend on have changed since :meth:`ask`.
+            ValueError: A score or member too many, scores of different numbers of tasks, or settings that members
+                depend on have changed since :meth:`ask`.
         """
         if self._asked is None:
             raise RuntimeError("tell() without ask(): ask for the members of the generation first")
@@ -431,15 +434,16 @@ class ESTrainer(RunState, OptimizerFace, torch.optim.Optimizer, ABC):
     def evaluate_fitness(self, model: nn.Module) -> float:
         """Return the fitness of one model, such as ``trainer.model`` or ``trainer.get_best_model()``.
 
-        A subclass may override it; members are then scored by the subclass's.
+        Where it has a score for each of several tasks, this is their mean. A subclass may override it; members are then
+        scored by the subclass's.
 
         Raises:
             TypeError: The fitness function does not return a number.
             ValueError: It returns an array of the wrong shape.
         """
         if not is_batched(self.fitness_fn):
-            return to_score(self.fitness_fn(model))
-        return float(to_scores(self.fitness_fn(Population.of(model)), 1)[0])
+            return float(mean_over_tasks(to_score(self.fitness_fn(model))))
+        return float(mean_over_tasks(to_scores(self.fitness_fn(Population.of(model)), 1)[0]))
 
     def get_best_model(self) -> nn.Module:
         """Return a new module with the weights of the best member seen so far, the ones that earned its score.
@@ -578,17 +582,19 @@ class ESTrainer(RunState, OptimizerFace, torch.optim.Optimizer, ABC):
         checked = check_scores(scores, self.generation + 1, settings.group_size)
         if checked.num_nonfinite:
             whose = "group" if settings.group_size else "generation"
+            if scores.ndim > 1:
+                whose += " and task, and a task without any is left out"
             self._warn_once(
-                f"a fitness that is not finite counts as the worst finite one of its {whose}; see num_nonfinite in"
-                " the metrics",
+                f"a fitness that is not finite counts as the worst finite one of its {whose}; see num_nonfinite in the"
+                " metrics",
             )
         with delayed_interrupt(), thread_modes.neutral():
             improved = (
                 self._member_parameters(checked.best)
-                if float(checked.values[checked.best]) > self.best_fitness
+                if float(checked.means[checked.best]) > self.best_fitness
                 else None
             )
-            gradient = self._method.gradient(checked.values)
+            gradient = self._method.gradient(checked)
             learning_rates = [group["lr"] for group in self.param_groups]
             metrics = metrics_of(checked, self.generation + 1, self.best_fitness, self.learning_rate, self.sigma)
             learnt = None if improved is None else self._learnt()

@@ -31,8 +31,10 @@ class EGGROLLTrainer(KeyedESTrainer):
         params: Parameters to train, as ``torch.optim`` takes them: ``model.parameters()``, or groups with their own
             ``lr``, ``sigma`` and ``rank``. All of the model's if None; those left out stay frozen.
         model: The module to train.
-        fitness_fn: From a module to its fitness, higher is better: a float, a 0-d tensor or a NumPy scalar. If marked
-            with :func:`eggroll_trainer.batched`, from a :class:`~eggroll_trainer.Population` to ``[N]``.
+        fitness_fn: From a module to its fitness, higher is better: a float, a 0-d tensor or a NumPy scalar; or a tensor
+            or array ``[K]``, ``K ≥ 2``, with a score for each of several tasks, such as prompts or episodes. If marked
+            with :func:`eggroll_trainer.batched`, from a :class:`~eggroll_trainer.Population` to ``[N]`` or ``[N, K]``.
+            Return the tasks apart where some are harder than others: each is compared among the members by itself.
         population_size: ``N``, how many models are evaluated in a generation; divisible by ``noise_reuse`` and
             ``group_size``. As many as you can afford: the direction's error falls like ``1/√N`` until ``N`` reaches
             the number of weights. 256 is a fair start for small networks.
@@ -51,7 +53,8 @@ class EGGROLLTrainer(KeyedESTrainer):
         freeze_nonlora: Perturb and update matrices only; biases and other vectors stay as they are.
         shaping: ``"zscore"``; ``"centered_ranks"`` where scores have outliers; ``"antithetic_sign"`` with
             ``noise_reuse=2``, where only the better of a pair counts; ``"raw"``; or a callable from the scores of a
-            group, ``[n]`` in float64, to their weights.
+            group, ``[n]`` in float64, to their weights. Tasks are shaped one by one, and their weights averaged;
+            z-scores share one standard deviation.
         noise: Distribution of the factors, ``"gaussian"`` or ``"rademacher"`` (±1), which is quicker to draw.
         optimizer: What takes the step: a ``torch.optim`` class or another factory ``(params, lr=…)`` of a
             ``torch.optim.Optimizer``. It gets ``-Δθ`` as gradient. ``torch.optim.SGD`` if None.

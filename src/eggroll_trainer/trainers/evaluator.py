@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,8 +12,9 @@ from .._utils.interrupts import delayed_interrupt
 from .._utils.memory import is_out_of_memory
 from ..distributed import Chunk, Outcome
 from ..fitness import thread_modes
-from ..fitness.evaluate import Evaluation, Scored
+from ..fitness.evaluate import SAME_TASKS, Evaluation, Scored
 from ..fitness.learning import discard_statistics
+from ..fitness.scores import described
 from ..population import Population
 from .trainable import kept_frozen
 
@@ -56,7 +58,7 @@ class Evaluator:
         ]
 
     def evaluate_all(self) -> tuple[Tensor, list[Tensor]]:
-        """Return the fitness of all members, ``[N]``, and what each chunk has shown to a fitness function that learns.
+        """Return the scores of all members, ``[N]`` or ``[N, K]``, and what a fitness function that learns has seen.
 
         If memory runs out, the chunks become smaller; if members turn out to have to be evaluated alone, all are.
         """
@@ -71,7 +73,7 @@ class Evaluator:
                     trainer._warn_once(message, kind)
                 if alone is None:
                     statistics = [outcome.statistics for outcome in outcomes if outcome.statistics is not None]
-                    return torch.cat([outcome.scores for outcome in outcomes]), statistics
+                    return self._joined(chunks, [outcome.scores for outcome in outcomes]), statistics
             except Exception as error:
                 if not is_out_of_memory(error) or trainer.chunk_size is not None or size == trainer._method.unit:
                     raise
@@ -86,6 +88,16 @@ class Evaluator:
                 trainer._warn_once(f"memory ran out with {size} members at a time: half as many from now on", "memory")
             with delayed_interrupt(), thread_modes.neutral():
                 trainer._method.begin_generation()
+
+    def _joined(self, chunks: Sequence[Chunk], scores: Sequence[Tensor]) -> Tensor:
+        first = scores[0].shape[1:]
+        for chunk, own in zip(chunks, scores, strict=True):
+            if own.shape[1:] != first:
+                raise ValueError(
+                    f"in generation {self.trainer.generation + 1} the fitness function returned {described(first)} for"
+                    f" each of {chunks[0]} and {described(own.shape[1:])} for each of {chunk}: {SAME_TASKS}"
+                )
+        return torch.cat(list(scores))
 
     def evaluate_chunk(self, chunk: Chunk) -> Outcome:
         """Evaluate some members of the current generation in this process: for engines."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .._utils import validation
 from ..distributed import Engine
 from ..fitness.evaluate import Coalesce
+from ..fitness.scores import CheckedScores
 from ..fitness.shaping import Shaper, get_shaper, shape, shaper_name
 from ..noise.keys import Noise, NoiseKind, check_noise_kind
 from ..perturbation.sample import ParameterSpec, Perturbations, effective_rank, sample
@@ -58,11 +59,11 @@ class Keyed(Method):
             self._kept[start] = perturbations
         return perturbations
 
-    def gradient(self, scores: Tensor) -> dict[str, Tensor]:
+    def gradient(self, scores: CheckedScores) -> dict[str, Tensor]:
         """Return the negated update."""
         trainer = self.trainer
         # Negated here, where it costs nothing.
-        weights = -shape(scores, trainer._shaper, trainer.group_size) / trainer.population_size**0.5
+        weights = -shape(scores.values, trainer._shaper, trainer.group_size) / trainer.population_size**0.5
         total = weighted_sum(
             trainer._evaluator.chunks(), weights, self.perturbations, self.specs, self.unit, trainer.engine
         )
@@ -174,7 +175,7 @@ class KeyedESTrainer(ESTrainer):
 
         Args:
             perturbations: ``[N, D]``.
-            fitnesses: ``[N]``.
+            fitnesses: ``[N]``, or ``[N, K]`` for ``K`` tasks.
 
         Returns:
             ``[D]``.
@@ -184,12 +185,11 @@ class KeyedESTrainer(ESTrainer):
 
     def _make_method(self) -> Method:
         cls = type(self)
+        own_update = cls.compute_update is not KeyedESTrainer.compute_update
         # A user's subclass that overrides one of the dense methods gets the dense path.
-        dense = (
-            cls.sample_perturbations is not KeyedESTrainer.sample_perturbations
-            or cls.compute_update is not KeyedESTrainer.compute_update
-        )
-        return Sampled(self) if dense else Keyed(self)
+        if own_update or cls.sample_perturbations is not KeyedESTrainer.sample_perturbations:
+            return Sampled(self, takes_tasks=not own_update)
+        return Keyed(self)
 
     def _rank(self, group: dict[str, Any]) -> int | None:
         """Return the rank of a group's perturbations; None for full rank."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .._utils import validation
+from ..fitness.scores import CheckedScores
 from ..noise.keys import forked_rng
 from ..perturbation.sample import Draws, FullRankDraws, ParameterSpec, Perturbations, wide_dtype
 from ..update.products import promoted_products
@@ -37,8 +38,8 @@ class Method(ABC):
         """Return the perturbations of members ``first, …, first + count - 1``."""
 
     @abstractmethod
-    def gradient(self, scores: Tensor) -> dict[str, Tensor]:
-        """Return ``-Δθ`` for every trained parameter, in new tensors, from the finite scores ``[N]``."""
+    def gradient(self, scores: CheckedScores) -> dict[str, Tensor]:
+        """Return ``-Δθ`` for every trained parameter, in new tensors."""
 
     @property
     @abstractmethod
@@ -52,10 +53,16 @@ class Method(ABC):
 
 
 class Sampled(Method):
-    """The two methods over flat tensors that a subclass of :class:`~eggroll_trainer.ESTrainer` writes."""
+    """The two methods over flat tensors that a subclass of :class:`~eggroll_trainer.ESTrainer` writes.
 
-    def __init__(self, trainer: Any) -> None:
+    Args:
+        trainer: The trainer that holds it.
+        takes_tasks: Whether ``compute_update`` takes scores ``[N, K]`` of several tasks; else it gets their mean.
+    """
+
+    def __init__(self, trainer: Any, takes_tasks: bool = False) -> None:
         super().__init__(trainer)
+        self._takes_tasks = takes_tasks
         self._sampled: Tensor | None = None
 
     def restart(self) -> None:
@@ -86,18 +93,19 @@ class Sampled(Method):
             draws[name] = FullRankDraws(values, spec, one.to(parameter.device))
         return Perturbations(draws, one, count)
 
-    def gradient(self, scores: Tensor) -> dict[str, Tensor]:
+    def gradient(self, scores: CheckedScores) -> dict[str, Tensor]:
         """Return the negated update."""
         assert self._sampled is not None
         trainer = self.trainer
         sampled, self._sampled = self._sampled, None
         # Not every device has float64.
-        scores = scores.to(sampled.device, torch.float32 if sampled.device.type == "mps" else torch.float64)
+        dtype = torch.float32 if sampled.device.type == "mps" else torch.float64
+        fitnesses = (scores.values if self._takes_tasks else scores.means).to(sampled.device, dtype)
         with (
             forked_rng(trainer.seed, trainer.generation, "compute_update", device=trainer.device),
             promoted_products(),
         ):
-            update = trainer.compute_update(sampled, scores)
+            update = trainer.compute_update(sampled, fitnesses)
         validation.check_flat("compute_update", update, (len(trainer._centre),))
         gradient = trainer._centre.unflatten(-update)
         return {name: gradient[name] for name in trainer._trained}

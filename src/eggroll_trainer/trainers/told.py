@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from .._utils.validation import check_int
+from ..fitness.scores import described, is_table, without_single_column
 
 
 class Told:
@@ -18,7 +19,7 @@ class Told:
         settings: What the members depend on, in plain form.
 
     Attributes:
-        scores: ``[N]`` in float64, NaN for those who have none.
+        scores: ``[N]``, or ``[N, K]`` for ``K`` tasks, in float64; NaN for those who have none.
         known: ``[N]``, who has been told of.
     """
 
@@ -50,7 +51,8 @@ class Told:
 
         Raises:
             TypeError: Scores are not numbers, or members not integers.
-            ValueError: There are not as many scores as members, or there is no such member.
+            ValueError: There are not as many scores as members, there is no such member, or the scores are of another
+                number of tasks than those that are kept.
         """
         size = len(self.scores)
         chosen = list(range(size)) if members is None else [check_int("members", member, 0) for member in members]
@@ -65,10 +67,22 @@ class Told:
             raise TypeError(f"scores must be numbers, [{len(chosen)}], got {type(scores).__name__}") from None
         if values.is_complex():
             raise TypeError(f"scores must be real numbers, got {values.dtype}")
-        if values.shape != (len(chosen),):
-            raise ValueError(f"expected one score for each of {len(chosen)} members, got shape {list(values.shape)}")
+        if not is_table(values, len(chosen)):
+            raise ValueError(
+                f"expected one score for each of {len(chosen)} members, or [{len(chosen)}, K] for K tasks, got shape"
+                f" {list(values.shape)}"
+            )
+        values = without_single_column(values.double())
         told = Told(size, self.settings)
-        told.scores, told.known = self.scores.clone(), self.known.clone()
-        told.scores[chosen] = values.double()
         told.known[chosen] = True
+        kept = self.known & ~told.known
+        if kept.any() and values.shape[1:] != self.scores.shape[1:]:
+            raise ValueError(
+                f"got {described(values.shape[1:])} for each member, and others were told"
+                f" {described(self.scores.shape[1:])} each: all members of a generation must be scored on the same"
+                " tasks; one that failed has NaN in each"
+            )
+        told.scores = torch.full((size, *values.shape[1:]), torch.nan, dtype=torch.float64, device="cpu")
+        told.scores[kept], told.scores[chosen] = self.scores[kept], values
+        told.known |= self.known
         return told

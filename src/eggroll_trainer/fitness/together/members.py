@@ -29,6 +29,7 @@ from .. import thread_modes, turns
 from ..findings import Findings
 from ..randomness import Source, TorchSource, keyed, seed_all
 from ..record import Record, copies, describe
+from ..scores import Score
 from . import workers
 from .deadlock import Deadlock, Watch
 from .model import Holding, SharedModel
@@ -78,13 +79,13 @@ class _Again(Exception):
 
 def scores(
     population: Population,
-    function: Callable[[nn.Module], float],
+    function: Callable[[nn.Module], Score],
     *,
     findings: Findings,
     warned: Warned,
     generators: Sequence[Source],
     records: Mapping[int, Record],
-) -> list[float]:
+) -> list[Score]:
     """Return the fitness of every member, evaluated together.
 
     Args:
@@ -156,7 +157,7 @@ class _Evaluation:
     def __init__(
         self,
         population: Population,
-        function: Callable[[nn.Module], float],
+        function: Callable[[nn.Module], Score],
         findings: Findings,
         generators: Sequence[Source],
         records: Mapping[int, Record],
@@ -177,7 +178,7 @@ class _Evaluation:
         # Numbers in the largest tensor that a member was last given; None before the first.
         self._largest: int | None = None
 
-    def run(self, collect: Callable[[], None]) -> list[float]:
+    def run(self, collect: Callable[[], None]) -> list[Score]:
         """Let the members take turns until all have ended, and return what the function returned for each."""
         population = self.population
         with keyed(self._generators, population.seed, population.generation, "evaluation", population.first):
