@@ -19,10 +19,13 @@ from .._torch import tree_leaves, tree_map
 from ..noise.keys import kept_rng
 from ..population import Population
 from ..population.agreement import disagreement, precision
+from ..population.containers import contents, copy_with, is_container
 from ..population.forward import PLAIN_TYPES
 from ..population.interception import Interception, plain_call
+from ..population.opened import objects_in
 from ..population.snapshot import same_bits
 from . import alone, thread_modes
+from .held import History
 from .randomness import Source
 from .record import Record, aligned_copy, copies, describe
 from .scores import Score, described
@@ -126,7 +129,7 @@ class _Recording(_Alone):
         leaves, spec = describe(args, kwargs)
         recorded = self.record.begin(module, copies(leaves), spec)
         result = self.plain(module, args, kwargs)
-        Record.end(recorded, result)
+        self.record.end(recorded, result)
         return result
 
 
@@ -154,6 +157,7 @@ class _Replay(_Alone):
     def __init__(self, population: Population, record: Record) -> None:
         super().__init__(population)
         self._record, self._at = record, 0
+        self._held = History()
 
     def run(self, function: Function, index: int, generators: Sequence[Source]) -> str | None:
         """Return how the evaluation differs from the recorded one, or None."""
@@ -169,7 +173,10 @@ class _Replay(_Alone):
             return f"member {{member}} called the model more often than when it is evaluated by itself: {SHARED}"
         earned = _earned(self._record.score, score)
         if earned is not None:
-            return f"member {{member}} {earned} when it is evaluated by itself, from the same outputs of the model: {SHARED}"
+            return (
+                f"member {{member}} {earned} when it is evaluated by itself, from the same outputs of the model:"
+                f" {SHARED}"
+            )
         return None
 
     def call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -182,29 +189,43 @@ class _Replay(_Alone):
         if recorded.module is not module:
             raise _Found(f"{where} called another module than when it is evaluated by itself: {SHARED}")
         leaves, spec = describe(args, kwargs)
-        if spec != recorded.spec or not all(map(_same, leaves, recorded.leaves)):
+        objects = objects_in(leaves)
+        given, held = self._held.follow(recorded.given), contents(objects).tensors()
+        same = spec == recorded.spec and all(map(_same, leaves, recorded.leaves)) and len(given) == len(held)
+        if not same or not all(map(same_bits, given, held)):
             raise _Found(f"{where} was given another input than when it is evaluated by itself: {SHARED}")
         if not recorded.batched:
             return plain_call(module, args, kwargs)
 
         outputs: list[Any] = []
+        # A call changes the objects that it is given, such as caches: further ones are made with copies.
+        spare = copy_with(objects, Tensor.clone)
+        left = self._held.follow(recorded.left)
 
         def call() -> Any:
-            outputs[:] = [self.plain(module, args, kwargs)]
-            return outputs[0]
+            given = objects if not outputs else copy_with(spare, Tensor.clone)
+            own = dict(zip(map(id, objects), given, strict=True))
+            own_args, own_kwargs = tree_map(lambda leaf: own.get(id(leaf), leaf), (args, kwargs))
+            outputs.append(self.plain(module, own_args, own_kwargs))
+            return _compared(outputs[-1]), contents(objects_in([*given, *tree_leaves(outputs[-1])])).tensors()
 
         devices = {leaf.device for leaf in leaves if isinstance(leaf, Tensor)}
         with kept_rng(devices):
-            off = disagreement(self.population.model, call, recorded.result, precision(self.population.model, leaves))
+            eps = precision(self.population.model, leaves)
+            off = disagreement(self.population.model, call, (_compared(recorded.result), left), eps)
         if off is not None:
             raise _Found(
                 f"{where} got an output, computed for several members at once, that is not what the model gives with"
                 f" its weights: {off}"
             )
         torch.set_num_threads(recorded.threads)
-        if any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in tree_leaves(outputs[0])):
-            return tree_map(_Differentiable.of, recorded.result, outputs[0])
-        return recorded.result
+        after = contents(objects_in([*objects, *tree_leaves(outputs[0])]))
+        after.exchange([aligned_copy(tensor) for tensor in left])
+        return tree_map(_handed_back, recorded.result, outputs[0])
+
+
+def _handed_back(recorded: Any, output: Any) -> Any:
+    return output if is_container(recorded) else _Differentiable.of(recorded, output)
 
 
 class _Differentiable(torch.autograd.Function):
@@ -247,6 +268,11 @@ def _same(one: Any, other: Any) -> bool:
         return type(one) is type(other) and (one == other or one != one)
     # Objects of the user's own may be other ones each time.
     return True
+
+
+def _compared(result: Any) -> Any:
+    """Return a result without its objects, of which the tensors are compared."""
+    return tree_map(lambda leaf: None if is_container(leaf) else leaf, result)
 
 
 def _ordinal(number: int) -> str:

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._torch import tree_flatten, tree_map, tree_unflatten
+from .._torch import tree_flatten, tree_leaves, tree_map, tree_unflatten
+from ..population.opened import objects_in
+from .held import Change, History
 from .scores import Score
 
 _ALIGNMENT = 64
@@ -22,7 +24,9 @@ class RecordedCall:
         module: The model, or one of its modules.
         leaves: The leaves of its arguments, tensors as copies.
         spec: Their structure.
+        given: What objects among them, such as caches, held before.
         result: What it returned, if ``batched``.
+        left: What these objects, and those in the result, held after it, if ``batched``.
         batched: Whether it was computed for several members at once. Otherwise the calls of the modules inside follow.
         threads: Number of torch's threads that the function went on with.
     """
@@ -30,7 +34,9 @@ class RecordedCall:
     module: nn.Module
     leaves: list[Any]
     spec: Any
+    given: list[Change]
     result: Any = None
+    left: list[Change] = dataclasses.field(default_factory=list)
     batched: bool = False
     threads: int = 1
 
@@ -45,13 +51,18 @@ class Record:
     """
 
     def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        """Begin again."""
         self.calls: list[RecordedCall] = []
+        self._held = History()
         self.threads = torch.get_num_threads()
         self.score: Score | None = None
 
     def begin(self, module: nn.Module, leaves: list[Any], spec: Any) -> RecordedCall:
         """Note a call, with copies of its arguments."""
-        call = RecordedCall(module, leaves, spec)
+        call = RecordedCall(module, leaves, spec, self._held.note(objects_in(leaves)))
         self.calls.append(call)
         return call
 
@@ -62,10 +73,10 @@ class Record:
             return None
         return (tuple(call.leaves), {}) if isinstance(call.spec, int) else tree_unflatten(call.leaves, call.spec)
 
-    @staticmethod
-    def end(call: RecordedCall, result: Any) -> None:
+    def end(self, call: RecordedCall, result: Any) -> None:
         """Note what a call that was computed for several members has returned."""
         call.result, call.batched = tree_map(aligned_copy, result), True
+        call.left = self._held.note(objects_in([*call.leaves, *tree_leaves(result)]))
         call.threads = torch.get_num_threads()
 
 

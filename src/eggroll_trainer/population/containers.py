@@ -7,7 +7,7 @@ read again after it. The object itself stays the user's own.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +18,9 @@ from .snapshot import is_immutable
 
 # Items that are looked through; what refers to more is part of something larger.
 _LIMIT = 100_000
+
+# What may differ between objects of one structure without being a tensor.
+_VALUES = frozenset([type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device])
 
 # Tensors up to so many numbers are kept as copies, to be put back after a call that has failed.
 _SMALL = 4096
@@ -40,10 +43,10 @@ class Place(NamedTuple):
         """Return its tensors."""
         return [leaf for leaf in tree_leaves(self.container[self.key]) if isinstance(leaf, Tensor)]
 
-    def exchange(self, values: Iterator[Tensor]) -> None:
-        """Put the next tensors in the place of those it holds."""
+    def exchange(self, new: Mapping[int, Tensor]) -> None:
+        """Put other tensors in the place of those it holds, by their ``id``."""
         self.container[self.key] = tree_map(
-            lambda leaf: next(values) if isinstance(leaf, Tensor) else leaf, self.container[self.key]
+            lambda leaf: new[id(leaf)] if isinstance(leaf, Tensor) else leaf, self.container[self.key]
         )
 
 
@@ -77,32 +80,57 @@ class Contents(NamedTuple):
 
     Attributes:
         places: The places of tensors, in a fixed order.
-        containers: The lists and dictionaries that were looked through, with what they held.
+        containers: The lists and dictionaries that were looked through, and how they are reached.
     """
 
     places: list[Place]
-    containers: list[tuple[Any, Any]]
+    containers: list[tuple[Any, tuple[Any, ...]]]
+
+    def _by_identity(self) -> dict[int, tuple[tuple[Any, ...], Tensor]]:
+        found: dict[int, tuple[tuple[Any, ...], Tensor]] = {}
+        for place in self.places:
+            for i, tensor in enumerate(place.tensors()):
+                found.setdefault(id(tensor), ((*place.path, i), tensor))
+        return found
 
     def tensors(self) -> list[Tensor]:
-        """Return the tensors, in the order of the places."""
-        return [tensor for place in self.places for tensor in place.tensors()]
+        """Return the tensors in the order of the places, each once."""
+        return [tensor for _, tensor in self._by_identity().values()]
 
     def paths(self) -> list[tuple[Any, ...]]:
         """Return, for each of the tensors, how it is reached."""
-        return [(*place.path, i) for place in self.places for i in range(len(place.tensors()))]
+        return [path for path, _ in self._by_identity().values()]
 
     def exchange(self, values: Iterable[Tensor]) -> None:
-        """Put other tensors in the place of those that the objects hold."""
-        iterator = iter(values)
+        """Put other tensors in the place of those that the objects hold, in the order of :meth:`tensors`."""
+        new = dict(zip(self._by_identity(), values, strict=True))
         for place in self.places:
-            place.exchange(iterator)
+            place.exchange(new)
+
+    def signature(self) -> tuple[Any, ...]:
+        """Return what objects of equal structure have in common: types, shapes and all values but those of tensors."""
+        tensors = [(path, t.shape, t.dtype, t.device) for path, t in self._by_identity().values()]
+        values = [
+            (path, key, repr(value) if isinstance(value, float) else value)
+            for container, path in self.containers
+            for key, value in _items(container)
+            if type(value) in _VALUES
+        ]
+        return tuple(tensors), tuple(values), tuple(path for _, path in self.containers)
+
+    def take_values_of(self, other: Contents) -> None:
+        """Take over the numbers, strings and the like that other objects of the same structure hold."""
+        for (container, _), (theirs, _) in zip(self.containers, other.containers, strict=True):
+            for key, value in _items(theirs):
+                if type(value) in _VALUES:
+                    container[key] = value
 
 
 def _look(container: Any, path: tuple[Any, ...], seen: set[int], found: Contents) -> None:
     if len(seen) > _LIMIT:
         raise TypeError("refers to too many objects")
-    found.containers.append((container, copy.copy(container)))
-    for key, value in list(container.items() if isinstance(container, dict) else enumerate(container)):
+    found.containers.append((container, path))
+    for key, value in _items(container):
         where = (*path, key)
         if isinstance(value, Tensor):
             found.places.append(Place(container, key, where))
@@ -118,6 +146,10 @@ def _look(container: Any, path: tuple[Any, ...], seen: set[int], found: Contents
                 _look(inside, where, seen, found)
 
 
+def _items(container: Any) -> list[tuple[Any, Any]]:
+    return list(container.items() if isinstance(container, dict) else enumerate(container))
+
+
 class Kept:
     """The state of objects, to be put back after a call that has failed.
 
@@ -126,8 +158,9 @@ class Kept:
     """
 
     def __init__(self, objects: Sequence[Any]) -> None:
-        self._contents = contents(objects)
-        tensors = self._contents.tensors()
+        found = contents(objects)
+        self._containers = [(container, copy.copy(container)) for container, _ in found.containers]
+        tensors = found.tensors()
         self._copies = [tensor.clone() if tensor.numel() <= _SMALL else None for tensor in tensors]
         self._versions = [None if tensor.is_inference() else tensor._version for tensor in tensors]
         self._tensors = tensors
@@ -138,7 +171,7 @@ class Kept:
         Raises:
             RuntimeError: A large tensor has been written into.
         """
-        for container, before in self._contents.containers:
+        for container, before in self._containers:
             if isinstance(container, dict):
                 container.clear()
                 container.update(before)

@@ -9,21 +9,19 @@ from __future__ import annotations
 
 import contextlib
 import threading
-import warnings
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .._utils.memory import is_out_of_memory
 from ..noise.keys import kept_rng
 from .agreement import disagreement, precision
 from .drawing import MemberDraws
 from .interception import Interception
 from .members import Members
 from .module_state import ModuleState, NotBatchable, training_modes
-from .opened import Opened, run_opened
+from .opened import Opened
 from .rows import MemberCall, RowCall, Vectors
 from .watched import unwatch, watch
 
@@ -44,8 +42,6 @@ class Folded:
         named = dict(self.model.named_parameters(remove_duplicate=False))
         self._watched = {p: name for name in population.perturbations.draws if type(p := named[name]) is nn.Parameter}
         self._vectors = Vectors()
-        # Modules that have been called for all members at once.
-        self._called: set[nn.Module] = set()
 
     @contextlib.contextmanager
     def entered(self) -> Iterator[nn.Module]:
@@ -121,22 +117,8 @@ class Folded:
     def _batched(self, module: nn.Module, call: RowCall) -> Opened:
         values, count = call.unfolded(), len(call.leaves)
         batched = self.population.call_of(module, values[:count], call.spec, call.dims[:count])
-        state = None if module in self._called else ModuleState(module)
-        try:
-            with self._released(), torch.inference_mode(False), torch.no_grad(), warnings.catch_warnings():
-                # An operation that vmap runs member by member is slow, but right.
-                warnings.filterwarnings("ignore", "There is a performance drop")
-                opened = run_opened(batched, call.objects, values[count:], call.dims[count:])
-        except NotBatchable:
-            raise
-        except Exception as error:
-            if is_out_of_memory(error):
-                raise
-            raise NotBatchable(f"{type(error).__name__}: {error}") from error
-        if state is not None and state.differs_by_member():
-            raise NotBatchable(f"the model's forward changes {' and '.join(state.restore())}", stateful=True)
-        self._called.add(module)
-        return opened
+        with self._released():
+            return self.population.run_opened(batched, call.objects, values[count:], call.dims[count:])
 
     def _one_by_one(self, module: nn.Module, call: RowCall) -> Any:
         """Make a call for one member after the other."""

@@ -23,7 +23,8 @@ from .._utils.recent import Recent
 from ..noise.keys import kept_rng
 from ..perturbation import BatchingRules, densify
 from ..perturbation.sample import SharedDraws, members_of, perturb
-from .module_state import NotBatchable, Slot, swapped
+from .containers import is_container
+from .module_state import NotBatchable, ReturnsObject, Slot, swapped
 
 # What a model may return or be called with besides tensors, and be batched all the same.
 PLAIN_TYPES = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, slice, type(...))
@@ -158,7 +159,8 @@ def batched(call: Call) -> Callable[..., Result]:
             others = {i: leaf for i, leaf in enumerate(results) if not isinstance(leaf, Tensor)}
             for leaf in others.values():
                 if not isinstance(leaf, PLAIN_TYPES):
-                    raise NotBatchable(f"the model returns a {type(leaf).__name__}")
+                    error = ReturnsObject if is_container(leaf) else NotBatchable
+                    raise error(f"the model returns a {type(leaf).__name__}")
             structure.append((others, result_spec))
             return [leaf for leaf in results if isinstance(leaf, Tensor)]
 
@@ -197,6 +199,7 @@ class Forwards:
         backend: What compiles them.
         reports: What the user should be warned of.
         one_by_one: Whether the model as a whole was found not to be batchable.
+        opening: Modules that return objects, such as caches.
         refused: Calls of coalesced fitness functions that were found not to be, with the reason.
     """
 
@@ -206,6 +209,7 @@ class Forwards:
         self.backend = Backend()
         self.reports: list[str] = []
         self.one_by_one = False
+        self.opening: set[nn.Module] = set()
         self.refused: Recent[Hashable, str] = Recent(_MAX_KINDS)
         # By forms of calls.
         self._rooms: Recent[Hashable, _Room] = Recent(_MAX_KINDS)

@@ -7,11 +7,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .._torch import TreeSpec
 from ..perturbation.sample import Perturbations
 from .forward import Call, Forwards
+from .opened import Opened
 
 
 class Members(Protocol):
@@ -32,6 +33,11 @@ class Members(Protocol):
 
     def call_of(self, module: nn.Module, leaves: Sequence[Any], spec: TreeSpec, dims: Sequence[int | None]) -> Call:
         """Return the call of a module with the leaves of its arguments."""
+
+    def run_opened(
+        self, call: Call, objects: Sequence[Any], held: Sequence[Tensor], held_dims: Sequence[int | None]
+    ) -> Opened:
+        """Make a call with objects among its arguments or results."""
 
     def holding(self, index: int) -> contextlib.AbstractContextManager[list[str]]:
         """Have the model hold one member's weights inside the block."""

@@ -26,6 +26,10 @@ class NotBatchable(RuntimeError):
         self.stateful = stateful
 
 
+class ReturnsObject(NotBatchable):
+    """A call that returns an object, which has to be opened."""
+
+
 class Slot(NamedTuple):
     """A place ``container[key]`` that holds a parameter, or an immutable value with parameters in it.
 

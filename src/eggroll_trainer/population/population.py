@@ -26,6 +26,7 @@ from .copying import copy_of
 from .folded import Folded
 from .forward import PLAIN_TYPES, Call, Forwards
 from .module_state import ModuleState, NotBatchable, Slot, parameter_slots, training_modes
+from .opened import Opened, run_opened
 
 
 class Population:
@@ -79,6 +80,8 @@ class Population:
         self._before_caches: list[ModuleState] = []
         self.audit: Audit | None = None
         self._dense: dict[int, dict[str, Tensor]] = {}
+        # Modules of which one opened call has been seen to change nothing.
+        self._looked_at: set[nn.Module] = set()
         self._generators: dict[Any, torch.Generator] = {}
         self._warned = Warned() if warned is None else warned
         self.forwards = Forwards() if forwards is None else forwards
@@ -447,25 +450,53 @@ class Population:
         return Call(module, slots, centres, factors, leaves, spec, dims, len(members), exact)
 
     def _run(self, call: Call, training: dict[nn.Module, bool] | None = None) -> Any:
+        with self._batching(call.module, training):
+            result = self._steady(call)
+        while self.forwards.reports:
+            self._warned.once(self.forwards.reports.pop())
+        return result
+
+    @contextlib.contextmanager
+    def _batching(self, module: nn.Module, training: dict[nn.Module, bool] | None) -> Iterator[None]:
+        """Run a batched call in the block; what fails in it is not batchable."""
         with (
             # An interrupted vmap would leave its transforms, and its weights in the model.
             delayed_interrupt(),
-            training_modes(call.module, self._training if training is None else training),
+            training_modes(module, self._training if training is None else training),
         ):
             try:
                 with torch.no_grad(), warnings.catch_warnings():
                     # An operation that vmap runs member by member is slow, but right.
                     warnings.filterwarnings("ignore", "There is a performance drop")
-                    result = self._steady(call)
+                    yield
             except NotBatchable:
                 raise
             except Exception as error:
                 if is_out_of_memory(error):
                     raise
                 raise NotBatchable(f"{type(error).__name__}: {error}") from error
-        while self.forwards.reports:
-            self._warned.once(self.forwards.reports.pop())
-        return result
+
+    def run_opened(
+        self,
+        call: Call,
+        objects: Sequence[Any],
+        held: Sequence[Tensor],
+        held_dims: Sequence[int | None],
+        training: dict[nn.Module, bool] | None = None,
+    ) -> Opened:
+        """Make a call with objects among its arguments or results; see :func:`~.opened.run_opened`.
+
+        Raises:
+            NotBatchable: It cannot be made for all members at once.
+            ValueError: A BatchNorm layer is in training mode.
+        """
+        state = None if call.module in self._looked_at else ModuleState(call.module)
+        with self._batching(call.module, training), torch.inference_mode(False):
+            opened = run_opened(call, objects, held, held_dims)
+        if state is not None and state.differs_by_member():
+            raise _changes(state.restore())
+        self._looked_at.add(call.module)
+        return opened
 
     def _steady(self, call: Call) -> Any:
         """Make a call that leaves the module as it was, or has filled a cache in it that depends on no member."""

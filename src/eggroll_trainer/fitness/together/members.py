@@ -18,13 +18,14 @@ import greenlet
 import torch
 from torch import Tensor, nn
 
-from ..._torch import global_forward_hooks, global_forward_pre_hooks, tree_flatten, tree_unflatten
+from ..._torch import global_forward_hooks, global_forward_pre_hooks, tree_leaves
 from ..._utils.interrupts import delayed_interrupt
 from ..._utils.warned import Warned
 from ...population import Population
+from ...population.containers import contents, is_container
 from ...population.forward import PLAIN_TYPES
 from ...population.interception import plain_call
-from ...population.module_state import NotBatchable
+from ...population.module_state import NotBatchable, ReturnsObject
 from .. import thread_modes, turns
 from ..findings import Findings
 from ..randomness import Source, TorchSource, keyed, seed_all
@@ -33,6 +34,7 @@ from ..scores import Score
 from . import workers
 from .deadlock import Deadlock, Watch
 from .model import Holding, SharedModel
+from .serving import results_of
 from .waiting import Group, Inputs
 
 # Why a call runs in the member's own greenlet, on its own weights.
@@ -102,7 +104,7 @@ def scores(
     """
     while True:
         for record in records.values():
-            record.calls.clear()
+            record.clear()
         evaluation = _Evaluation(population, function, findings, generators, records)
         try:
             with thread_modes.kept(), turns.young_garbage_only() as collect:
@@ -283,8 +285,8 @@ class _Evaluation:
             result, member.result = member.result, None
             refusal, member.refusal = member.refusal, None
             if refusal is None:
-                if recorded is not None:
-                    Record.end(recorded, result)
+                if member.record is not None and recorded is not None:
+                    member.record.end(recorded, result)
                 return result
         before, member.why = member.why, why
         try:
@@ -322,6 +324,12 @@ class _Evaluation:
             elif isinstance(leaf, PLAIN_TYPES):
                 held.append(leaf)
                 key += (type(leaf), (leaf.start, leaf.stop, leaf.step) if isinstance(leaf, slice) else leaf)
+            elif is_container(leaf):
+                try:
+                    key += (type(leaf), contents([leaf]).signature())
+                except TypeError as error:
+                    return None, f"it is called with a {type(leaf).__name__} that {error}"
+                held.append(leaf)
             else:
                 return None, f"it is called with a {type(leaf).__name__}"
         kind = tuple(key)
@@ -330,6 +338,9 @@ class _Evaluation:
             if kind in self._refusals:
                 return None, self._refusals[kind]
             group = self._groups[kind] = Group(module, spec, modes, model.training_modes(training), len(held))
+            group.opened = module in self.population.forwards.opening or any(map(is_container, held))
+        if not group.take_objects(held):
+            return None, "members call it with one and the same object, which it changes"
         group.members.append(member)
         for column, leaf in zip(group.columns, held, strict=True):
             column.append(leaf)
@@ -353,36 +364,21 @@ class _Evaluation:
                         member.refusal = str(error)
 
     def _run(self, group: Group) -> None:
-        leaves: list[Any] = []
-        dims: list[int | None] = []
-        for column in group.columns:
-            shared = all(leaf is column[0] for leaf in column) or not isinstance(column[0], Tensor)
-            leaf = column[0] if shared else torch.stack(column)
-            leaves.append(leaf.clone() if isinstance(leaf, Tensor) and leaf.is_inference() else leaf)
-            dims.append(None if shared else 0)
-        versions = [leaf._version for leaf in leaves if isinstance(leaf, Tensor)]
-        args, kwargs = (leaves, {}) if isinstance(group.spec, int) else tree_unflatten(leaves, group.spec)
         states = [source.get() for source in self._generators]
-        with thread_modes.autocast(group.modes):
-            members = [member.index for member in group.members]
-            result = self.population.run(group.module, tuple(args), kwargs, dims, members, group.training)
-        if versions != [leaf._version for leaf in leaves if isinstance(leaf, Tensor)]:
-            raise NotBatchable("the model's forward changes its input in place")
+        try:
+            results = results_of(self.population, group)
+        except NotBatchable as error:
+            # Opened, a call may also write into tensors that the module has made for one member.
+            if group.opened or not (isinstance(error, ReturnsObject) or "vmap: inplace" in str(error)):
+                raise
+            self.population.forwards.opening.add(group.module)
+            group.opened = True
+            results = results_of(self.population, group)
         self._check_drawing(states)
-        results, spec = ([result], None) if isinstance(result, Tensor) else tree_flatten(result)
-        sizes = [leaf.numel() // len(group.members) for leaf in results if isinstance(leaf, Tensor) and leaf.is_cpu]
+        sizes = [leaf.numel() for leaf in tree_leaves(results[0]) if isinstance(leaf, Tensor) and leaf.is_cpu]
         self._largest = max(self._largest or 0, *sizes, 0)
-        # Like fresh outputs, slices taken by `data` don't share a version counter.
-        columns = [
-            [own.data for own in leaf.unbind(0)] if isinstance(leaf, Tensor) else [leaf] * len(group.members)
-            for leaf in results
-        ]
-        if spec is None:
-            for member, own in zip(group.members, columns[0], strict=True):
-                member.result = own
-        else:
-            for i, member in enumerate(group.members):
-                member.result = tree_unflatten([column[i] for column in columns], spec)
+        for member, result in zip(group.members, results, strict=True):
+            member.result = result
 
     # What members might share.
 

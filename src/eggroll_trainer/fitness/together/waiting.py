@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...population.containers import is_container
 from .. import thread_modes
 
 # Up to so many values, looking whether they are the same costs no more than asking for the version.
@@ -22,6 +23,9 @@ class Group:
         modes: Modes of the thread.
         training: Modules whose training mode differs from the model's.
         width: How many leaves the arguments have.
+
+    Attributes:
+        opened: Whether there are objects among the arguments or results, such as caches.
     """
 
     def __init__(
@@ -30,6 +34,16 @@ class Group:
         self.module, self.spec, self.modes, self.training = module, spec, modes, training
         self.members: list[Any] = []
         self.columns: list[list[Any]] = [[] for _ in range(width)]
+        self.opened = False
+        self._objects: set[int] = set()
+
+    def take_objects(self, leaves: list[Any]) -> bool:
+        """Note the objects among a member's arguments, and return whether they are nobody else's."""
+        objects = {id(leaf) for leaf in leaves if is_container(leaf)}
+        if not objects.isdisjoint(self._objects):
+            return False
+        self._objects |= objects
+        return True
 
 
 class Held:
