@@ -33,6 +33,7 @@ def test_every_page_with_code_is_run_here() -> None:
         "docs/ask-and-tell.md",
         "docs/distributed.md",
         "docs/reinforcement-learning.md",
+        "docs/scores.md",
     }
 
 
@@ -54,6 +55,12 @@ def test_ask_and_tell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert trainer.generation == 21  # type: ignore[attr-defined]
     means = trainer.history["mean_fitness"]  # type: ignore[attr-defined]
     assert means[19] > means[0]
+
+
+def test_scores() -> None:
+    torch.manual_seed(0)
+    names = run("docs/scores.md")
+    assert names["trainer"].last_generation.scores.shape == (64, 6)  # type: ignore[attr-defined]
 
 
 def test_reinforcement_learning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -107,6 +107,60 @@ say(trainer.checksum())
     assert said[0][-1] == said[1][-1] == str(quiet.checksum())
 
 
+def test_processes_must_score_on_the_same_tasks(tmp_path: Path) -> None:
+    said = run_script(
+        2,
+        tmp_path,
+        """
+trainer = make(EGGROLLTrainer, None)
+before = trainer.checksum()
+
+@batched
+def fitness(population):
+    return tasks_at_once(population)[:, : 4 - rank]
+trainer.fitness_fn = fitness
+try:
+    trainer.step()
+except ValueError as error:
+    say(error)
+assert trainer.checksum() == before
+""",
+    )
+    expected = (
+        "in generation 1 the fitness function returned 4 scores for each of members 0-11 and 3 scores for each of"
+        " members 24-35: all members of a generation must be scored on the same tasks"
+    )
+    assert said == [[expected], [expected]]
+
+
+def test_a_process_that_evaluates_alone_takes_the_others_along(tmp_path: Path) -> None:
+    # Where it finds that out, what it has for scores is not of as many tasks.
+    said = run_script(
+        2,
+        tmp_path,
+        """
+import warnings
+warnings.simplefilter("ignore")
+calls = 0
+
+def fitness(model):
+    # Members who take turns count each other's calls.
+    global calls
+    calls = 0
+    scores = tasks(model)
+    calls += 1
+    return scores - calls if rank == 1 else scores - 1
+
+trainer, twin = make(EGGROLLTrainer, None, fitness_fn=fitness), make(EGGROLLTrainer, None, fitness_fn=fitness)
+twin.coalesce = False
+trainer.step()
+twin.step()
+say(*trainer.last_generation.scores.shape, trainer.checksum() == twin.checksum(), trainer._findings.alone)
+""",
+    )
+    assert all(line.startswith("56 4 True") and "earned" in line for (line,) in said)
+
+
 def test_processes_that_disagree_are_named(tmp_path: Path) -> None:
     said = run_script(
         3,
@@ -242,13 +296,14 @@ def test_no_chunk_leaves_scores_of_its_own(tmp_path: Path) -> None:
         WATCHED
         + """
 for engine in (make_engine("local"), None):
-    trainer = make(Watched, engine, population_size=48, chunk_size=6)
-    Watched.scores.clear()
-    trainer.step()
-    say(len(Watched.scores))
+    for fitness in (at_once, tasks_at_once):
+        trainer = make(Watched, engine, population_size=48, chunk_size=6, fitness_fn=fitness)
+        Watched.scores.clear()
+        trainer.step()
+        say(len(Watched.scores), *trainer.last_generation.scores.shape)
 """,
     )
-    assert said == [["8", "4"]] * 2
+    assert said == [["8 48", "8 48 16", "4 48", "4 48 16"]] * 2
 
 
 def test_nothing_keeps_the_group_alive(tmp_path: Path) -> None:

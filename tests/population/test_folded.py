@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from eggroll_trainer import EGGROLLTrainer, Population, batched
 from eggroll_trainer.noise.keys import keyed_generator
-from eggroll_trainer.population.population import Audit
+from eggroll_trainer.population.audit import Audit
 
 N, Q = 6, 2
 

@@ -150,8 +150,9 @@ def test_training_modes_reach_the_chunks() -> None:
 
 
 BAD: dict[str, tuple[Any, Any, type[Exception], str]] = {
-    "too few": ([1.0], None, ValueError, "expected one score for each of 8 members, got shape [1]"),
-    "a column": (torch.zeros(8, 1), None, ValueError, "got shape [8, 1]"),
+    "too few": ([1.0], None, ValueError, "each of 8 members, or [8, K] for K tasks, got shape [1]"),
+    "no column": (torch.zeros(8, 0), None, ValueError, "got shape [8, 0]"),
+    "a row": (torch.zeros(1, 8), None, ValueError, "got shape [1, 8]"),
     "words": (["good"] * 8, None, TypeError, "scores must be numbers"),
     "complex": (torch.zeros(8, dtype=torch.complex64), None, TypeError, "real numbers"),
     "no such member": ([1.0], [8], ValueError, "members must be below population_size=8, got 8"),

@@ -92,7 +92,14 @@ RESULTS: dict[str, tuple[Callable[[float], Any], type[Exception], str]] = {
         "got a Tensor of shape [1]; reduce it, for example with .m",
     ),
     "tensor [24, 2]": (lambda s: torch.ones(24, 2), ValueError, "got a Tensor of shape [24, 2]; reduce it"),
-    "array": (lambda s: np.ones(3), ValueError, "got a ndarray of shape [3]; reduce it"),
+    "array [0]": (lambda s: np.ones(0), ValueError, "got a ndarray of shape [0]; reduce it"),
+    "tasks": (
+        lambda s: np.ones(3),
+        ValueError,
+        "and 3 scores for member 3: all members of a generation must be scored",
+    ),
+    "complex tasks": (lambda s: torch.ones(3, dtype=torch.complex64), TypeError, "got a Tensor of torch.complex64"),
+    "words": (lambda s: np.array(["good", "bad"]), TypeError, "must return real numbers, got a ndarray of <U4"),
 }
 
 
@@ -160,9 +167,10 @@ BATCHED_RESULTS: dict[str, tuple[Callable[[Tensor], Any], type[BaseException], s
         TypeError,
         "one score for each of its 8 members, a tensor of shape [8]; got NoneType None",
     ),
-    "wrong shape": (lambda s: s[:3], ValueError, "a tensor of shape [8]; got shape [3]"),
-    "one number": (lambda s: s.mean(), ValueError, "a tensor of shape [8]; got shape []"),
-    "column": (lambda s: s[:, None], ValueError, "a tensor of shape [8]; got shape [8, 1]"),
+    "wrong shape": (lambda s: s[:3], ValueError, "a tensor of shape [8], or [8, K] for K tasks; got shape [3]"),
+    "one number": (lambda s: s.mean(), ValueError, "a tensor of shape [8], or [8, K] for K tasks; got shape []"),
+    "no column": (lambda s: s[:, None][:, :0], ValueError, "for K tasks; got shape [8, 0]"),
+    "row": (lambda s: s[None], ValueError, "for K tasks; got shape [1, 8]"),
     "complex": (lambda s: s.to(torch.complex64), TypeError, "real numbers; got torch.complex64"),
     "strings": (lambda s: ["a"] * 8, TypeError, "a tensor of shape [8]; got list ['a'"),
     "dict": (lambda s: {"fitness": s}, TypeError, "a tensor of shape [8]; got dict"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
 import numpy as np
@@ -12,6 +12,32 @@ import torch
 from torch import nn
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def check_module(model: Any) -> nn.Module:
+    """Return ``model`` if it is a module, else raise ``TypeError``."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    return model
+
+
+def check_fitness_fn(fitness_fn: Any) -> Callable[..., Any]:
+    """Return ``fitness_fn`` if it can be called, else raise ``TypeError``."""
+    if not callable(fitness_fn):
+        raise TypeError(f"fitness_fn must be callable, got {type(fitness_fn).__name__}")
+    return fitness_fn
+
+
+def check_optimizer(optimizer: Any) -> Callable[..., Any]:
+    """Return ``optimizer`` if it can be called, or ``torch.optim.SGD`` if it is None, else raise ``TypeError``."""
+    if optimizer is None:
+        return torch.optim.SGD
+    if not callable(optimizer):
+        raise TypeError(
+            "optimizer must be a factory such as torch.optim.Adam or a functools.partial of it,"
+            f" got a {type(optimizer).__name__}"
+        )
+    return optimizer
 
 
 def check_int(name: str, value: Any, minimum: int) -> int:

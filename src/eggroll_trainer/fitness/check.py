@@ -173,10 +173,8 @@ class _Replay(_Alone):
             return f"member {{member}} called the model more often than when it is evaluated by itself: {SHARED}"
         earned = _earned(self._record.score, score)
         if earned is not None:
-            return (
-                f"member {{member}} {earned} when it is evaluated by itself, from the same outputs of the model:"
-                f" {SHARED}"
-            )
+            outputs = "from the same outputs of the model"
+            return f"member {{member}} {earned} when it is evaluated by itself, {outputs}: {SHARED}"
         return None
 
     def call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -194,6 +194,16 @@ def check_scores(scores: Tensor, generation: int, group_size: int = 0) -> Checke
     return CheckedScores(values, torch.from_numpy(means), num_nonfinite, int(tied.sum()), best)
 
 
+def nonfinite_warning(scores: Tensor, group_size: int) -> str:
+    """Return what a user is told once whose scores, ``[N]`` or ``[N, K]``, are not all finite."""
+    whose = "group" if group_size else "generation"
+    if scores.ndim > 1:
+        whose += " and task, and a task without any is left out"
+    return (
+        f"a fitness that is not finite counts as the worst finite one of its {whose}; see num_nonfinite in the metrics"
+    )
+
+
 def metrics_of(
     scores: CheckedScores, generation: int, best_fitness: float, learning_rate: float, sigma: float
 ) -> dict[str, Any]:

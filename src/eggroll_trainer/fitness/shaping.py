@@ -164,10 +164,10 @@ def shape(scores: Tensor, shaper: Shaper, group_size: int = 0) -> Tensor:
     if scores.ndim == 1:
         return _of_groups(groups, shaper)
     # [G, K, n]
-    tasks = groups.mT
+    tasks = groups.mT.contiguous()
     if shaper is zscore:
         return _zscore_of_tasks(tasks).view(-1)
-    weights = _of_groups(tasks.reshape(-1, count), shaper)
+    weights = _of_groups(tasks.view(-1, count), shaper)
     return weights.view(-1, scores.shape[1], count).mean(1).view(-1)
 
 

@@ -1,6 +1,7 @@
 """The population: a model for every member at once."""
 
-from .population import Audit, Population
+from .audit import Audit
+from .population import Population
 from .whole import WholePopulation
 
 __all__ = ["Audit", "Population", "WholePopulation"]

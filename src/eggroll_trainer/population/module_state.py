@@ -30,6 +30,19 @@ class ReturnsObject(NotBatchable):
     """A call that returns an object, which has to be opened."""
 
 
+def changes(changed: Sequence[str]) -> NotBatchable:
+    """Return the exception that says what a forward has changed in the model."""
+    return NotBatchable(f"the model's forward changes {' and '.join(changed)}", stateful=True)
+
+
+def lost(error: NotBatchable) -> ValueError:
+    """Return what a user is told whose batched function calls a model that changes."""
+    return ValueError(
+        f"{error}: it would be lost between calls. Pass it in and return it, or write the fitness function for one"
+        " model, without @batched."
+    )
+
+
 class Slot(NamedTuple):
     """A place ``container[key]`` that holds a parameter, or an immutable value with parameters in it.
 

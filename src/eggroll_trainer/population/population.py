@@ -12,20 +12,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._torch import TreeSpec, tree_flatten, tree_map, tree_unflatten
+from .._torch import TreeSpec, tree_flatten, tree_map
 from .._utils import validation
 from .._utils.graphs import replay
 from .._utils.interrupts import delayed_interrupt
 from .._utils.memory import is_out_of_memory, keep_freed_memory
 from .._utils.warned import Warned
-from ..noise.keys import kept_rng, keyed_generator
+from ..noise.keys import keyed_generator
 from ..perturbation import densify
 from ..perturbation.sample import FullRankDraws, ParameterSpec, Perturbations, perturb
-from .agreement import disagreement, precision
+from .arguments import dims_of
+from .audit import Audit, audited
 from .copying import copy_of
 from .folded import Folded
-from .forward import PLAIN_TYPES, Call, Forwards
-from .module_state import ModuleState, NotBatchable, Slot, parameter_slots, training_modes
+from .forward import Call, Forwards
+from .holding import holding
+from .module_state import ModuleState, NotBatchable, Slot, changes, lost, parameter_slots, training_modes
+from .one_by_one import call_one_by_one
 from .opened import Opened, run_opened
 
 
@@ -115,7 +118,7 @@ class Population:
         """
         leaves, _ = tree_flatten((args, kwargs))
         dims: list[int | None] = [None] * len(leaves)
-        return self._audited(self._call(args, kwargs, dims), args, kwargs, dims)
+        return audited(self, self._call(args, kwargs, dims), args, kwargs, dims, range(len(self)))
 
     def each(self, *args: Any, in_dims: int | Sequence[int | None] = 0, **kwargs: Any) -> Any:
         """Call every member with arguments of its own: member ``i`` gets ``xs[i]``.
@@ -133,32 +136,8 @@ class Population:
         Raises:
             ValueError: An argument has another number of members, or a BatchNorm layer is in training mode.
         """
-        dims = self._dims_of(args, kwargs, in_dims)
-        return self._audited(self._call(args, kwargs, dims), args, kwargs, dims)
-
-    def _dims_of(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], in_dims: int | Sequence[int | None]
-    ) -> list[int | None]:
-        """Return, for each leaf of the arguments, its dimension of members, or None if they share it.
-
-        Raises:
-            ValueError: An argument has another number of members.
-        """
-        if in_dims is None or isinstance(in_dims, int):
-            in_dims = [in_dims] * len(args)
-        if len(in_dims) != len(args):
-            raise ValueError(f"in_dims has {len(in_dims)} entries for {len(args)} positional arguments")
-        dims: list[int | None] = []
-        for argument, dim in [*zip(args, in_dims, strict=True), *((value, 0) for value in kwargs.values())]:
-            for leaf in tree_flatten(argument)[0]:
-                own = dim is not None and isinstance(leaf, Tensor)
-                if own and (leaf.ndim == 0 or leaf.shape[dim] != len(self)):
-                    raise ValueError(
-                        f"expected one input for each of the {len(self)} members in dimension {dim}, got a tensor"
-                        f" of shape {list(leaf.shape)}; pass in_dims=None for an input that all members share"
-                    )
-                dims.append(dim if own else None)
-        return dims
+        dims = dims_of(args, kwargs, in_dims, len(self))
+        return audited(self, self._call(args, kwargs, dims), args, kwargs, dims, range(len(self)))
 
     def train(self, mode: bool = True) -> Population:
         """Run the members in training mode, whatever mode the model is in, and return ``self``."""
@@ -209,46 +188,12 @@ class Population:
         Raises:
             RuntimeError: The block has changed a frozen parameter in place, of which there is no copy.
         """
-        parameters = dict(self.model.named_parameters(remove_duplicate=False))
         values = self._dense.get(index)
         if values is None:
             with torch.inference_mode(False), torch.no_grad():
                 values = self.member_parameters(index)
-        # Whatever else is trained inside the block, by an optimizer of the user's, must not reach the model either.
-        perturbed = {id(parameters[name]) for name in values}
-        others = {
-            name: p.detach().clone()
-            for name, p in self.model.named_parameters()
-            if id(p) not in perturbed and p.requires_grad
-        }
-        frozen = [
-            (name, p, p._version) for name, p in parameters.items() if not p.requires_grad and not p.is_inference()
-        ]
-        held = [(p, p.data, p.grad, p.requires_grad) for p in parameters.values()]
-        state = ModuleState(self.model)
-        changed: list[str] = []
-        try:
-            with delayed_interrupt():
-                for module, mode in self._training.items():
-                    module.training = mode
-                for name, value in (*values.items(), *others.items()):
-                    parameters[name].data = value
-                # It knows parameters, not their values.
-                torch.clear_autocast_cache()
+        with holding(self.model, values, self._training) as changed:
             yield changed
-        finally:
-            with delayed_interrupt():
-                for p, data, grad, trained in held:
-                    p.data, p.grad = data, grad
-                    p.requires_grad_(trained)
-                torch.clear_autocast_cache()
-                changed += state.restore()
-        written = next((name for name, p, version in frozen if p._version != version), None)
-        if written is not None:
-            raise RuntimeError(
-                f"the fitness function changes the frozen parameter {written!r} in place, which cannot be undone:"
-                " work on a copy of it, or make it trainable"
-            )
 
     def remember(self, indices: Collection[int]) -> None:
         """Keep the weights of some members in full, who are going to be held more than once."""
@@ -320,7 +265,7 @@ class Population:
         everybody = range(len(self))
 
         def each(*tensors: Tensor, members: range | tuple[int, ...] = everybody) -> Any:
-            return self._audited(call(tensors, members), tensors, {}, [0] * len(tensors), members)
+            return audited(self, call(tensors, members), tensors, {}, [0] * len(tensors), members)
 
         def call(tensors: tuple[Tensor, ...], members: range | tuple[int, ...]) -> Any:
             kind = members, tuple((t.shape, t.stride(), t.dtype, t.device) for t in tensors)
@@ -355,7 +300,7 @@ class Population:
             # What a cache was filled with stays until the evaluation is over.
             changed = before.restore() if caches == len(self._before_caches) else []
         if changed and not failed:
-            raise _lost(_changes(changed))
+            raise lost(changes(changed))
 
     def folded(self, rows: int) -> contextlib.AbstractContextManager[nn.Module]:
         """Run the user's own model on rows of all members at once, for code with loops and caches of its own.
@@ -494,7 +439,7 @@ class Population:
         with self._batching(call.module, training), torch.inference_mode(False):
             opened = run_opened(call, objects, held, held_dims)
         if state is not None and state.differs_by_member():
-            raise _changes(state.restore())
+            raise changes(state.restore())
         self._looked_at.add(call.module)
         return opened
 
@@ -518,53 +463,7 @@ class Population:
             raise
         if filled is not None:
             filled.restore()
-        raise _changes(before.restore())
-
-    def _audited(
-        self,
-        result: Any,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        dims: Sequence[int | None],
-        members: Sequence[int] | None = None,
-    ) -> Any:
-        """Return the result of a batched call, compared with what members by themselves give if that is asked for."""
-        audit = self.audit
-        if audit is None or self.forwards.one_by_one or audit.found is not None:
-            return result
-        audit.calls += 1
-        leaves, spec = tree_flatten((args, kwargs))
-        eps = precision(self.model, leaves)
-        rows = list(range(len(self)) if members is None else members)
-        for member in audit.members:
-            if member not in rows or audit.found is not None:
-                continue
-            at = rows.index(member)
-            own = [leaf if dim is None else leaf.select(dim, at) for leaf, dim in zip(leaves, dims, strict=True)]
-            own_args, own_kwargs = audit.sample = tree_unflatten(own, spec)
-
-            def call(own_args: Any = own_args, own_kwargs: Any = own_kwargs) -> Any:
-                with torch.no_grad():
-                    return self.model(*own_args, **own_kwargs)
-
-            ours = tree_map(lambda leaf, at=at: leaf[at] if isinstance(leaf, Tensor) else leaf, result)
-            try:
-                with kept_rng({leaf.device for leaf in own if isinstance(leaf, Tensor)}), self.holding(member):
-                    difference = disagreement(self.model, call, ours, eps)
-            except Exception as error:
-                self.audit = None
-                self._warned.once(
-                    "batched outputs cannot be checked, as the model by itself fails for the same input"
-                    f" ({type(error).__name__}: {error}); @batched(check=False) goes without"
-                )
-                return result
-            if difference is not None:
-                audit.found = (
-                    f"in call {audit.calls} of generation {self.generation + 1} the output of member"
-                    f" {self.first + member}, computed for all members at once, is not what the model gives with that"
-                    f" member's weights: {difference}"
-                )
-        return result
+        raise changes(before.restore())
 
     @functools.cached_property
     def _members(self) -> dict[str, tuple[Tensor, Tensor] | Tensor]:
@@ -590,75 +489,19 @@ class Population:
         members: Sequence[int] | None = None,
         call: Call | None = None,
     ) -> Any:
+        chosen = range(len(self)) if members is None else members
         if self.forwards.one_by_one:
-            return self._call_one_by_one(args, kwargs, dims, members)
+            return call_one_by_one(self, args, kwargs, dims, chosen)
         try:
             return self._run(self._call_of(self.model, args, kwargs, dims, members) if call is None else call)
         except NotBatchable as error:
             if error.stateful:
-                raise _lost(error) from None
-            result = self._call_one_by_one(args, kwargs, dims, members)
+                raise lost(error) from None
+            result = call_one_by_one(self, args, kwargs, dims, chosen)
             self.forwards.one_by_one = True
             self._warned.once(f"the model is run once for each member, not batched: {error}")
             return result
 
-    def _call_one_by_one(
-        self,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        dims: Sequence[int | None],
-        members: Sequence[int] | None = None,
-    ) -> Any:
-        leaves, spec = tree_flatten((args, kwargs))
-        rows = []
-        for i, member in enumerate(range(len(self)) if members is None else members):
-            own = [leaf if dim is None else leaf.select(dim, i) for leaf, dim in zip(leaves, dims, strict=True)]
-            own_args, own_kwargs = tree_unflatten(own, spec)
-            with torch.no_grad(), self.holding(member) as changed:
-                rows.append(tree_flatten(self.model(*own_args, **own_kwargs)))
-            if changed:
-                raise _lost(_changes(changed))
-        columns = zip(*(leaves for leaves, _ in rows), strict=True)
-        return tree_unflatten([_stack(column) for column in columns], rows[0][1])
-
-
-@dataclasses.dataclass
-class Audit:
-    """A comparison of batched calls with members who are called by themselves.
-
-    Attributes:
-        members: Their indices in the population.
-        calls: Calls compared so far.
-        found: What differed, if anything did.
-        sample: Arguments and keyword arguments of one of the calls, as the model itself got them.
-    """
-
-    members: Sequence[int]
-    calls: int = 0
-    found: str | None = None
-    sample: tuple[tuple[Any, ...], dict[str, Any]] | None = None
-
-
-def _changes(changed: Sequence[str]) -> NotBatchable:
-    return NotBatchable(f"the model's forward changes {' and '.join(changed)}", stateful=True)
-
-
-def _lost(error: NotBatchable) -> ValueError:
-    return ValueError(
-        f"{error}: it would be lost between calls. Pass it in and return it, or write the fitness function for one"
-        " model, without @batched."
-    )
-
 
 def _take(value: tuple[Tensor, Tensor] | Tensor, index: int) -> tuple[Tensor, Tensor] | Tensor:
     return (value[0][index], value[1][index]) if isinstance(value, tuple) else value[index]
-
-
-def _stack(column: Sequence[Any]) -> Any:
-    if all(isinstance(value, Tensor) for value in column):
-        return torch.stack(list(column))
-    if all(isinstance(value, (bool, int, float)) for value in column) and any(v != column[0] for v in column):
-        return torch.tensor(column)
-    if isinstance(column[0], PLAIN_TYPES) and all(value == column[0] for value in column):
-        return column[0]
-    raise TypeError(f"the model returns values of type {type(column[0]).__name__}, which cannot be stacked")

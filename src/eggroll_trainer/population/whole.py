@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .._torch import tree_flatten, tree_unflatten
 from ..perturbation.sample import LowRankDraws, Perturbations
+from .arguments import dims_of
 from .population import Population
 
 
@@ -61,7 +62,7 @@ class WholePopulation(Population):
 
     def each(self, *args: Any, in_dims: int | Sequence[int | None] = 0, **kwargs: Any) -> Any:
         """Call every member with arguments of its own; see :meth:`~eggroll_trainer.Population.each`."""
-        dims = self._dims_of(args, kwargs, in_dims)
+        dims = dims_of(args, kwargs, in_dims, len(self))
         leaves, spec = tree_flatten((args, kwargs))
         results = []
         for chunk in self._prepared():

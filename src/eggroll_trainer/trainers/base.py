@@ -5,27 +5,25 @@ from __future__ import annotations
 import contextlib
 import secrets
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LRScheduler
 
 from .._torch import uncompiled
 from .._utils import validation
-from .._utils.interrupts import delayed_interrupt, exit_on_sigterm, interruptible
+from .._utils.interrupts import delayed_interrupt, interruptible
 from .._utils.memory import Budget
 from .._utils.thread_state import restored_thread_state
 from .._utils.warned import Warned
-from ..callbacks import Checkpoints, Progress
-from ..checkpoints.generation import Generation, adopt, adopted, differences, to_send
-from ..distributed import Chunk, Engine, Outcome, local_device, make_engine
+from ..callbacks import Checkpoints
+from ..checkpoints.generation import Generation, adopted, differences
+from ..distributed import Chunk, Engine, Outcome, make_engine
 from ..fitness import thread_modes
 from ..fitness.evaluate import Coalesce, is_batched
 from ..fitness.learning import learner, merged
-from ..fitness.scores import check_scores, mean_over_tasks, metrics_of, to_score, to_scores
-from ..perturbation.sample import wide_dtype
+from ..fitness.scores import check_scores, mean_over_tasks, metrics_of, nonfinite_warning, to_score, to_scores
 from ..population import Population, WholePopulation
 from ..population.forward import Forwards
 from ..update.centre import Centre
@@ -33,10 +31,13 @@ from ..update.optimizers import OptimizerFactory
 from ..update.schedule import LRSchedulerFactory, Schedules
 from .best import copy_with, holding
 from .evaluator import Evaluator
+from .loop import Callback, run
 from .method import Method, Sampled
 from .optimizer_face import OptimizerFace
 from .run_state import RunState
+from .settings import settings_of, settings_of_members
 from .told import Told
+from .trainable import parameter_groups
 
 
 class ESTrainer(RunState, OptimizerFace, torch.optim.Optimizer, ABC):
@@ -125,19 +126,10 @@ class ESTrainer(RunState, OptimizerFace, torch.optim.Optimizer, ABC):
         evaluation_dtype: torch.dtype | None = None,
         engine: str | Engine | None = None,
     ) -> None:
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-        if not callable(fitness_fn):
-            raise TypeError(f"fitness_fn must be callable, got {type(fitness_fn).__name__}")
-        if optimizer is not None and not callable(optimizer):
-            raise TypeError(
-                "optimizer must be a factory such as torch.optim.Adam or a functools.partial of it,"
-                f" got a {type(optimizer).__name__}"
-            )
         # The user's parameter names are those of the module inside.
-        model = uncompiled(model)
-        self.model: nn.Module = model
-        self.fitness_fn = fitness_fn
+        self.model = model = uncompiled(validation.check_module(model))
+        self.fitness_fn = fitness_fn = validation.check_fitness_fn(fitness_fn)
+        optimizer = validation.check_optimizer(optimizer)
         self.population_size, self.chunk_size = population_size, chunk_size
         self._check_sizes()
         self.coalesce, self.compile = validation.check_coalesce(coalesce), bool(compile)
@@ -155,44 +147,25 @@ class ESTrainer(RunState, OptimizerFace, torch.optim.Optimizer, ABC):
             "sigma": validation.check_real("sigma", sigma, positive=True),
             **self._group_defaults(),
         }
-        groups = validation.parameter_groups(params, model)
-        for group in groups:
-            validation.check_options(group, defaults)
-            group["lr"] = validation.check_real("learning_rate", group.get("lr", learning_rate), positive=False)
-            group["sigma"] = validation.check_real("sigma", group.get("sigma", sigma), positive=True)
-        if device is not None:
-            model.to(local_device(validation.check_device(device)))
-            # Between some kinds of devices a parameter does not move: another one takes its place.
-            moved = dict(model.named_parameters(remove_duplicate=False))
-            for group in groups:
-                group["params"] = [moved[name] for name in group["names"]]
+        groups = parameter_groups(params, model, defaults, device)
         # Scripts that don't seed torch make another model in every process.
         self.engine.copy_main([*model.parameters(), *model.buffers()])
         self.device = next(p.device for group in groups for p in group["params"] if p.requires_grad)
         super().__init__(groups, defaults)
         self._constructed = True
 
-        self._initial_options = [
-            {k: v for k, v in g.items() if k not in ("params", "names")} for g in self.param_groups
-        ]
-        self._centre = Centre(self.param_groups, torch.optim.SGD if optimizer is None else optimizer)
+        self._centre = Centre(self.param_groups, optimizer)
+        self._learner = learner(fitness_fn)
+        self._note_beginning()
         self._schedulers = (lr_scheduler, sigma_scheduler)
         self._schedules = Schedules(self, *self._schedulers)
-        self._initial, self._best = self._centre.flat(), None
-        self._initially_held = list(self._centre.parameters)
         self._follow_frozen()
         self._warned = Warned()
         self._budget = Budget(memory_budget)
         self._restart_forwards()
         self._method = self._make_method()
         self._evaluator = Evaluator(self)
-        self.generation = 0
-        self.best_fitness = float("-inf")
         self._in_best_weights = 0
-        self._learner = learner(fitness_fn)
-        self._initial_untrained = self._learnt()
-        self._best_untrained: dict[str, Tensor] = {}
-        self.history: dict[str, list[Any]] = {}
         self._forget()
 
     # What a subclass writes.
@@ -222,38 +195,6 @@ class ESTrainer(RunState, OptimizerFace, torch.optim.Optimizer, ABC):
         Returns:
             ``[D]``.
         """
-
-    # The face of an optimizer.
-
-    @property
-    def seed(self) -> int:
-        """Seed of the run; a new one holds from the next generation on."""
-        return self._seed
-
-    @seed.setter
-    def seed(self, value: int) -> None:
-        self._seed = validation.check_int("seed", value, -(2**63))
-        self._method.restart()
-
-    @property
-    def lr_scheduler(self) -> LRScheduler | None:
-        """What ``lr_scheduler=`` made."""
-        return self._schedules.lr_scheduler
-
-    @property
-    def current_params(self) -> Tensor:
-        """A copy of the centre's trained parameters, ``[D]``, in float32 or wider."""
-        return self._centre.flat()
-
-    @property
-    def initial_params(self) -> Tensor:
-        """A copy of the parameters that training started from, ``[D]``."""
-        return self._initial.clone()
-
-    @property
-    def fitness_history(self) -> list[float]:
-        """The mean fitness of every generation up to now: the list that callbacks get."""
-        return list(self.history.get("mean_fitness", []))
 
     def __repr__(self) -> str:
         """Return the class, the model's and the number of weights, and where the run stands."""
@@ -313,18 +254,11 @@ class ESTrainer(RunState, OptimizerFace, torch.optim.Optimizer, ABC):
             1
         """
         self._start_generation()
-        self._asked = _of_members(self.settings().plain())
+        self._asked = settings_of_members(self.settings().plain())
         if self._told is not None and self._told.settings != self._asked:
             # Scores of other members.
             self._told = None
-        number = self.generation
-
-        def make(first: int, count: int) -> Population:
-            if self.generation != number or self._asked is None:
-                raise RuntimeError(f"generation {number + 1} is over, and its members are gone; ask() again")
-            return self._evaluator.population(first, count)
-
-        return WholePopulation(self.model, make, self._evaluator.chunks(), self._method.unit)
+        return self._evaluator.whole_population()
 
     def tell(self, scores: Any, members: Sequence[int] | None = None) -> dict[str, Any] | None:
         """Give the members that were asked for their fitness, and make the step once all have theirs.
@@ -347,7 +281,7 @@ class ESTrainer(RunState, OptimizerFace, torch.optim.Optimizer, ABC):
         """
         if self._asked is None:
             raise RuntimeError("tell() without ask(): ask for the members of the generation first")
-        changed = differences(_of_members(self.settings().plain()), self._asked)
+        changed = differences(settings_of_members(self.settings().plain()), self._asked)
         if changed:
             raise ValueError(f"{', '.join(changed.values())} since ask(): the scores are of other members; ask() again")
         told = Told(self.population_size, self._asked) if self._told is None else self._told
@@ -358,6 +292,50 @@ class ESTrainer(RunState, OptimizerFace, torch.optim.Optimizer, ABC):
         # What torch notes when ``step`` is called, and its schedulers look for.
         self._opt_called = True
         return self._advance(told.scores, [])
+
+    def _start_generation(self) -> None:
+        with delayed_interrupt(), thread_modes.neutral():
+            if self._in_best_weights:
+                raise RuntimeError("step() inside best_weights(): leave the block first")
+            self._check_live()
+            self._findings.begin_generation(self.generation, self._fitness_fn(), self.model)
+            self._method.begin_generation()
+
+    def _advance(self, scores: Tensor, statistics: list[Tensor]) -> dict[str, Any]:
+        """End the generation with the members' scores, and return its metrics.
+
+        If anything raises, nothing has changed.
+        """
+        settings = self.settings()
+        last = Generation(self.generation + 1, settings.plain(), scores, statistics)
+        checked = check_scores(scores, self.generation + 1, settings.group_size)
+        if checked.num_nonfinite:
+            self._warn_once(nonfinite_warning(scores, settings.group_size))
+        with delayed_interrupt(), thread_modes.neutral():
+            improved = (
+                self._evaluator.member_weights(checked.best)
+                if float(checked.means[checked.best]) > self.best_fitness
+                else None
+            )
+            gradient = self._method.gradient(checked)
+            learning_rates = [group["lr"] for group in self.param_groups]
+            metrics = metrics_of(checked, self.generation + 1, self.best_fitness, self.learning_rate, self.sigma)
+            learnt = None if improved is None else self._learnt()
+            appends = [self.history.setdefault(key, []).append for key in metrics]
+            # Whatever raises in here, each of these goes back.
+            with (
+                self._schedules.stepped(metrics["mean_fitness"]),
+                self._centre.stepped(gradient, learning_rates) as metrics["update_norm"],
+                merged(self._learner if statistics else None, self.model, statistics, self._centre.parameters),
+            ):
+                pass
+            if improved is not None and learnt is not None:
+                self._best, self.best_fitness, self._best_untrained = improved, metrics["best_fitness"], learnt
+            self.generation, self.last_generation = last.number, last
+            self._asked = self._told = None
+            for append, value in zip(appends, metrics.values(), strict=True):
+                append(value)
+        return metrics
 
     def repeat(self, generation: Generation) -> dict[str, Any]:
         """Make the step of a generation that was logged, without evaluating its members; returns what it returned.
@@ -383,7 +361,7 @@ class ESTrainer(RunState, OptimizerFace, torch.optim.Optimizer, ABC):
         num_generations: int,
         verbose: bool = True,
         log_every: int = 1,
-        callback: Callable[[int, list[float]], Any] | None = None,
+        callback: Callback | None = None,
         checkpoints: Checkpoints | None = None,
     ) -> dict[str, Any]:
         """Run generations, going on from where the trainer is.
@@ -407,29 +385,7 @@ class ESTrainer(RunState, OptimizerFace, torch.optim.Optimizer, ABC):
             ValueError: ``num_generations`` is negative or ``log_every`` less than 1.
             FileExistsError: The folder of ``checkpoints`` holds a run that the trainer does not go on with.
         """
-        num_generations = validation.check_int("num_generations", num_generations, 0)
-        log_every = validation.check_int("log_every", log_every, 1)
-        if callback is not None and not callable(callback):
-            raise TypeError(f"callback must be callable, got {type(callback).__name__}")
-        with contextlib.ExitStack() as stack:
-            progress = stack.enter_context(Progress(num_generations, verbose and self.is_main))
-            if checkpoints is not None:
-                self.engine.from_main(lambda: checkpoints.begin(self))
-                stack.enter_context(exit_on_sigterm())
-                stack.callback(checkpoints.save, self)
-            for i in range(num_generations):
-                progress.update(self.step())
-                if checkpoints is not None:
-                    checkpoints.after_generation(self)
-                if callback is not None and (self.generation % log_every == 0 or i == num_generations - 1):
-                    self._call(callback)
-        last = {key: values[-1] for key, values in self.history.items() if values}
-        return {
-            "generation": self.generation,
-            "best_fitness": self.best_fitness,
-            **last,
-            "fitness_history": self.fitness_history,
-        }
+        return run(self, num_generations, verbose, log_every, callback, checkpoints)
 
     def evaluate_fitness(self, model: nn.Module) -> float:
         """Return the fitness of one model, such as ``trainer.model`` or ``trainer.get_best_model()``.
@@ -483,48 +439,8 @@ class ESTrainer(RunState, OptimizerFace, torch.optim.Optimizer, ABC):
         finally:
             self._in_best_weights -= 1
 
-    def _best_values(self) -> dict[str, Tensor]:
-        """Return parameters, buffers and untrained parameters of the best member, by their names."""
-        if self._best is None:
-            return {}
-        trained = self._centre.parameters
-        kept = {name: value for name, value in self._best_untrained.items() if name not in trained}
-        return {**self._centre.unflatten(self._best), **kept}
-
-    def reset(self) -> None:
-        """Go back to the initial parameters and options, and forget history and optimizer state."""
-        with delayed_interrupt():
-            for group, options in zip(self.param_groups, self._initial_options, strict=True):
-                for key in group.keys() - {"params", "names"}:
-                    del group[key]
-                group.update(options)
-            self._centre.assign(self._initial)
-            self.set_frozen([name for name in self._centre.candidates if name not in self._initially_held])
-            self._hold(self._initially_held)
-            self._follow_frozen()
-            self._set_learnt(self._initial_untrained)
-            self._centre.restart()
-            self._schedules = Schedules(self, *self._schedulers)
-            self._forget()
-
     def _settings(self) -> dict[str, Any]:
-        return {
-            "trainer": type(self).__name__,
-            "optimizer": type(self._centre.optimizer).__name__,
-            "optimizer_options": self._centre.optimizer_options(),
-            "lr_scheduler": type(self._schedules.lr_scheduler).__name__,
-            "sigma_scheduler": type(self._schedules.sigma_scheduler).__name__,
-            "population_size": self.population_size,
-            "chunk_size": min(self.population_size, self._evaluator.chunk_members()),
-            "coalesce": self.coalesce,
-            "compile": self.compile,
-            "evaluation_dtype": str(self.evaluation_dtype),
-            "device": self.device.type,
-            "dtypes": sorted({str(p.dtype) for p in self._centre.candidates.values()}),
-            "seed": self._seed,
-            "options": self._options(),
-            "frozen": [name for name, p in self._centre.candidates.items() if not p.requires_grad],
-        }
+        return settings_of(self)
 
     def _check_sizes(self) -> None:
         """Check the attributes that say how large a population is, which may change at any time."""
@@ -547,7 +463,7 @@ class ESTrainer(RunState, OptimizerFace, torch.optim.Optimizer, ABC):
             validation.check_real("sigma", group["sigma"], positive=True)
         self._centre.check_model(self.model)
 
-    # The stations of a generation.
+    # The parts that a generation is made by.
 
     def _group_defaults(self) -> dict[str, Any]:
         """Return further options of parameter groups with their defaults."""
@@ -564,90 +480,7 @@ class ESTrainer(RunState, OptimizerFace, torch.optim.Optimizer, ABC):
         """Evaluate some members of the current generation in this process: for engines."""
         return self._evaluator.evaluate_chunk(chunk)
 
-    def _start_generation(self) -> None:
-        with delayed_interrupt(), thread_modes.neutral():
-            if self._in_best_weights:
-                raise RuntimeError("step() inside best_weights(): leave the block first")
-            self._check_live()
-            self._findings.begin_generation(self.generation, self._fitness_fn(), self.model)
-            self._method.begin_generation()
-
-    def _advance(self, scores: Tensor, statistics: list[Tensor]) -> dict[str, Any]:
-        """End the generation with the members' scores, and return its metrics.
-
-        If anything raises, nothing has changed.
-        """
-        settings = self.settings()
-        last = Generation(self.generation + 1, settings.plain(), scores, statistics)
-        checked = check_scores(scores, self.generation + 1, settings.group_size)
-        if checked.num_nonfinite:
-            whose = "group" if settings.group_size else "generation"
-            if scores.ndim > 1:
-                whose += " and task, and a task without any is left out"
-            self._warn_once(
-                f"a fitness that is not finite counts as the worst finite one of its {whose}; see num_nonfinite in the"
-                " metrics",
-            )
-        with delayed_interrupt(), thread_modes.neutral():
-            improved = (
-                self._member_parameters(checked.best)
-                if float(checked.means[checked.best]) > self.best_fitness
-                else None
-            )
-            gradient = self._method.gradient(checked)
-            learning_rates = [group["lr"] for group in self.param_groups]
-            metrics = metrics_of(checked, self.generation + 1, self.best_fitness, self.learning_rate, self.sigma)
-            learnt = None if improved is None else self._learnt()
-            appends = [self.history.setdefault(key, []).append for key in metrics]
-            # Whatever raises in here, each of these goes back.
-            with (
-                self._schedules.stepped(metrics["mean_fitness"]),
-                self._centre.stepped(gradient, learning_rates) as metrics["update_norm"],
-                merged(self._learner if statistics else None, self.model, statistics, self._centre.parameters),
-            ):
-                pass
-            if improved is not None and learnt is not None:
-                self._best, self.best_fitness, self._best_untrained = improved, metrics["best_fitness"], learnt
-            self.generation, self.last_generation = last.number, last
-            self._asked = self._told = None
-            for append, value in zip(appends, metrics.values(), strict=True):
-                append(value)
-        return metrics
-
-    def _call(self, callback: Callable[[int, list[float]], Any]) -> None:
-        """Call a user's function in the first process, and follow what it did to the trainer in all."""
-        if self.engine.size == 1:
-            callback(self.generation, self.fitness_history)
-            return
-
-        def call() -> dict[str, Any]:
-            before = self.settings()
-            callback(self.generation, self.fitness_history)
-            return to_send(self, before)
-
-        settings = self.engine.from_main(call)
-        if not self.is_main:
-            adopt(self, settings)
-
     def _fitness_fn(self) -> Callable[..., Any]:
         """Return the fitness function, or the method of a subclass in its place."""
         overridden = type(self).evaluate_fitness is not ESTrainer.evaluate_fitness
         return self.evaluate_fitness if overridden else self.fitness_fn
-
-    def _member_parameters(self, index: int) -> Tensor:
-        """Return all parameters of one member of the current generation, ``[D]``."""
-        unit = self._method.unit
-        first = index // unit * unit
-        # As the population forms them, to the last bit: for bf16 models that is not what the master weights give.
-        population = Population(self.model, self._method.perturbations(first, unit), first=first)
-        member = population.member_parameters(index - first)
-        # What is frozen is in every member what it is in the centre.
-        values = {**{name: p.detach() for name, p in self._centre.parameters.items()}, **member}
-        return self._centre.flatten({name: value.to(wide_dtype(value)) for name, value in values.items()})
-
-
-def _of_members(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what of a record the members of a generation depend on."""
-    kept = {key: settings[key] for key in ("population_size", "seed", "frozen", "noise_reuse", "noise")}
-    options = [{key: value for key, value in group.items() if key != "lr"} for group in settings["options"]]
-    return {**kept, "options": options}

@@ -34,7 +34,8 @@ class EGGROLLTrainer(KeyedESTrainer):
         fitness_fn: From a module to its fitness, higher is better: a float, a 0-d tensor or a NumPy scalar; or a tensor
             or array ``[K]``, ``K ≥ 2``, with a score for each of several tasks, such as prompts or episodes. If marked
             with :func:`eggroll_trainer.batched`, from a :class:`~eggroll_trainer.Population` to ``[N]`` or ``[N, K]``.
-            Return the tasks apart where some are harder than others: each is compared among the members by itself.
+            Return tasks apart, rather than their mean, with shapings by rank or sign, and where a task may fail: each
+            task is then compared among the members by itself.
         population_size: ``N``, how many models are evaluated in a generation; divisible by ``noise_reuse`` and
             ``group_size``. As many as you can afford: the direction's error falls like ``1/√N`` until ``N`` reaches
             the number of weights. 256 is a fair start for small networks.

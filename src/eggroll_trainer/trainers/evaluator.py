@@ -15,7 +15,8 @@ from ..fitness import thread_modes
 from ..fitness.evaluate import SAME_TASKS, Evaluation, Scored
 from ..fitness.learning import discard_statistics
 from ..fitness.scores import described
-from ..population import Population
+from ..perturbation.sample import wide_dtype
+from ..population import Population, WholePopulation
 from .trainable import kept_frozen
 
 # Members evaluated at a time, at most, where the user sets no chunk size: more gain nothing.
@@ -127,6 +128,28 @@ class Evaluator:
                 generation=trainer.generation,
                 seed=trainer.seed,
             )
+
+    def whole_population(self) -> WholePopulation:
+        """Return all members of the current generation, who are there until it is over."""
+        trainer = self.trainer
+        number = trainer.generation
+
+        def make(first: int, count: int) -> Population:
+            if trainer.generation != number or trainer._asked is None:
+                raise RuntimeError(f"generation {number + 1} is over, and its members are gone; ask() again")
+            return self.population(first, count)
+
+        return WholePopulation(trainer.model, make, self.chunks(), trainer._method.unit)
+
+    def member_weights(self, index: int) -> Tensor:
+        """Return all parameters of one member of the current generation, ``[D]``."""
+        centre, unit = self.trainer._centre, self.trainer._method.unit
+        first = index // unit * unit
+        # As the population forms them, to the last bit: for bf16 models that is not what the master weights give.
+        member = self.population(first, unit).member_parameters(index - first)
+        # What is frozen is in every member what it is in the centre.
+        values = {**{name: p.detach() for name, p in centre.parameters.items()}, **member}
+        return centre.flatten({name: value.to(wide_dtype(value)) for name, value in values.items()})
 
     def evaluate(self, first: int, count: int) -> Scored:
         """Evaluate members ``first, …, first + count - 1``."""

@@ -10,9 +10,11 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
 
 from .._utils.copies import plain_copy
 from .._utils.interrupts import delayed_interrupt
+from .._utils.validation import check_int
 from .._utils.warned import Warned
 from ..checkpoints.files import FORMAT, check_format, check_same_model, read_checkpoint, write_checkpoint
 from ..checkpoints.generation import Generation, Settings, adopt, differences
@@ -50,10 +52,6 @@ class RunState(ABC):
     _schedulers: tuple[LRSchedulerFactory | None, LRSchedulerFactory | None]
     _schedules: Schedules
     _learner: Learner | None
-    _initial: Tensor
-    _initial_untrained: dict[str, Tensor]
-    _best: Tensor | None
-    _best_untrained: dict[str, Tensor]
     _warned: Warned
     _findings: Findings
     _method: Method
@@ -66,6 +64,68 @@ class RunState(ABC):
     def is_main(self) -> bool:
         """Whether this is the only process, or the first of those that run the script: the one to print and write."""
         return self.engine.rank == 0
+
+    @property
+    def seed(self) -> int:
+        """Seed of the run; a new one holds from the next generation on."""
+        return self._seed
+
+    @seed.setter
+    def seed(self, value: int) -> None:
+        self._seed = check_int("seed", value, -(2**63))
+        self._method.restart()
+
+    @property
+    def lr_scheduler(self) -> LRScheduler | None:
+        """What ``lr_scheduler=`` made."""
+        return self._schedules.lr_scheduler
+
+    @property
+    def current_params(self) -> Tensor:
+        """A copy of the centre's trained parameters, ``[D]``, in float32 or wider."""
+        return self._centre.flat()
+
+    @property
+    def initial_params(self) -> Tensor:
+        """A copy of the parameters that training started from, ``[D]``."""
+        return self._initial.clone()
+
+    @property
+    def fitness_history(self) -> list[float]:
+        """The mean fitness of every generation up to now: the list that callbacks get."""
+        return list(self.history.get("mean_fitness", []))
+
+    def _note_beginning(self) -> None:
+        """Note what :meth:`reset` goes back to."""
+        self._initial_options = self._options()
+        self._initial, self._initial_untrained = self._centre.flat(), self._learnt()
+        self._initially_held = list(self._centre.parameters)
+        self._best: Tensor | None = None
+        self._best_untrained: dict[str, Tensor] = {}
+
+    def reset(self) -> None:
+        """Go back to the initial parameters and options, and forget history and optimizer state."""
+        with delayed_interrupt():
+            for group, options in zip(self.param_groups, self._initial_options, strict=True):
+                for key in group.keys() - {"params", "names"}:
+                    del group[key]
+                group.update(options)
+            self._centre.assign(self._initial)
+            self.set_frozen([name for name in self._centre.candidates if name not in self._initially_held])
+            self._hold(self._initially_held)
+            self._follow_frozen()
+            self._set_learnt(self._initial_untrained)
+            self._centre.restart()
+            self._schedules = Schedules(cast(torch.optim.Optimizer, self), *self._schedulers)
+            self._forget()
+
+    def _best_values(self) -> dict[str, Tensor]:
+        """Return parameters, buffers and untrained parameters of the best member, by their names."""
+        if self._best is None:
+            return {}
+        trained = self._centre.parameters
+        kept = {name: value for name, value in self._best_untrained.items() if name not in trained}
+        return {**self._centre.unflatten(self._best), **kept}
 
     def _warn_once(self, message: str, kind: str | None = None) -> None:
         """Warn of what all processes notice, or have been told of."""

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .._utils.validation import check_int
 from ..fitness.scores import described, is_table, without_single_column
@@ -59,30 +60,38 @@ class Told:
         outside = [member for member in chosen if member >= size]
         if outside:
             raise ValueError(f"members must be below population_size={size}, got {outside[0]}")
-        try:
-            # Python's numbers are float64, which torch would make float32.
-            dtype = None if hasattr(scores, "dtype") else torch.float64
-            values = torch.as_tensor(scores, dtype=dtype, device="cpu").detach()
-        except (TypeError, ValueError, RuntimeError):
-            raise TypeError(f"scores must be numbers, [{len(chosen)}], got {type(scores).__name__}") from None
-        if values.is_complex():
-            raise TypeError(f"scores must be real numbers, got {values.dtype}")
-        if not is_table(values, len(chosen)):
-            raise ValueError(
-                f"expected one score for each of {len(chosen)} members, or [{len(chosen)}, K] for K tasks, got shape"
-                f" {list(values.shape)}"
-            )
-        values = without_single_column(values.double())
-        told = Told(size, self.settings)
-        told.known[chosen] = True
-        kept = self.known & ~told.known
-        if kept.any() and values.shape[1:] != self.scores.shape[1:]:
+        values = _table(scores, len(chosen))
+        told, others = Told(size, self.settings), self.known.clone()
+        others[chosen] = False
+        if not others.any():
+            told.scores = torch.full((size, *values.shape[1:]), torch.nan, dtype=torch.float64, device="cpu")
+        elif values.shape[1:] == self.scores.shape[1:]:
+            told.scores = self.scores.clone()
+        else:
             raise ValueError(
                 f"got {described(values.shape[1:])} for each member, and others were told"
                 f" {described(self.scores.shape[1:])} each: all members of a generation must be scored on the same"
                 " tasks; one that failed has NaN in each"
             )
-        told.scores = torch.full((size, *values.shape[1:]), torch.nan, dtype=torch.float64, device="cpu")
-        told.scores[kept], told.scores[chosen] = self.scores[kept], values
-        told.known |= self.known
+        told.scores[chosen] = values
+        told.known = others
+        told.known[chosen] = True
         return told
+
+
+def _table(scores: Any, count: int) -> Tensor:
+    """Return what was told of some members as ``[count]``, or ``[count, K]`` for ``K ≥ 2`` tasks, in float64."""
+    try:
+        # Python's numbers are float64, which torch would make float32.
+        dtype = None if hasattr(scores, "dtype") else torch.float64
+        values = torch.as_tensor(scores, dtype=dtype, device="cpu").detach()
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"scores must be numbers, [{count}], got {type(scores).__name__}") from None
+    if values.is_complex():
+        raise TypeError(f"scores must be real numbers, got {values.dtype}")
+    if not is_table(values, count):
+        raise ValueError(
+            f"expected one score for each of {count} members, or [{count}, K] for K tasks, got shape"
+            f" {list(values.shape)}"
+        )
+    return without_single_column(values.double())

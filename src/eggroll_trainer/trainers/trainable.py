@@ -3,9 +3,43 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from typing import Any
 
+import torch
 from torch import nn
+
+from .._utils import validation
+from ..distributed import local_device
+
+
+def parameter_groups(
+    params: Iterable[Any] | None, model: nn.Module, defaults: Mapping[str, Any], device: torch.device | str | None
+) -> list[dict[str, Any]]:
+    """Return the parameter groups of a model, which is moved to a device, with their options checked.
+
+    Args:
+        params: As a trainer takes them; all of the model's if None.
+        model: The model.
+        defaults: Options of groups that do not say otherwise, among them ``lr`` and ``sigma``.
+        device: Where to move the model; it stays where it is if None.
+
+    Raises:
+        TypeError: An argument is of the wrong type.
+        ValueError: An option is out of range, or the parameters are not the model's.
+    """
+    groups = validation.parameter_groups(params, model)
+    for group in groups:
+        validation.check_options(group, defaults)
+        group["lr"] = validation.check_real("learning_rate", group.get("lr", defaults["lr"]), positive=False)
+        group["sigma"] = validation.check_real("sigma", group.get("sigma", defaults["sigma"]), positive=True)
+    if device is not None:
+        model.to(local_device(validation.check_device(device)))
+        # Between some kinds of devices a parameter does not move: another one takes its place.
+        moved = dict(model.named_parameters(remove_duplicate=False))
+        for group in groups:
+            group["params"] = [moved[name] for name in group["names"]]
+    return groups
 
 
 def padding_rows(model: nn.Module) -> dict[int, list[int]]:

@@ -1,0 +1,57 @@
+"""Arguments of a call for many members: which of them are each member's own, and what one member gets."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from .._torch import TreeSpec, tree_flatten, tree_unflatten
+
+
+def dims_of(
+    args: tuple[Any, ...], kwargs: dict[str, Any], in_dims: int | Sequence[int | None], count: int
+) -> list[int | None]:
+    """Return, for each leaf of the arguments, its dimension of members, or None if they share it.
+
+    Args:
+        args: Positional arguments.
+        kwargs: Keyword arguments, whose tensors have the members first.
+        in_dims: Dimension of members of all positional arguments, or of each.
+        count: How many members there are.
+
+    Raises:
+        ValueError: An argument has another number of members.
+    """
+    if in_dims is None or isinstance(in_dims, int):
+        in_dims = [in_dims] * len(args)
+    if len(in_dims) != len(args):
+        raise ValueError(f"in_dims has {len(in_dims)} entries for {len(args)} positional arguments")
+    dims: list[int | None] = []
+    for argument, dim in [*zip(args, in_dims, strict=True), *((value, 0) for value in kwargs.values())]:
+        for leaf in tree_flatten(argument)[0]:
+            own = dim is not None and isinstance(leaf, Tensor)
+            if own and (leaf.ndim == 0 or leaf.shape[dim] != count):
+                raise ValueError(
+                    f"expected one input for each of the {count} members in dimension {dim}, got a tensor"
+                    f" of shape {list(leaf.shape)}; pass in_dims=None for an input that all members share"
+                )
+            dims.append(dim if own else None)
+    return dims
+
+
+def arguments_of(
+    leaves: Sequence[Any], spec: TreeSpec, dims: Sequence[int | None], at: int
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return one member's positional and keyword arguments.
+
+    Args:
+        leaves: Of the arguments of all.
+        spec: Their structure.
+        dims: For each leaf its dimension of members, or None if they share it.
+        at: Where the member is in that dimension.
+    """
+    own = [leaf if dim is None else leaf.select(dim, at) for leaf, dim in zip(leaves, dims, strict=True)]
+    args, kwargs = tree_unflatten(own, spec)
+    return args, kwargs
