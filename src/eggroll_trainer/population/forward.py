@@ -97,6 +97,22 @@ class Call:
         form = self.module, str(self.spec), tuple(signature), ranks, self.size if self.exact else None
         return Kind(form, tuple(numbers))
 
+    def structure(self) -> Hashable:
+        """Return what calls have in common that differ in the sizes of their tensors as well."""
+        leaves = [
+            (leaf.ndim, leaf.dtype, dim) if isinstance(leaf, Tensor) else type(leaf)
+            for leaf, dim in zip(self.leaves, self.dims, strict=True)
+        ]
+        return self.module, str(self.spec), tuple(leaves), tuple(_rank(value) for value in self.factors.values())
+
+    def numel(self) -> int:
+        """Return how many numbers the inputs of one member have."""
+        return sum(
+            leaf.numel() // (1 if dim is None else self.size)
+            for leaf, dim in zip(self.leaves, self.dims, strict=True)
+            if isinstance(leaf, Tensor)
+        )
+
     def parts(self, ranges: Sequence[tuple[int, int]]) -> list[Call]:
         """Return the calls for members ``start, …, stop - 1`` of each of the ranges."""
         if list(ranges) == [(0, self.size)]:
@@ -213,6 +229,8 @@ class Forwards:
         self.refused: Recent[Hashable, str] = Recent(_MAX_KINDS)
         # By forms of calls.
         self._rooms: Recent[Hashable, _Room] = Recent(_MAX_KINDS)
+        # By structure of calls, numbers in the inputs of one that was measured, and how many members would have fitted.
+        self._measured: Recent[Hashable, tuple[int, int]] = Recent(_MAX_KINDS)
         self._values: Recent[Hashable, _Values] = Recent(_MAX_KINDS)
         self._compiled: dict[Kind, _Compiled] = {}
         # Kinds that cannot be compiled.
@@ -314,6 +332,8 @@ class Forwards:
         room = self._rooms[kind.form]
         fitting = room.fitting(kind.numbers)
         if fitting is None:
+            fitting = self._fitting_by_growth(call)
+        if fitting is None:
             device = next(iter(call.devices()), torch.device("cpu"))
             function = batched(call)
             # Dropout draws in it; who draws after it must not notice.
@@ -325,7 +345,21 @@ class Forwards:
             number = max(1, (self.budget.call_bytes(device) - one) // max(1, two - one))
             fitting = 1 << (number.bit_length() - 1)
             room.note(kind.numbers, (one, two), fitting)
+            self._measured[call.structure()] = call.numel(), number
         return min(fitting, call.size) if room.most is None else min(fitting, room.most, call.size)
+
+    def _fitting_by_growth(self, call: Call) -> int | None:
+        """Return how many members fit if all do, going by a call with shorter sequences, say; None if it is unclear.
+
+        Code that makes its sequence longer step by step would otherwise be measured at each length.
+        """
+        known = self._measured.get(call.structure())
+        if known is None:
+            return None
+        numel, number = known
+        # No less than quadratic, as attention is.
+        growth = max(1.0, call.numel() / max(1, numel)) ** 2
+        return call.size if number / growth >= call.size else None
 
 
 class _Compiled(NamedTuple):

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from .._torch import NormBase, is_functorch_wrapped_tensor, tree_leaves
+from .._utils.interrupts import delayed_interrupt
+from .._utils.memory import is_out_of_memory
 from ..perturbation import DenseParameter, PerturbedTensor
 from .snapshot import Snapshot, is_immutable
 
@@ -179,6 +183,29 @@ def training_modes(module: nn.Module, modes: Mapping[nn.Module, bool]) -> Iterat
     finally:
         for m, mode in before.items():
             m.training = mode
+
+
+@contextlib.contextmanager
+def batching(module: nn.Module, modes: Mapping[nn.Module, bool]) -> Iterator[None]:
+    """Make a batched call of a module in the block, with training modes set.
+
+    Raises:
+        NotBatchable: The call failed.
+        ValueError: A BatchNorm layer of ``module`` would update its running statistics.
+    """
+    # An interrupted vmap would leave its transforms, and its weights in the model.
+    with delayed_interrupt(), training_modes(module, modes):
+        try:
+            with torch.no_grad(), warnings.catch_warnings():
+                # An operation that vmap runs member by member is slow, but right.
+                warnings.filterwarnings("ignore", "There is a performance drop")
+                yield
+        except NotBatchable:
+            raise
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            raise NotBatchable(f"{type(error).__name__}: {error}") from error
 
 
 class ModuleState:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -16,7 +15,7 @@ from .._torch import TreeSpec, tree_flatten, tree_map
 from .._utils import validation
 from .._utils.graphs import replay
 from .._utils.interrupts import delayed_interrupt
-from .._utils.memory import is_out_of_memory, keep_freed_memory
+from .._utils.memory import keep_freed_memory
 from .._utils.warned import Warned
 from ..noise.keys import keyed_generator
 from ..perturbation import densify
@@ -27,7 +26,7 @@ from .copying import copy_of
 from .folded import Folded
 from .forward import Call, Forwards
 from .holding import holding
-from .module_state import ModuleState, NotBatchable, Slot, changes, lost, parameter_slots, training_modes
+from .module_state import ModuleState, NotBatchable, Slot, batching, changes, lost, parameter_slots, training_modes
 from .one_by_one import call_one_by_one
 from .opened import Opened, run_opened
 
@@ -395,31 +394,11 @@ class Population:
         return Call(module, slots, centres, factors, leaves, spec, dims, len(members), exact)
 
     def _run(self, call: Call, training: dict[nn.Module, bool] | None = None) -> Any:
-        with self._batching(call.module, training):
+        with batching(call.module, self._training if training is None else training):
             result = self._steady(call)
         while self.forwards.reports:
             self._warned.once(self.forwards.reports.pop())
         return result
-
-    @contextlib.contextmanager
-    def _batching(self, module: nn.Module, training: dict[nn.Module, bool] | None) -> Iterator[None]:
-        """Run a batched call in the block; what fails in it is not batchable."""
-        with (
-            # An interrupted vmap would leave its transforms, and its weights in the model.
-            delayed_interrupt(),
-            training_modes(module, self._training if training is None else training),
-        ):
-            try:
-                with torch.no_grad(), warnings.catch_warnings():
-                    # An operation that vmap runs member by member is slow, but right.
-                    warnings.filterwarnings("ignore", "There is a performance drop")
-                    yield
-            except NotBatchable:
-                raise
-            except Exception as error:
-                if is_out_of_memory(error):
-                    raise
-                raise NotBatchable(f"{type(error).__name__}: {error}") from error
 
     def run_opened(
         self,
@@ -436,7 +415,7 @@ class Population:
             ValueError: A BatchNorm layer is in training mode.
         """
         state = None if call.module in self._looked_at else ModuleState(call.module)
-        with self._batching(call.module, training), torch.inference_mode(False):
+        with batching(call.module, self._training if training is None else training), torch.inference_mode(False):
             opened = run_opened(call, objects, held, held_dims)
         if state is not None and state.differs_by_member():
             raise changes(state.restore())
