@@ -16,13 +16,11 @@ from helpers import (
     NAN,
     POPULATION,
     Custom,
-    X,
     assert_same,
     fitness,
     global_generator_untouched,
     goes_on,
     make,
-    network,
     population_fitness,
 )
 from torch import Tensor, nn
@@ -30,7 +28,7 @@ from torch.optim.lr_scheduler import (
     LambdaLR,
 )
 
-from eggroll_trainer import EGGROLLTrainer, ESTrainer, Population, VanillaESTrainer, batched
+from eggroll_trainer import EGGROLLTrainer, ESTrainer, VanillaESTrainer, batched
 
 
 class Faulty:
@@ -458,71 +456,3 @@ def test_history_may_be_emptied(cls: type[ESTrainer]) -> None:
     trainer.history.clear()
     trainer.step()
     assert trainer.history["generation"] == [2]
-
-
-# Surroundings.
-
-
-def test_the_callers_modes_do_not_reach_the_update() -> None:
-    def inner(model: nn.Module) -> float:
-        with torch.autocast("cpu", torch.bfloat16), torch.inference_mode():
-            return fitness(model)
-
-    quiet, within = make(fitness_fn=inner), make()
-    quiet.train(3, verbose=False)
-    with torch.autocast("cpu", torch.bfloat16), torch.inference_mode():
-        within.train(3, verbose=False)
-    assert_same(within.state_dict(), quiet.state_dict())
-    # Nothing is left that could only be changed in inference mode.
-    within.step()
-
-
-@pytest.mark.parametrize("optimizer", [ADAM, torch.optim.Adagrad])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_trainers_made_and_used_in_inference_mode(dtype: torch.dtype, optimizer: Any) -> None:
-    x = X.to(dtype)
-
-    def score(model: nn.Module) -> float:
-        return model(x).float().sum().item()
-
-    model = network(dtype)
-    with torch.inference_mode():
-        trainer = make(model=model, fitness_fn=score, optimizer=optimizer)
-        trainer.step()
-        trainer.load_state_dict(trainer.state_dict())
-    trainer.step()
-    with torch.inference_mode():
-        trainer.step()
-        trainer.reset()
-    trainer.step()
-    with torch.inference_mode():
-        born_there = network(dtype)
-    with pytest.raises(ValueError, match="parameter '0.weight' was made under torch.inference_mode"):
-        make(model=born_there)
-
-
-@pytest.mark.parametrize("cls", [EGGROLLTrainer, VanillaESTrainer])
-def test_a_population_of_one_is_warned_of_and_learns_nothing(cls: type[ESTrainer]) -> None:
-    trainer = make(cls, population_size=1, optimizer=None)
-    before = trainer.current_params
-    with pytest.warns(RuntimeWarning, match="population_size=1 cannot learn: .* Take at least 2"):
-        trainer.step()
-    assert torch.equal(trainer.current_params, before)
-    later = make(cls)
-    later.population_size = 1
-    with pytest.warns(RuntimeWarning, match="population_size=1 cannot learn"):
-        later.step()
-    # One that is not compared with others can.
-    alone = make(cls, population_size=1, shaping="raw")
-    alone.step()
-    assert not torch.equal(alone.current_params, before)
-
-
-def test_a_population_knows_its_members() -> None:
-    @batched
-    def too_far(population: Population) -> Tensor:
-        population.member(len(population))
-        return torch.zeros(len(population))
-
-    with pytest.raises(IndexError, match="member 8 of a population of 8"):
-        make(fitness_fn=too_far).step()

@@ -54,6 +54,8 @@ def _of_tasks(value: Tensor | np.ndarray[Any, Any]) -> tuple[float, ...]:
 def mean_over_tasks(scores: Score | Tensor | np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     """Return the mean fitness over tasks, ``[..., K] → [...]``; a single number is its own."""
     values = np.atleast_1d(np.asarray(scores, np.float64))
+    if values.shape[-1] == 1:
+        return values[..., 0]
     with np.errstate(over="ignore", invalid="ignore"):
         means = values.mean(-1)
         # The sum of huge scores overflows, their mean does not.
@@ -178,7 +180,8 @@ def check_scores(scores: Tensor, generation: int, group_size: int = 0) -> Checke
             " the parameters were not changed. Lower sigma or learning_rate, or mend the fitness function."
         )
     judged = finite.any(0)
-    table, finite = table[:, judged], finite[:, judged]
+    if not judged.all():
+        table, finite = table[:, judged], finite[:, judged]
     groups = np.where(finite, table, np.inf).reshape(-1, group_size or count, table.shape[1])
     worst = groups.min(1, keepdims=True)
     worst = np.where(np.isfinite(worst), worst, groups.min((0, 1)))
