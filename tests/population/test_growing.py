@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -15,10 +18,21 @@ def ranks(population: Population) -> Tensor:
     return torch.arange(float(len(population)))
 
 
-def test_growing_sequences_are_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    measured = []
+def noted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Return a list that gets what each measurement of a call finds."""
+    measured: list[int] = []
     live_bytes = forward.live_bytes
-    monkeypatch.setattr(forward, "live_bytes", lambda function: measured.append(1) or live_bytes(function))
+
+    def measure(function: Callable[[], Any]) -> int:
+        measured.append(live_bytes(function))
+        return measured[-1]
+
+    monkeypatch.setattr(forward, "live_bytes", measure)
+    return measured
+
+
+def test_growing_sequences_are_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = noted(monkeypatch)
     trainer = EGGROLLTrainer(model=nn.Linear(3, 2), fitness_fn=ranks, population_size=8, sigma=0.1, seed=0)
     members = next(iter(trainer.ask().chunks()))
     for length in range(4, 12):
@@ -28,9 +42,7 @@ def test_growing_sequences_are_measured_once(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_where_it_might_not_fit_it_is_measured_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    measured = []
-    live_bytes = forward.live_bytes
-    monkeypatch.setattr(forward, "live_bytes", lambda function: measured.append(1) or live_bytes(function))
+    measured = noted(monkeypatch)
     trainer = EGGROLLTrainer(
         model=nn.Linear(3, 2), fitness_fn=ranks, population_size=8, sigma=0.1, seed=0, memory_budget=200_000
     )
