@@ -49,6 +49,13 @@ def own(tensor: Tensor, size: int) -> Tensor:
     return add_batch_dim(copies, 0, interpreter.level())
 
 
+def members_in_front(tensor: Tensor, dim: int) -> Tensor:
+    """Return a tensor as it is for one member under the innermost ``torch.vmap``; ``dim`` is that of members."""
+    transform = peek_interpreter_stack()
+    assert transform is not None
+    return add_batch_dim(tensor, dim, VmapInterpreter(transform).level())
+
+
 class _Info(NamedTuple):
     batch_size: int
 

@@ -25,6 +25,9 @@ from .opened import Opened
 from .rows import MemberCall, RowCall, Vectors
 from .watched import unwatch, watch
 
+# Bytes in caches from which on there is not memory for them twice: a call that fails cannot be made again.
+_LARGE = 2**28
+
 
 class Folded:
     """A population's model while it is called with rows of all members.
@@ -42,6 +45,8 @@ class Folded:
         named = dict(self.model.named_parameters(remove_duplicate=False))
         self._watched = {p: name for name in population.perturbations.draws if type(p := named[name]) is nn.Parameter}
         self._vectors = Vectors()
+        # Modules that have been called for all members at once.
+        self._called: set[nn.Module] = set()
 
     @contextlib.contextmanager
     def entered(self) -> Iterator[nn.Module]:
@@ -115,10 +120,16 @@ class Folded:
         return result
 
     def _batched(self, module: nn.Module, call: RowCall) -> Opened:
-        values, count = call.unfolded(), len(call.leaves)
-        batched = self.population.call_of(module, values[:count], call.spec, call.dims[:count])
+        count = len(call.leaves)
+        leaves, held = call.unfolded_leaves(), call.unfolded_held()
+        batched = self.population.call_of(module, leaves, call.spec, call.dims[:count])
+        spend = module in self._called and sum(tensor.nbytes for tensor in held) > _LARGE
+        if spend:
+            call.held.clear()
         with self._released():
-            return self.population.run_opened(batched, call.objects, values[count:], call.dims[count:])
+            opened = self.population.run_opened(batched, call.objects, held, call.dims[count:], spend=spend)
+        self._called.add(module)
+        return opened
 
     def _one_by_one(self, module: nn.Module, call: RowCall) -> Any:
         """Make a call for one member after the other."""

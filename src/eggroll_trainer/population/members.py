@@ -35,7 +35,13 @@ class Members(Protocol):
         """Return the call of a module with the leaves of its arguments."""
 
     def run_opened(
-        self, call: Call, objects: Sequence[Any], held: Sequence[Tensor], held_dims: Sequence[int | None]
+        self,
+        call: Call,
+        objects: Sequence[Any],
+        held: list[Tensor],
+        held_dims: Sequence[int | None],
+        *,
+        spend: bool = False,
     ) -> Opened:
         """Make a call with objects among its arguments or results."""
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .._torch import TreeSpec, is_functorch_wrapped_tensor, tree_unflatten
 from ..perturbation import BatchingRules
+from ..perturbation.batching import members_in_front
 from ..perturbation.sample import members_of
 from .containers import Contents, Kept, contents, is_container
 from .forward import PLAIN_TYPES, Call, for_one
@@ -56,20 +57,26 @@ def objects_in(leaves: Sequence[Any]) -> list[Any]:
     return list({id(leaf): leaf for leaf in leaves if is_container(leaf)}.values())
 
 
-def run_opened(call: Call, objects: Sequence[Any], held: Sequence[Tensor], held_dims: Sequence[int | None]) -> Opened:
+def run_opened(
+    call: Call, objects: Sequence[Any], held: list[Tensor], held_dims: Sequence[int | None], *, spend: bool = False
+) -> Opened:
     """Make a call for its members at once.
 
     Args:
         call: The call, without the tensors in objects.
         objects: The objects among its leaves.
-        held: What to put in the place of each of the tensors that they hold, for the call.
+        held: What to put in the place of each of the tensors that they hold, for the call. The list is emptied.
         held_dims: For each of these its dimension of members, or None if they share it.
+        spend: Whether the tensors in objects are freed as soon as the module replaces them. A cache that grows is then
+            never there twice, but a call that fails leaves the objects as they are.
 
     Raises:
         Exception: Whatever the module raises, or torch.vmap where the call cannot be batched; the objects are then as
-            they were.
+            they were, unless ``spend``.
     """
-    kept = Kept(objects)
+    if spend:
+        return _run(call, objects, held, held_dims, BatchingRules())
+    kept, again = Kept(objects), list(held)
     try:
         return _run(call, objects, held, held_dims, BatchingRules())
     except Exception as error:
@@ -78,26 +85,30 @@ def run_opened(call: Call, objects: Sequence[Any], held: Sequence[Tensor], held_
             raise
     try:
         # A tensor that the module has made, of one member's shape, was to be filled with what differs between members.
-        return _run(call, objects, held, held_dims, BatchingRules(own_factories=call.size))
+        return _run(call, objects, again, held_dims, BatchingRules(own_factories=call.size))
     except Exception:
         kept.restore()
         raise
 
 
 def _run(
-    call: Call, objects: Sequence[Any], held: Sequence[Tensor], held_dims: Sequence[int | None], rules: BatchingRules
+    call: Call, objects: Sequence[Any], held: list[Tensor], held_dims: Sequence[int | None], rules: BatchingRules
 ) -> Opened:
-    count = len(call.leaves)
-    values = [*call.leaves, *held]
-    dims = [*call.dims, *held_dims]
-    own_at = [i for i, dim in enumerate(dims) if dim is not None]
+    own_at = [i for i, dim in enumerate(call.dims) if dim is not None]
     before = contents(objects)
     found: list[Any] = []
 
+    def place_held() -> None:
+        # Not as arguments of torch.vmap, which would hold them until it returns.
+        before.exchange(
+            [t if dim is None else members_in_front(t, dim) for t, dim in zip(held, held_dims, strict=True)]
+        )
+        held.clear()
+
     def member(_: Tensor, factors: dict[str, Any], own: list[Tensor]) -> list[Tensor]:
-        given = dict(enumerate(values)) | dict(zip(own_at, own, strict=True))
-        before.exchange([given[i] for i in range(count, len(values))])
-        arguments = [given[i] for i in range(count)]
+        place_held()
+        given = dict(enumerate(call.leaves)) | dict(zip(own_at, own, strict=True))
+        arguments = [given[i] for i in range(len(call.leaves))]
         leaves, spec = for_one(call.module, call.slots, call.centres, factors, arguments, call.spec)
         for leaf in leaves:
             if not isinstance(leaf, (Tensor, *PLAIN_TYPES)) and not is_container(leaf):
@@ -111,12 +122,11 @@ def _run(
         return [value for value, own in zip([*leaves, *tensors], own_leaves + own_tensors, strict=True) if own]
 
     factors = {name: members_of(value) for name, value in call.factors.items()}
-    in_dims = (0, 0, [dims[i] for i in own_at])
+    in_dims = (0, 0, [call.dims[i] for i in own_at])
+    own_leaves_in = [call.leaves[i] for i in own_at]
     counter = torch.arange(call.size, device="cpu")
     with rules:
-        outputs = iter(
-            torch.vmap(member, in_dims, randomness="different")(counter, factors, [values[i] for i in own_at])
-        )
+        outputs = iter(torch.vmap(member, in_dims, randomness="different")(counter, factors, own_leaves_in))
     leaves, spec, own_leaves, opened, after, tensors, own_tensors = found
     leaves = [next(outputs) if own else leaf for leaf, own in zip(leaves, own_leaves, strict=True)]
     tensors = [next(outputs) if own else tensor for tensor, own in zip(tensors, own_tensors, strict=True)]

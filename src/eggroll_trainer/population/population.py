@@ -404,9 +404,11 @@ class Population:
         self,
         call: Call,
         objects: Sequence[Any],
-        held: Sequence[Tensor],
+        held: list[Tensor],
         held_dims: Sequence[int | None],
         training: dict[nn.Module, bool] | None = None,
+        *,
+        spend: bool = False,
     ) -> Opened:
         """Make a call with objects among its arguments or results; see :func:`~.opened.run_opened`.
 
@@ -416,7 +418,7 @@ class Population:
         """
         state = None if call.module in self._looked_at else ModuleState(call.module)
         with batching(call.module, self._training if training is None else training), torch.inference_mode(False):
-            opened = run_opened(call, objects, held, held_dims)
+            opened = run_opened(call, objects, held, held_dims, spend=spend)
         if state is not None and state.differs_by_member():
             raise changes(state.restore())
         self._looked_at.add(call.module)

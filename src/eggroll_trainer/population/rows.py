@@ -99,11 +99,18 @@ class RowCall:
                 own = vectors.are_rows((module, str(self.spec), path), len(value), self.rows, doubtful)
             self.dims.append(0 if own else None)
 
-    def unfolded(self) -> list[Any]:
-        """Return the leaves and the tensors in ``held``, ``[N, Q·k, …]`` instead of ``[N·Q·k, …]``."""
+    def unfolded_leaves(self) -> list[Any]:
+        """Return the leaves, ``[N, Q·k, …]`` instead of ``[N·Q·k, …]``."""
+        return self._unfolded(self.leaves, self.dims[: len(self.leaves)])
+
+    def unfolded_held(self) -> list[Tensor]:
+        """Return the tensors in ``held`` likewise."""
+        return self._unfolded(self.held, self.dims[len(self.leaves) :])
+
+    def _unfolded(self, values: Sequence[Any], dims: Sequence[int | None]) -> list[Any]:
         return [
             value if dim is None else value.unflatten(0, (self.members, self.each))
-            for value, dim in zip((*self.leaves, *self.held), self.dims, strict=True)
+            for value, dim in zip(values, dims, strict=True)
         ]
 
     def of(self, member: int) -> MemberCall:
