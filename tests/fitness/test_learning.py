@@ -13,6 +13,7 @@ from helpers import X, assert_same, goes_on, make
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ExponentialLR
 
+import eggroll_trainer.fitness.learning
 from eggroll_trainer import Population, batched
 from eggroll_trainer._utils.interrupts import TimeLimitExceeded
 from eggroll_trainer.distributed import LocalEngine
@@ -176,6 +177,37 @@ def test_evaluations_outside_a_generation_do_not_count() -> None:
         twin.step()
     assert run.fitness_fn.total == twin.fitness_fn.total == 16
     assert_same(run.state_dict(), twin.state_dict())
+
+
+class Numbers(Counting):
+    """Keeps nothing in the model."""
+
+    changes_model = False
+
+    def merge_statistics(self, model: nn.Module, statistics: Sequence[Tensor]) -> None:
+        self.total += sum(float(value) for value in statistics)
+        if self.calls == 4:
+            raise KeyError("not merged")
+
+
+def test_a_model_that_a_learner_leaves_alone_is_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = make(model=Centred(), fitness_fn=Numbers(), chunk_size=4, params=None)
+    copied: list[Any] = []
+    original = eggroll_trainer.fitness.learning.plain_copy
+
+    def recorded(value: Any) -> Any:
+        copied.append(value)
+        return original(value)
+
+    monkeypatch.setattr("eggroll_trainer.fitness.learning.plain_copy", recorded)
+    run.step()
+    assert run.fitness_fn.total == 8 and copied == [{"total": 0.0}]
+    # What it keeps itself is put back all the same.
+    with pytest.raises(KeyError):
+        run.step()
+    assert run.fitness_fn.total == 8
+    state = run.state_dict()
+    assert (state["initial_untrained"], state["best_untrained"]) == ({}, {})
 
 
 class Unmerged(Counting):

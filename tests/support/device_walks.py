@@ -119,6 +119,7 @@ def options_of_the_estimator(device: torch.device) -> Any:
             {"shaping": "antithetic_sign", "noise_reuse": 2},
             {"freeze_nonlora": True},
             {"optimizer": torch.optim.SGD},
+            {"anchor_decay": 0.5},
             {"sigma_scheduler": functools.partial(torch.optim.lr_scheduler.ExponentialLR, gamma=0.9)},
             {"lr_scheduler": functools.partial(torch.optim.lr_scheduler.ExponentialLR, gamma=0.9)},
         )
@@ -168,6 +169,38 @@ def best_model(device: torch.device) -> Any:
     trained(batch)
     batch.evaluate_fitness(batch.model)
     return numbers, fitness
+
+
+@walk
+def language_models(device: torch.device) -> Any:
+    from language_models import language_model, tokenizer
+
+    from eggroll_trainer.llm import CompletionReward, LogLikelihood
+
+    # Parameters that are tied come apart on the way to the pretend device.
+    untied = functools.partial(language_model, tie_word_embeddings=False)
+    with torch.device("cpu"):
+        reference = untied(seed=1)
+    sizes = {"prompts_per_generation": 2, "max_new_tokens": 4}
+    greedy = CompletionReward(
+        tokenizer(),
+        ["a b", "c"],
+        lambda completion_ids: [sum(tokens) for tokens in completion_ids],
+        reference=reference.to(device),
+        kl_penalty=0.1,
+        **sizes,
+    )
+    sampled = CompletionReward(
+        tokenizer(), ["a b", "c"], lambda completions: [len(text) for text in completions], temperature=1.0, **sizes
+    )
+    likelihood = LogLikelihood(tokenizer(), [{"prompt": "a b", "answer": "c"}], prompts_per_generation=1)
+    numbers = []
+    for fitness in (greedy, sampled, likelihood):
+        trainer = moved(device, form=lambda device, fitness=fitness: fitness, model=untied, chunk_size=4)
+        # Sampled numbers are those of the device's own generator.
+        numbers += trained(trainer) if fitness is not sampled else [0.0 * len(trained(trainer))]
+        numbers.append(fitness.evaluate(trainer.model).rewards.mean().item() if fitness is greedy else 0.0)
+    return numbers
 
 
 @walk

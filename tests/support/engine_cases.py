@@ -99,7 +99,7 @@ def everything(engine: Engine) -> Any:
     model = network()
     groups = [
         {"params": list(model[0].parameters()), "lr": 0.02, "sigma": 0.1, "rank": 2},
-        {"params": list(model[2].parameters())},
+        {"params": list(model[2].parameters()), "anchor_decay": 2.0},
     ]
     return make(
         EGGROLLTrainer,

@@ -229,6 +229,13 @@ ARGUMENTS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     ),
     "sigma_scheduler nonsense": ({"sigma_scheduler": "cosine"}, TypeError, "sigma_scheduler must make a torch.optim"),
     "sigma_scheduler for losses": ({"sigma_scheduler": ReduceLROnPlateau}, ValueError, "sigma_scheduler: ReduceLROnPl"),
+    "anchor_decay negative": ({"anchor_decay": -0.1}, ValueError, "anchor_decay must be a finite number of at least 0"),
+    "anchor_decay text": ({"anchor_decay": "much"}, TypeError, "anchor_decay must be a number, got str 'much'"),
+    "anchor_decay beyond the anchor": (
+        {"anchor_decay": 3.0, "learning_rate": 0.5},
+        ValueError,
+        "anchor_decay must be at most 1 / learning_rate = 2, got 3",
+    ),
     "unknown": ({"momentum": 0.9}, TypeError, "unexpected keyword argument 'momentum'"),
 }
 
@@ -284,7 +291,7 @@ PARAMS: dict[str, tuple[Callable[[nn.Sequential], Any], type[Exception], str]] =
     "unknown option": (
         lambda m: [{"params": m.parameters(), "momentum": 0.9}],
         ValueError,
-        "parameter group has unknown options ['momentum']; known are ['lr', 'rank', 'sigma']",
+        "parameter group has unknown options ['momentum']; known are ['anchor_decay', 'lr', 'rank', 'sigma']",
     ),
     "option out of range": (lambda m: [{"params": m.parameters(), "sigma": 0.0}], ValueError, "sigma must be a finite"),
     "group's rate": (lambda m: [{"params": m.parameters(), "lr": "1"}], TypeError, "learning_rate must be a number"),

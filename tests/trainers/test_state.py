@@ -69,6 +69,7 @@ RUNS: dict[str, Callable[[], ESTrainer]] = {
         sigma_scheduler=functools.partial(ExponentialLR, gamma=0.8),
     ),
     "adamw": functools.partial(make, optimizer=functools.partial(torch.optim.AdamW, weight_decay=0.1)),
+    "anchored": functools.partial(make, optimizer=None, anchor_decay=0.5),
     "momentum": functools.partial(make, optimizer=functools.partial(torch.optim.SGD, momentum=0.9, nesterov=True)),
     "bf16": lambda: bf16(optimizer=None, learning_rate=0.01),
     "bf16 adam": lambda: bf16(),

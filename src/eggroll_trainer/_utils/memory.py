@@ -47,6 +47,10 @@ class Budget:
         share = self._share(device) // 2
         return share if self.total is not None or device.type != "cpu" else min(share, _CPU_CHUNK)
 
+    def held_bytes(self, device: torch.device) -> int:
+        """Return what a fitness function may hold at a time for a chunk, such as the caches of a language model."""
+        return self._share(device)
+
     def kept_bytes(self, device: torch.device) -> int:
         """Return what noise may take that is kept for the update, beyond the chunk that is being evaluated."""
         share = self._share(device) // 2

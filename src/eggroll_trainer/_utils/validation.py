@@ -77,6 +77,19 @@ def check_real(name: str, value: Any, *, positive: bool) -> float:
     return number
 
 
+def check_anchor_decay(value: Any, learning_rate: float) -> float:
+    """Return ``value`` if a step with it takes back no more than has been learnt.
+
+    Raises:
+        TypeError: It is not a number.
+        ValueError: It is negative, or more than ``1 / learning_rate``.
+    """
+    decay = check_real("anchor_decay", value, positive=False)
+    if decay * learning_rate > 1:
+        raise ValueError(f"anchor_decay must be at most 1 / learning_rate = {1 / learning_rate:g}, got {decay:g}")
+    return decay
+
+
 def check_evaluation_dtype(value: Any) -> torch.dtype | None:
     """Return ``value`` if autocast knows it, or None.
 

@@ -47,7 +47,9 @@ def batched(fitness_fn: Callable[..., Any] | None = None, *, check: bool = True)
     better.
 
     Args:
-        fitness_fn: The function.
+        fitness_fn: The function. If it holds much memory for every member, such as the caches of a language model, it
+            may have a method ``member_bytes(model)`` that says how many bytes: where the trainer has no ``chunk_size``,
+            chunks are then made small enough.
         check: Whether to compare, now and then, the outputs of some members with those of the model holding their
             weights.
 

@@ -17,7 +17,8 @@ class Learner(Protocol):
 
     It must not change within a generation: members are evaluated in chunks, in any order and maybe in other processes.
     What it keeps elsewhere than in the model it hands out by a ``state_dict()`` of numbers and tensors, and takes back
-    by ``load_state_dict``.
+    by ``load_state_dict``. One that keeps nothing in the model says so by ``changes_model = False``: the model's
+    buffers and untrained parameters are then not copied in every generation.
     """
 
     def pop_statistics(self) -> Tensor:
@@ -45,6 +46,11 @@ def learner(fitness_fn: Any) -> Learner | None:
     return cast(Learner, fitness_fn) if learns else None
 
 
+def changes_model(learner: Learner | None) -> bool:
+    """Return whether a learner may keep something in the model."""
+    return learner is not None and bool(getattr(learner, "changes_model", True))
+
+
 def discard_statistics(learner: Learner | None) -> None:
     """Throw away what earlier evaluations have left, so that it is not counted with the next chunk."""
     if learner is not None:
@@ -68,7 +74,8 @@ def merged(
     if learner is None:
         yield
         return
-    before, state = plain_copy(untrained(model, trained, persistent=False)), learner_state(learner)
+    before = plain_copy(untrained(model, trained, persistent=False)) if changes_model(learner) else {}
+    state = learner_state(learner)
     try:
         learner.merge_statistics(model, statistics)
         yield

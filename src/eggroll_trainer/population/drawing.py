@@ -6,7 +6,7 @@ What a member draws depends on the seed of the run, the generation and the membe
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from ..noise.keys import keyed_generator
 from .members import Members
 
 
@@ -23,11 +24,13 @@ class MemberDraws(TorchFunctionMode):
     Args:
         population: The ``N`` members.
         rows: ``Q``; what is drawn has ``N·Q·k`` rows for some ``k``.
+        key: See :meth:`~eggroll_trainer.Population.folded`.
     """
 
-    def __init__(self, population: Members, rows: int) -> None:
+    def __init__(self, population: Members, rows: int, key: Sequence[int | str] | None = None) -> None:
         super().__init__()
-        self._population, self._unit = population, len(population) * rows
+        self._population, self._unit, self._key = population, len(population) * rows, key
+        self._own: dict[Any, torch.Generator] = {}
         # Off while the module's own forward runs.
         self.on = True
         self._device = next(population.model.parameters()).device
@@ -107,6 +110,14 @@ class MemberDraws(TorchFunctionMode):
                 " outside of the block what all members share"
             )
 
+    def _generator(self, index: int, device: torch.device) -> torch.Generator:
+        if self._key is None:
+            return self._population.generator(index, device)
+        if (index, device) not in self._own:
+            key = *self._population.member_key(index), *self._key
+            self._own[index, device] = keyed_generator(*key, device=device)
+        return self._own[index, device]
+
     def _for_each(self, device: torch.device, draw: Callable[[int], Any]) -> list[Any]:
         """Draw for every member with torch's global generator in the state of the member's own."""
         module, where = _module(device), _where(device)
@@ -114,7 +125,7 @@ class MemberDraws(TorchFunctionMode):
         results = []
         try:
             for i in range(len(self._population)):
-                generator = self._population.generator(i, device)
+                generator = self._generator(i, device)
                 module.set_rng_state(generator.get_state(), *where)
                 results.append(draw(i))
                 generator.set_state(module.get_rng_state(*where))

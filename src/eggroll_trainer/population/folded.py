@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -35,13 +35,14 @@ class Folded:
     Args:
         population: The ``N`` members.
         rows: ``Q``; a call's tensors have ``N·Q·k`` rows for some ``k``.
+        key: See :meth:`~eggroll_trainer.Population.folded`.
     """
 
-    def __init__(self, population: Members, rows: int) -> None:
+    def __init__(self, population: Members, rows: int, key: Sequence[int | str] | None = None) -> None:
         self.population, self.model, self.rows = population, population.model, rows
         self._thread = threading.get_ident()
         self._interception = Interception(self.model, self._on_call)
-        self._draws = MemberDraws(population, rows)
+        self._draws = MemberDraws(population, rows, key)
         named = dict(self.model.named_parameters(remove_duplicate=False))
         self._watched = {p: name for name in population.perturbations.draws if type(p := named[name]) is nn.Parameter}
         self._vectors = Vectors()

@@ -48,6 +48,9 @@ class Members(Protocol):
     def holding(self, index: int) -> contextlib.AbstractContextManager[list[str]]:
         """Have the model hold one member's weights inside the block."""
 
+    def member_key(self, index: int) -> tuple[int | str, ...]:
+        """Return the key of the random numbers that one member's evaluation draws."""
+
     def generator(self, index: int, device: torch.device) -> torch.Generator:
         """Return the generator of one member's random numbers."""
 

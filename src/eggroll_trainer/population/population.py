@@ -301,7 +301,9 @@ class Population:
         if changed and not failed:
             raise lost(changes(changed))
 
-    def folded(self, rows: int) -> contextlib.AbstractContextManager[nn.Module]:
+    def folded(
+        self, rows: int, *, key: Sequence[int | str] | None = None
+    ) -> contextlib.AbstractContextManager[nn.Module]:
         """Run the user's own model on rows of all members at once, for code with loops and caches of its own.
 
         Inside the block the model's calls take tensors with the rows of all members in dimension 0, member after
@@ -317,6 +319,8 @@ class Population:
 
         Args:
             rows: ``Q``, rows of each member; a divisor of the rows in every call.
+            key: Integers and strings that tell this block's random numbers from those of others. Without it they go on
+                where the last block has left off: with several blocks that is elsewhere if other members took longer.
 
         Yields:
             The model: the module that you passed to the trainer.
@@ -331,7 +335,7 @@ class Population:
             ...     model(torch.zeros(4, 2)).shape
             torch.Size([4, 3])
         """
-        return Folded(self, validation.check_int("rows", rows, 1)).entered()
+        return Folded(self, validation.check_int("rows", rows, 1), key).entered()
 
     @property
     def training(self) -> Mapping[nn.Module, bool]:

@@ -121,7 +121,7 @@ class WholePopulation(Population):
         """
         raise TypeError("call repeated() of a chunk: for chunk in population.chunks(): …")
 
-    def folded(self, rows: int) -> Any:
+    def folded(self, rows: int, *, key: Sequence[int | str] | None = None) -> Any:
         """Refuse: rows of all members lie in one batch, which is a chunk's.
 
         Raises:

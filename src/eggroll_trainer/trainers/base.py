@@ -68,6 +68,9 @@ class ESTrainer(RunState, OptimizerFace, torch.optim.Optimizer, ABC):
             that you make and step yourself works as well. ``ReduceLROnPlateau`` gets the mean fitness: make it with
             ``mode="max"``, and ``threshold_mode="abs"`` where fitness is negative.
         sigma_scheduler: Factory of a ``torch.optim.lr_scheduler`` that drives ``sigma`` instead.
+        anchor_decay: Pulls the weights back to the initial ones ``θ₀``, as weight decay pulls them to zero: before each
+            step ``θ ← θ - learning_rate·anchor_decay·(θ - θ₀)``; ``param_groups[i]["anchor_decay"]``. For fine-tuning
+            that should not go far.
         chunk_size: How many members are evaluated at a time; bounds memory, and is what an engine shares out. If None,
             as many as fit in ``memory_budget``, up to 1024 on a CPU; where an accelerator runs out of memory, half as
             many from then on.
@@ -119,6 +122,7 @@ class ESTrainer(RunState, OptimizerFace, torch.optim.Optimizer, ABC):
         optimizer: OptimizerFactory | None = None,
         lr_scheduler: LRSchedulerFactory | None = None,
         sigma_scheduler: LRSchedulerFactory | None = None,
+        anchor_decay: float = 0.0,
         chunk_size: int | None = None,
         coalesce: Coalesce = True,
         compile: bool = False,
@@ -145,6 +149,7 @@ class ESTrainer(RunState, OptimizerFace, torch.optim.Optimizer, ABC):
         defaults = {
             "lr": validation.check_real("learning_rate", learning_rate, positive=False),
             "sigma": validation.check_real("sigma", sigma, positive=True),
+            "anchor_decay": validation.check_real("anchor_decay", anchor_decay, positive=False),
             **self._group_defaults(),
         }
         groups = parameter_groups(params, model, defaults, device)
@@ -319,13 +324,14 @@ class ESTrainer(RunState, OptimizerFace, torch.optim.Optimizer, ABC):
             )
             gradient = self._method.gradient(checked)
             learning_rates = [group["lr"] for group in self.param_groups]
+            anchor = self._centre.unflatten(self._initial)
             metrics = metrics_of(checked, self.generation + 1, self.best_fitness, self.learning_rate, self.sigma)
             learnt = None if improved is None else self._learnt()
             appends = [self.history.setdefault(key, []).append for key in metrics]
             # Whatever raises in here, each of these goes back.
             with (
                 self._schedules.stepped(metrics["mean_fitness"]),
-                self._centre.stepped(gradient, learning_rates) as metrics["update_norm"],
+                self._centre.stepped(gradient, learning_rates, anchor) as metrics["update_norm"],
                 merged(self._learner if statistics else None, self.model, statistics, self._centre.parameters),
             ):
                 pass
@@ -461,6 +467,7 @@ class ESTrainer(RunState, OptimizerFace, torch.optim.Optimizer, ABC):
         for group in self.param_groups:
             validation.check_real("learning_rate", group["lr"], positive=False)
             validation.check_real("sigma", group["sigma"], positive=True)
+            validation.check_anchor_decay(group["anchor_decay"], group["lr"])
         self._centre.check_model(self.model)
 
     # The parts that a generation is made by.

@@ -61,6 +61,9 @@ class EGGROLLTrainer(KeyedESTrainer):
             ``torch.optim.Optimizer``. It gets ``-Δθ`` as gradient. ``torch.optim.SGD`` if None.
         lr_scheduler: Factory of a ``torch.optim.lr_scheduler`` from the trainer, stepped after every generation.
         sigma_scheduler: Factory of a ``torch.optim.lr_scheduler`` that drives ``sigma`` instead.
+        anchor_decay: Pulls the weights back to the initial ones ``θ₀``, as weight decay pulls them to zero: before each
+            step ``θ ← θ - learning_rate·anchor_decay·(θ - θ₀)``. For fine-tuning that should not go far; each
+            generation it takes back the share ``learning_rate·anchor_decay`` of what was learnt.
         chunk_size: How many members are evaluated at a time; bounds memory, and is what an engine shares out. If None,
             as many as fit in ``memory_budget``, up to 1024 on a CPU.
         coalesce: Whether a plain ``fitness_fn`` is run for the members of a chunk together, which is checked now and
@@ -122,6 +125,7 @@ class EGGROLLTrainer(KeyedESTrainer):
         optimizer: OptimizerFactory | None = None,
         lr_scheduler: LRSchedulerFactory | None = None,
         sigma_scheduler: LRSchedulerFactory | None = None,
+        anchor_decay: float = 0.0,
         chunk_size: int | None = None,
         coalesce: Coalesce = True,
         compile: bool = False,
@@ -154,6 +158,7 @@ class EGGROLLTrainer(KeyedESTrainer):
             optimizer=optimizer,
             lr_scheduler=lr_scheduler,
             sigma_scheduler=sigma_scheduler,
+            anchor_decay=anchor_decay,
             chunk_size=chunk_size,
             coalesce=coalesce,
             compile=compile,

@@ -45,6 +45,10 @@ class Evaluator:
         unit = trainer._method.unit
         most = _CHUNK_MEMBERS_CPU if trainer.device.type == "cpu" else _CHUNK_MEMBERS
         fitting = min(most, trainer._budget.chunk_bytes(trainer.device) // max(1, trainer._method.bytes_per_member))
+        member_bytes = getattr(trainer.fitness_fn, "member_bytes", None)
+        if member_bytes is not None:
+            held = trainer._budget.held_bytes(trainer.device)
+            fitting = min(fitting, held // max(1, member_bytes(trainer.model)))
         if self.most_members is not None:
             fitting = min(fitting, self.most_members)
         return max(unit, fitting // unit * unit)

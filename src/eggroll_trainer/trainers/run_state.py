@@ -20,7 +20,7 @@ from ..checkpoints.files import FORMAT, check_format, check_same_model, read_che
 from ..checkpoints.generation import Generation, Settings, adopt, differences
 from ..distributed.engine import Engine, LocalEngine
 from ..fitness.findings import Findings
-from ..fitness.learning import Learner, learner_state, set_learner_state
+from ..fitness.learning import Learner, changes_model, learner_state, set_learner_state
 from ..fitness.scores import METRICS
 from ..population.untrained import set_untrained, untrained
 from ..update.centre import Centre
@@ -356,7 +356,7 @@ class RunState(ABC):
 
     def _learnt(self) -> dict[str, Tensor]:
         """Return copies of the buffers and untrained parameters, if the fitness function may change them."""
-        return {} if self._learner is None else plain_copy(self._untrained())
+        return plain_copy(self._untrained()) if changes_model(self._learner) else {}
 
     def _set_learnt(self, values: dict[str, Tensor]) -> None:
         set_untrained(

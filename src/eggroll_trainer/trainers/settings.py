@@ -30,5 +30,6 @@ def settings_of(trainer: Any) -> dict[str, Any]:
 def settings_of_members(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return what of a record, in plain form, the members of a generation depend on."""
     kept = {key: settings[key] for key in ("population_size", "seed", "frozen", "noise_reuse", "noise")}
-    options = [{key: value for key, value in group.items() if key != "lr"} for group in settings["options"]]
+    of_the_step = ("lr", "anchor_decay")
+    options = [{key: value for key, value in group.items() if key not in of_the_step} for group in settings["options"]]
     return {**kept, "options": options}

@@ -21,7 +21,7 @@ def parameter_groups(
     Args:
         params: As a trainer takes them; all of the model's if None.
         model: The model.
-        defaults: Options of groups that do not say otherwise, among them ``lr`` and ``sigma``.
+        defaults: Options of groups that do not say otherwise, among them ``lr``, ``sigma`` and ``anchor_decay``.
         device: Where to move the model; it stays where it is if None.
 
     Raises:
@@ -33,6 +33,8 @@ def parameter_groups(
         validation.check_options(group, defaults)
         group["lr"] = validation.check_real("learning_rate", group.get("lr", defaults["lr"]), positive=False)
         group["sigma"] = validation.check_real("sigma", group.get("sigma", defaults["sigma"]), positive=True)
+        decay = group.get("anchor_decay", defaults["anchor_decay"])
+        group["anchor_decay"] = validation.check_anchor_decay(decay, group["lr"])
     if device is not None:
         model.to(local_device(validation.check_device(device)))
         # Between some kinds of devices a parameter does not move: another one takes its place.

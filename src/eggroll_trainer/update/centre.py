@@ -138,19 +138,17 @@ class Centre:
             self.masters[name].copy_(value)
         self._publish()
 
-    def step(self, gradient: Mapping[str, Tensor], learning_rates: Sequence[float]) -> float:
-        """Make one step, as :meth:`stepped` does, and return its Euclidean length."""
-        with self.stepped(gradient, learning_rates) as length:
-            return length
-
     @contextlib.contextmanager
-    def stepped(self, gradient: Mapping[str, Tensor], learning_rates: Sequence[float]) -> Iterator[float]:
+    def stepped(
+        self, gradient: Mapping[str, Tensor], learning_rates: Sequence[float], anchor: Mapping[str, Tensor]
+    ) -> Iterator[float]:
         """Make one step against ``gradient``; if it or the block raises, weights and optimizer are put back.
 
         Args:
             gradient: The negated estimate of the ascent direction, for every parameter that is not frozen; the
                 optimizer may change it.
             learning_rates: For each group.
+            anchor: The values that groups with an ``anchor_decay`` are pulled back to.
 
         Yields:
             The Euclidean length of the step.
@@ -163,6 +161,7 @@ class Centre:
         state = copy.deepcopy(self.optimizer.state_dict())
         try:
             with torch.no_grad():
+                self._pull(gradient, learning_rates, anchor)
                 length = self._move(gradient, learning_rates, before)
                 self._publish()
             yield length
@@ -173,6 +172,16 @@ class Centre:
                 self.optimizer.load_state_dict(state)
                 self._publish()
             raise
+
+    def _pull(
+        self, moved: Collection[str], learning_rates: Sequence[float], anchor: Mapping[str, Tensor]
+    ) -> None:
+        """Make the part of the step that does not depend on the gradient, as AdamW does with its weight decay."""
+        for group, learning_rate in zip(self._groups, learning_rates, strict=True):
+            share = learning_rate * group["anchor_decay"]
+            for name in group["names"]:
+                if share > 0 and name in moved:
+                    self.masters[name].lerp_(anchor[name].to(self.masters[name]), share)
 
     def _move(
         self, gradient: Mapping[str, Tensor], learning_rates: Sequence[float], before: Mapping[str, Tensor]
