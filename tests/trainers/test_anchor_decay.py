@@ -97,6 +97,22 @@ def test_the_anchor_is_where_training_began_after_a_resume_and_a_reset() -> None
     assert torch.equal(trainer.current_params, initial)
 
 
+def test_parameters_of_a_single_number() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.scale = network(), nn.Parameter(torch.tensor(1.0))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.scale * self.inner(x)
+
+    trainer = anchored(model=Scaled())
+    initial = trainer.initial_params
+    trainer.train(2, verbose=False)
+    trainer.reset()
+    assert torch.equal(trainer.current_params, initial)
+
+
 def test_may_change_between_ask_and_tell() -> None:
     trainer = anchored()
     population = trainer.ask()

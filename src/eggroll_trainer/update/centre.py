@@ -127,7 +127,7 @@ class Centre:
         """Return the part of ``flat``, ``[..., D]``, that belongs to each parameter, ``[..., *shape]``."""
         parts = flat.split([p.numel() for p in self.parameters.values()], -1)
         return {
-            name: part.reshape(*flat.shape[:-1], *p.shape)
+            name: part.reshape((*flat.shape[:-1], *p.shape))
             for (name, p), part in zip(self.parameters.items(), parts, strict=True)
         }
 
