@@ -181,7 +181,7 @@ def language_models(device: torch.device) -> Any:
     untied = functools.partial(language_model, tie_word_embeddings=False)
     with torch.device("cpu"):
         reference = untied(seed=1)
-    sizes = {"prompts_per_generation": 2, "max_new_tokens": 4}
+    sizes: dict[str, Any] = {"prompts_per_generation": 2, "max_new_tokens": 4}
     greedy = CompletionReward(
         tokenizer(),
         ["a b", "c"],

@@ -173,9 +173,7 @@ class Centre:
                 self._publish()
             raise
 
-    def _pull(
-        self, moved: Collection[str], learning_rates: Sequence[float], anchor: Mapping[str, Tensor]
-    ) -> None:
+    def _pull(self, moved: Collection[str], learning_rates: Sequence[float], anchor: Mapping[str, Tensor]) -> None:
         """Make the part of the step that does not depend on the gradient, as AdamW does with its weight decay."""
         for group, learning_rate in zip(self._groups, learning_rates, strict=True):
             share = learning_rate * group["anchor_decay"]
