@@ -332,7 +332,7 @@ class Forwards:
         room = self._rooms[kind.form]
         fitting = room.fitting(kind.numbers)
         if fitting is None:
-            fitting = self._fitting_by_growth(call)
+            fitting = self._fitting_by_growth(call, kind)
         if fitting is None:
             device = next(iter(call.devices()), torch.device("cpu"))
             function = batched(call)
@@ -345,15 +345,15 @@ class Forwards:
             number = max(1, (self.budget.call_bytes(device) - one) // max(1, two - one))
             fitting = 1 << (number.bit_length() - 1)
             room.note(kind.numbers, (one, two), fitting)
-            self._measured[call.structure()] = call.numel(), number
+            self._measured[call.structure(), kind.numbers] = call.numel(), number
         return min(fitting, call.size) if room.most is None else min(fitting, room.most, call.size)
 
-    def _fitting_by_growth(self, call: Call) -> int | None:
+    def _fitting_by_growth(self, call: Call, kind: Kind) -> int | None:
         """Return how many members fit if all do, going by a call with shorter sequences, say; None if it is unclear.
 
         Code that makes its sequence longer step by step would otherwise be measured at each length.
         """
-        known = self._measured.get(call.structure())
+        known = self._measured.get((call.structure(), kind.numbers))
         if known is None:
             return None
         numel, number = known
