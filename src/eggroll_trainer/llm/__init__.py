@@ -1,0 +1,1 @@
+"""Language models: training by a reward, adapters and exports."""
