@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -106,8 +107,8 @@ class AdapterWriter:
         for name, (A, B) in factors.items():
             if not _holds(places[name]):
                 raise ValueError(
-                    f"PEFT has no adapter for {name!r}, a parameter of {_classes(places[name])}: leave it out of what is"
-                    " trained, or save merged weights"
+                    f"PEFT has no adapter for {name!r}, a parameter of {_described(places[name])}: leave it out of what"
+                    " is trained, or save merged weights"
                 )
             A, B = (nn.functional.pad(factor, (0, rank - factor.shape[1])) for factor in (A, B))
             # Each place of a tied parameter gets factors of its own. PEFT's ensure_weight_tying stores them once, but
@@ -127,7 +128,11 @@ class AdapterWriter:
             tensors.update({f"{_PREFIX}{path}.{leaf}": values[f"{path}.{leaf}"] for leaf in own})
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        contents = {key: value.detach().to("cpu").contiguous() for key, value in tensors.items()}
+        # Copies, as the format wants no two tensors in the same memory.
+        contents = {
+            key: value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+            for key, value in tensors.items()
+        }
         save_file(contents, folder / "adapter_model.safetensors", metadata={"format": "pt"})
         config = self._config(rank, targets, set(saved))
         (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
@@ -187,5 +192,5 @@ def _some(names: Mapping[str, Any]) -> str:
     return ", ".join(listed) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def _classes(places: list[_Place]) -> str:
-    return " and ".join(sorted({type(place.module).__name__ for place in places}))
+def _described(places: list[_Place]) -> str:
+    return " and ".join(f"{place.path or 'the model'} ({type(place.module).__name__})" for place in places)

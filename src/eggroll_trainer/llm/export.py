@@ -87,7 +87,8 @@ def save_merged(
         Where the model is, and its scores.
 
     Raises:
-        ValueError: The adapters of a PEFT model are on tied weights, which PEFT merges twice.
+        ValueError: The adapters of a PEFT model are on tied weights, which PEFT merges twice, or ``weights`` has a name
+            that the model does not have.
     """
     score = None if evaluate is None else float(evaluate(model))
     merged = copy.deepcopy(model)
@@ -99,6 +100,8 @@ def save_merged(
     with torch.no_grad():
         parameters = dict(merged.named_parameters())
         for name, value in (weights or {}).items():
+            if name not in parameters:
+                raise ValueError(f"weights: the merged model has no parameter {name!r}")
             parameters[name].copy_(value)
     merged.save_pretrained(folder)
     if tokenizer is not None:
