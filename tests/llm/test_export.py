@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import copy
 import json
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from peft_adapters import load
 from tiny_models import tiny_model, tokens
 from torch import nn
 
 from eggroll_trainer import EGGROLLTrainer, VanillaESTrainer
 
 pytest.importorskip("transformers")
-peft = pytest.importorskip("peft")
+pytest.importorskip("peft")
 
 from eggroll_trainer.llm.adapters import AdapterWriter  # noqa: E402
 from eggroll_trainer.llm.export import changes_of, save_merged, weights_of, write_update  # noqa: E402
@@ -39,21 +39,8 @@ def trainer_of(model: nn.Module, fitness: Callable[..., float] = lambda model: 0
 
 
 def logits(model: Any) -> torch.Tensor:
-    with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with torch.no_grad():
         return model(tokens(), use_cache=False).logits
-
-
-def load(base: Any, *folders: Path) -> Any:
-    """Load adapters into one copy of a model; each is named by its folder."""
-    with warnings.catch_warnings():
-        # PEFT warns of adapters on tied weights, which it cannot merge.
-        warnings.simplefilter("ignore")
-        first, *others = folders
-        model = peft.PeftModel.from_pretrained(copy.deepcopy(base), first, adapter_name=first.name)
-        for folder in others:
-            model.load_adapter(folder, folder.name)
-    return model
 
 
 def distance(a: torch.Tensor, b: torch.Tensor) -> float:
