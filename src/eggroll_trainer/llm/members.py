@@ -52,7 +52,9 @@ def write_adapters(
         >>> import tempfile
         >>> from transformers import LlamaConfig, LlamaForCausalLM
         >>> from eggroll_trainer import EGGROLLTrainer
-        >>> sizes = dict(vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+        >>> sizes = dict(
+        ...     vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
+        ... )
         >>> model = LlamaForCausalLM(LlamaConfig(**sizes, bos_token_id=1, eos_token_id=2))
         >>> trainer = EGGROLLTrainer(
         ...     model=model, fitness_fn=lambda model: 0.0, population_size=4, freeze_nonlora=True, seed=0
