@@ -238,18 +238,22 @@ def test_changes_of_a_run_with_freezing(tmp_path: Path) -> None:
 # Merged weights.
 
 
+def reload(model: Any, folder: Path) -> Any:
+    return type(model).from_pretrained(folder)
+
+
 def test_merged_float32_is_the_model(tmp_path: Path) -> None:
     trainer = trained()
     merged = save_merged(trainer.model, tmp_path, evaluate=trainer.evaluate_fitness)
     assert merged.score == merged.score_saved and merged.dtype == torch.float32
-    loaded = type(trainer.model).from_pretrained(tmp_path)
+    loaded = reload(trainer.model, tmp_path)
     assert distance(logits(loaded), logits(trainer.model)) == 0
 
 
 def test_merged_rounded_is_scored_as_it_was_saved(tmp_path: Path) -> None:
     trainer = trained()
     merged = save_merged(trainer.model, tmp_path, dtype=torch.bfloat16, evaluate=trainer.evaluate_fitness)
-    loaded = type(trainer.model).from_pretrained(tmp_path)
+    loaded = reload(trainer.model, tmp_path)
     assert loaded.dtype == torch.bfloat16, "the configuration says so"
     assert merged.score == quiet(trainer.model) and merged.score_saved == quiet(loaded)
     # Of logits with 8 bits each.
@@ -261,7 +265,7 @@ def test_masters_of_a_bf16_model(tmp_path: Path) -> None:
     trainer = trainer_of(tiny_model("llama").bfloat16(), quiet, learning_rate=0.01)
     trainer.train(2, verbose=False)
     save_merged(trainer.model, tmp_path, dtype=torch.float32, weights=weights_of(trainer))
-    loaded = dict(type(trainer.model).from_pretrained(tmp_path).named_parameters())
+    loaded = dict(reload(trainer.model, tmp_path).named_parameters())
     masters = weights_of(trainer)
     assert all(torch.equal(loaded[name], value) for name, value in masters.items())
     assert any(not torch.equal(value, value.bfloat16().float()) for value in masters.values())

@@ -18,7 +18,7 @@ def tiny_model(name: str, seed: int = 0, **options: Any) -> Any:
     """Return a model of transformers in evaluation mode.
 
     Args:
-        name: ``"llama"``, ``"qwen2"`` (biases in its attention; its output layer is tied, as Llama's here) or ``"gpt2"``.
+        name: ``"llama"``, ``"qwen2"`` (which has biases in its attention) or ``"gpt2"``; all with tied output layers.
         seed: Of its weights.
         options: Of its configuration.
     """

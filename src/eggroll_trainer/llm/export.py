@@ -114,8 +114,8 @@ def save_merged(
 
 
 def _check_merge(model: nn.Module) -> None:
-    adapted = [m.base_layer for m in model.modules() if isinstance(getattr(m, "base_layer", None), nn.Module)]
-    counts = Counter(id(p) for layer in adapted for p in layer.parameters())
+    layers = [getattr(module, "base_layer", None) for module in model.modules()]
+    counts = Counter(id(p) for layer in layers if isinstance(layer, nn.Module) for p in layer.parameters())
     if max(counts.values(), default=0) > 1:
         raise ValueError(
             "adapters on an embedding and on the output layer that is tied to it: merge_and_unload of PEFT adds both to"

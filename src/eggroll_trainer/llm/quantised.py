@@ -1,7 +1,7 @@
 """Quantised base models: their layers stay as they are, and are called once for the rows of all members.
 
-What is trained lies on top, in adapters of PEFT: ``base(x) + (x Aᵀ) Bᵀ`` with ``A`` and ``B`` of floats, perturbed like any
-other parameter. The quantised product has no perturbed operand, so that one call serves all members.
+What is trained lies on top, in adapters of PEFT: ``base(x) + (x Aᵀ) Bᵀ``, with ``A`` and ``B`` of floats that are
+perturbed like any other parameter. The quantised product has no perturbed operand: one call serves all members.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from ..perturbation.batching import apply
 def batch_quantised_layers(model: nn.Module, layers: Iterable[nn.Module] | None = None) -> list[str]:
     """Have each quantised layer of a model be called once for all members of a population.
 
-    Libraries write their products for one batch of rows. Under ``torch.vmap``, which runs a population, some of them fail
-    and the members run one after the other (bitsandbytes in 8 bits), and some run in a loop (in 4 bits). After this
-    call a layer gets the rows of all members in one batch ``[N·B, I]``. It changes the class of the layers, to a subclass
-    of their own: call it before or after ``peft.get_peft_model``, and once the weights are on their device.
+    Libraries write their products for one batch of rows. Under ``torch.vmap``, which runs a population, some fail, so
+    that the members run one after the other (bitsandbytes in 8 bits), and some run in a loop (in 4 bits). After this
+    call a layer gets the rows of all members in one batch, ``[N·B, I]``. Call it before or after
+    ``peft.get_peft_model``, once the weights are on their device. The class of a layer becomes a subclass of it.
 
     Args:
         model: The model.
-        layers: The layers, each from rows ``[..., I]`` to rows ``[..., O]``. If None, those whose ``weight`` is a tensor
-            of a library's own class, as torchao's and bitsandbytes's are.
+        layers: The layers, each from rows ``[..., I]`` to rows ``[..., O]``. If None, those whose ``weight`` is a
+            tensor of a library's own class, as those of torchao and bitsandbytes are.
 
     Returns:
         Their names.
@@ -39,18 +39,16 @@ def batch_quantised_layers(model: nn.Module, layers: Iterable[nn.Module] | None 
             inputs by one scale for the whole batch: members would depend on each other.
 
     Example:
-        >>> from torchao.quantization import Int8WeightOnlyConfig, quantize_  # doctest: +SKIP
-        >>> quantize_(model, Int8WeightOnlyConfig(version=2))  # doctest: +SKIP
-        >>> batch_quantised_layers(model)  # doctest: +SKIP
-        ['model.layers.0.self_attn.q_proj', ...]
-        >>> model = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM"))  # doctest: +SKIP
+        >>> model = nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 2))
+        >>> batch_quantised_layers(model, layers=[model[0]])  # as if this one were quantised
+        ['0']
     """
     names = {id(module): name for name, module in model.named_modules()}
     chosen = [m for m in model.modules() if _is_quantised(m)] if layers is None else list(layers)
     if not chosen:
         raise ValueError(
-            "the model has no quantised layers: no weight is a tensor of a library's own class. Pass layers= if they keep"
-            " their weights in another way"
+            "the model has no quantised layers: no weight is a tensor of a library's own class. Pass layers= if they"
+            " keep their weights in another way"
         )
     for layer in chosen:
         if not isinstance(layer, nn.Module):
@@ -59,7 +57,8 @@ def batch_quantised_layers(model: nn.Module, layers: Iterable[nn.Module] | None 
         _check_rows(layer, names.get(id(layer), type(layer).__name__))
     for layer in chosen:
         if not isinstance(layer, _RowsTogether):
-            layer.__class__ = _subclass(type(layer))
+            cls: Any = type(layer)
+            layer.__class__ = _subclass(cls)
     return [names.get(id(layer), type(layer).__name__) for layer in chosen]
 
 
@@ -77,8 +76,8 @@ class _RowsTogether(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The subclass is made at run time, which copies and pickles cannot find.
-        _, _, *rest = super().__reduce_ex__(protocol)
-        return (_rebuilt, (type(self).__mro__[2],), *rest)
+        reduced: Any = super().__reduce_ex__(protocol)
+        return (_rebuilt, (type(self).__mro__[2],), *reduced[2:])
 
 
 class _Once(torch.autograd.Function):
@@ -106,11 +105,11 @@ def _once(x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
 
 
 @functools.cache
-def _subclass(cls: type[nn.Module]) -> type[nn.Module]:
+def _subclass(cls: Any) -> Any:
     return type(cls.__name__, (_RowsTogether, cls), {"__module__": cls.__module__, "__doc__": cls.__doc__})
 
 
-def _rebuilt(cls: type[nn.Module]) -> nn.Module:
+def _rebuilt(cls: Any) -> nn.Module:
     """Return an empty layer, whose state a copy or pickle then fills in."""
     subclass = _subclass(cls)
     layer: nn.Module = subclass.__new__(subclass)
