@@ -84,8 +84,12 @@ class Models:
 
     def unload(self, request: dict[str, Any]) -> dict[str, Any]:
         self._check(request["lora_name"])
-        self.model.delete_adapter(request["lora_name"])
         self.adapters.remove(request["lora_name"])
+        if self.adapters:
+            self.model.delete_adapter(request["lora_name"])
+        else:
+            # The base model as it was: PEFT wants to know of one adapter at least.
+            self.model = self.model.unload()
         return {"unloaded": request["lora_name"]}
 
     def complete(self, request: dict[str, Any]) -> dict[str, Any]:

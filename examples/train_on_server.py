@@ -1,15 +1,15 @@
 """Train a language model whose population is evaluated by a server with LoRA support, over HTTP.
 
-    python examples/train_on_server.py --smoke             # a tiny random model, and a server of its own: 20 seconds
+    python examples/train_on_server.py --smoke    # a tiny random model, and a server of its own
 
     python examples/adapter_server.py MODEL --port 8000    # or vLLM, see below
     python examples/train_on_server.py --model MODEL --url http://127.0.0.1:8000
 
 What is trained is an adapter of PEFT. Its base never changes, so the server keeps what it has loaded, and each member is
-an adapter too: this script writes it to a folder that the server can read, has it loaded, asks for completions, and tells
-the trainer the scores. Here the reward is the share of digits in a completion; yours replaces ``reward``.
+an adapter too: this script writes it to a folder that the server can read, has it loaded, asks for completions, and
+tells the trainer the scores. Here the reward is the share of digits in a completion; yours replaces ``reward``.
 
-With vLLM as the server, adapters must be no larger than it has been told, and may be exchanged only if it is allowed to:
+vLLM has to be told how large adapters are, and that they may be exchanged:
 
     VLLM_ALLOW_RUNTIME_LORA_UPDATING=True vllm serve MODEL --enable-lora --max-loras 8 --max-lora-rank 8
 """
