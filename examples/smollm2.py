@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 import tyro
@@ -50,9 +51,12 @@ def prepare(gguf: Path, folder: Path) -> None:
 
 def main(args: Args) -> None:
     prepare(packaged() if args.gguf is None else args.gguf, args.folder)
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(args.folder), AutoTokenizer.from_pretrained(args.folder)
+    model: Any = AutoModelForCausalLM.from_pretrained(args.folder)
+    tokenizer = AutoTokenizer.from_pretrained(args.folder)
     question = [{"role": "user", "content": "What is the capital of France?"}]
-    inputs = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    inputs: Any = tokenizer.apply_chat_template(
+        question, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
     tokens = model.generate(**inputs, max_new_tokens=20, do_sample=False)[0, inputs["input_ids"].shape[1] :]
     print(f"{args.folder}: {question[0]['content']} {tokenizer.decode(tokens, skip_special_tokens=True)}")
 

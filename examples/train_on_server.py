@@ -5,8 +5,8 @@
     python examples/adapter_server.py MODEL --port 8000    # or vLLM, see below
     python examples/train_on_server.py --model MODEL --url http://127.0.0.1:8000
 
-What is trained is an adapter of PEFT. Its base never changes, so the server keeps what it has loaded, and each member is
-an adapter too: this script writes it to a folder that the server can read, has it loaded, asks for completions, and
+What is trained is an adapter of PEFT. Its base never changes, so the server keeps what it has loaded, and each member
+is an adapter too: this script writes it to a folder that the server can read, has it loaded, asks for completions, and
 tells the trainer the scores. Here the reward is the share of digits in a completion; yours replaces ``reward``.
 
 vLLM has to be told how large adapters are, and that they may be exchanged:
