@@ -41,7 +41,7 @@ def packaged() -> Path:
 def prepare(gguf: Path, folder: Path) -> None:
     """Write the model of a GGUF file, and its tokenizer, as ``save_pretrained`` does."""
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    model: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     # The weights are plain numbers by now; transformers still takes them for quantised ones, which it does not save.
     del model.config.quantization_config
     model.hf_quantizer = None

@@ -23,12 +23,12 @@ def write_adapters(
 ) -> list[Path]:
     """Write members as PEFT adapters, one folder each, to be evaluated by whatever serves LoRA adapters.
 
-    **A PEFT model**, ``peft.get_peft_model(base, …)``: what is written is the member's adapter, as PEFT saves it. The base
-    never changes, so a server keeps what it has loaded. Choose this where a server evaluates members.
+    **A PEFT model**, ``peft.get_peft_model(base, …)``: what is written is the member's adapter, as PEFT saves it. The
+    base never changes, so a server keeps what it has loaded. Choose this where a server evaluates members.
 
-    **Any other model**: the weights of the *current* centre plus the adapter are the member, its logits equal up to
-    rounding. A perturbation ``scale·A Bᵀ`` becomes ``lora_B = scale·A`` and ``lora_A = Bᵀ``, at the trainer's rank. Each
-    step moves the centre: before the next generation the server needs it (:func:`save_merged`). Perturb matrices alone
+    **Any other model**: the *current* centre plus the adapter is the member, its logits equal up to rounding. A
+    perturbation ``scale·A Bᵀ`` becomes ``lora_B = scale·A`` and ``lora_A = Bᵀ``, at the trainer's rank. Each step moves
+    the centre, which the server then needs before the next generation (``save_merged``). Perturb matrices alone
     (``freeze_nonlora=True``) and leave embeddings out, as most servers have no place for changes of others.
 
     Args:
