@@ -53,7 +53,8 @@ def disagreement(model: nn.Module, call: Callable[[], Any], result: Any, eps: fl
 
 def _with_rounded_weights(model: nn.Module, call: Callable[[], Any], size: float) -> list[Any]:
     """Return what the model gives for weights that are changed by a relative ``size``, some times over."""
-    parameters = [p for p in model.parameters() if p.is_floating_point()]
+    # Quantised weights, which are tensors of a library's own class, cannot be multiplied.
+    parameters = [p for p in model.parameters() if p.is_floating_point() and type(p) in (Tensor, nn.Parameter)]
     held = [p.data for p in parameters]
     generator = torch.Generator("cpu").manual_seed(0)
     results = []

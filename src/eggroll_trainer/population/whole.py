@@ -26,6 +26,9 @@ class WholePopulation(Population):
         make: From a first member and a number of members to their population.
         chunks: First member and size of each chunk, in order.
         unit: How many members share a draw; a member is drawn with those.
+
+    Attributes:
+        names: Names of the perturbed parameters.
     """
 
     def __init__(
@@ -37,6 +40,7 @@ class WholePopulation(Population):
         self.first = 0
         one = make(0, min(unit, self._size))
         self.generation, self.seed = one.generation, one.seed
+        self.names = tuple(one.perturbations.draws)
 
     def __len__(self) -> int:
         """Return the number of members, ``N``."""

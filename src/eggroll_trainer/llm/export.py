@@ -1,0 +1,224 @@
+"""What comes out of a run: merged weights, or the sum of all updates as a PEFT adapter."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections import Counter
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import ESTrainer
+from .._utils.validation import check_int
+from ..trainers.best import holding
+from .adapters import AdapterWriter, FullRank
+
+# From a model to its score.
+Evaluate = Callable[[nn.Module], float]
+
+
+def weights_of(trainer: ESTrainer) -> dict[str, Tensor]:
+    """Return the trained parameters by name, in float32 or wider: of a bf16 model these are the masters."""
+    return _by_name(trainer, trainer.current_params)
+
+
+def changes_of(trainer: ESTrainer) -> dict[str, Tensor]:
+    """Return by how much training has changed each parameter, by name, in float32 or wider."""
+    return _by_name(trainer, trainer.current_params - trainer.initial_params)
+
+
+def _by_name(trainer: ESTrainer, flat: Tensor) -> dict[str, Tensor]:
+    named = [pair for group in trainer.param_groups for pair in zip(group["names"], group["params"], strict=True)]
+    trained = {name: p for name, p in named if p.requires_grad}
+    if sum(p.numel() for p in trained.values()) != len(flat):
+        raise ValueError(
+            "parameters were frozen or freed during the run: pass changes and weights that you have computed yourself"
+        )
+    parts = flat.split([p.numel() for p in trained.values()])
+    return {name: part.view(p.shape) for (name, p), part in zip(trained.items(), parts, strict=True)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Merged:
+    """A model that was saved with its trained weights.
+
+    Attributes:
+        folder: Where it is.
+        dtype: Of the saved weights.
+        score: What ``evaluate`` returned for the model in memory; None without it.
+        score_saved: What it returned for the saved model, loaded again.
+    """
+
+    folder: Path
+    dtype: torch.dtype
+    score: float | None = None
+    score_saved: float | None = None
+
+
+def save_merged(
+    model: Any,
+    folder: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    weights: Mapping[str, Tensor] | None = None,
+    tokenizer: Any = None,
+    evaluate: Evaluate | None = None,
+) -> Merged:
+    """Save a model of transformers with its trained weights by ``save_pretrained``, rounded to ``dtype``.
+
+    Updates of evolution strategies are small: bf16 keeps 8 bits of a weight and may swallow them. Pass ``evaluate`` to
+    see what rounding costs.
+
+    Args:
+        model: The trained model, or a PEFT model, whose adapters are merged.
+        folder: Where to.
+        dtype: ``torch.float32``, or ``torch.bfloat16`` for half the size. The model's own if None.
+        weights: Values to save instead of the model's, by name: ``weights_of(trainer)`` for the float32 masters of a
+            bf16 model.
+        tokenizer: Saved beside it, if given.
+        evaluate: From a model to its score, such as ``trainer.evaluate_fitness``. It is called for the model as it is
+            and for the saved one, loaded from ``folder``.
+
+    Returns:
+        Where the model is, and its scores.
+
+    Raises:
+        ValueError: The adapters of a PEFT model are on tied weights, which PEFT merges twice, or ``weights`` has a name
+            that the model does not have.
+    """
+    score = None if evaluate is None else float(evaluate(model))
+    merged = copy.deepcopy(model)
+    if hasattr(model, "peft_config"):
+        _check_merge(model)
+        merged = merged.merge_and_unload()
+    dtype = merged.dtype if dtype is None else dtype
+    merged.to(dtype)
+    with torch.no_grad():
+        parameters = dict(merged.named_parameters())
+        for name, value in (weights or {}).items():
+            if name not in parameters:
+                raise ValueError(f"weights: the merged model has no parameter {name!r}")
+            parameters[name].copy_(value)
+    merged.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    if evaluate is None:
+        return Merged(Path(folder), dtype)
+    # What is on the disk is what counts.
+    loaded = type(merged).from_pretrained(folder, dtype=dtype).to(merged.device)
+    return Merged(Path(folder), dtype, score, float(evaluate(loaded)))
+
+
+def _check_merge(model: nn.Module) -> None:
+    layers = [getattr(module, "base_layer", None) for module in model.modules()]
+    counts = Counter(id(p) for layer in layers if isinstance(layer, nn.Module) for p in layer.parameters())
+    if max(counts.values(), default=0) > 1:
+        raise ValueError(
+            "adapters on an embedding and on the output layer that is tied to it: merge_and_unload of PEFT adds both to"
+            " the weight that they share. Save the adapter instead, by model.save_pretrained(folder)"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Update:
+    """The sum of all updates as an adapter.
+
+    Attributes:
+        folder: Where it is.
+        rank: ``k``.
+        energy: For each matrix, the share of the squared length of its change that rank ``k`` keeps, in [0, 1].
+        total: The same for all matrices together.
+        score: What ``evaluate`` returned for the trained model; None without it.
+        score_kept: What it returned for the initial weights plus the adapter.
+    """
+
+    folder: Path
+    rank: int
+    energy: dict[str, float]
+    total: float
+    score: float | None = None
+    score_kept: float | None = None
+
+    def __str__(self) -> str:
+        """Return the energy kept in all and in each matrix, the least first."""
+        lines = [f"rank {self.rank} keeps {self.total:.1%} of the change's energy"]
+        if self.score is not None:
+            lines.append(f"score {self.score:.4g} of the trained model, {self.score_kept:.4g} of the adapter")
+        lines += [f"{share:7.1%}  {name}" for name, share in sorted(self.energy.items(), key=lambda item: item[1])]
+        return "\n".join(lines)
+
+
+def write_update(
+    model: nn.Module,
+    changes: Mapping[str, Tensor],
+    folder: str | Path,
+    *,
+    rank: int = 16,
+    base_model: str | None = None,
+    full_rank: FullRank = "error",
+    evaluate: Evaluate | None = None,
+) -> Update:
+    """Write what training has changed as a PEFT adapter of rank ``k``: for the initial model, on any LoRA server.
+
+    The sum of many low-rank updates is of full rank. Each matrix ``ΔW [O, I]`` is replaced by the best approximation of
+    its rank, ``ΔW V Vᵀ`` with ``V`` its first ``k`` right singular vectors, so a part of the change is lost. Look at
+    :attr:`Update.total`, and pass ``evaluate``: directions that carry little energy may carry much of the score.
+
+    Args:
+        model: The trained model.
+        changes: Trained minus initial weights by name, ``changes_of(trainer)``.
+        folder: Where to.
+        rank: ``k``. vLLM takes up to 512, and reserves memory for the largest that it is told of.
+        base_model: The folder or name of the initial model, which is noted in the adapter. The one that the model was
+            loaded from if None.
+        full_rank: ``"error"`` refuses changed norms and biases; ``"save"`` stores norms whole, among PEFT's
+            ``modules_to_save``.
+        evaluate: From a model to its score, such as ``trainer.evaluate_fitness``. It is called for the model as it is,
+            and while it holds the initial weights plus the adapter.
+
+    Returns:
+        The energy kept, and the scores.
+
+    Raises:
+        TypeError: ``rank`` is not an integer, or ``model`` a PEFT model.
+        ValueError: ``rank`` is less than 1, nothing has changed, or an adapter cannot hold the change of a parameter.
+    """
+    rank = check_int("rank", rank, 1)
+    writer = AdapterWriter(model, base_model, full_rank)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    moved = {name: change for name, change in changes.items() if bool(change.any())}
+    factors, dense, kept, all_energy = {}, {}, {}, {}
+    for name, change in moved.items():
+        if change.ndim < 2:
+            dense[name] = parameters[name].detach()
+        else:
+            A, B, kept[name], all_energy[name] = _truncated(change, rank)
+            factors[name] = A.to(change), B.to(change)
+    path = writer.write(folder, factors, dense)
+    energy = {name: kept[name] / all_energy[name] for name in kept}
+    total = sum(kept.values()) / sum(all_energy.values()) if kept else 1.0
+    if evaluate is None:
+        return Update(path, rank, energy, total)
+    score = float(evaluate(model))
+    values = {
+        name: parameters[name].detach().to(change) - change + (A @ B.mT).view(change.shape)
+        for (name, (A, B)), change in ((item, moved[item[0]]) for item in factors.items())
+    }
+    with holding(model, values):
+        return Update(path, rank, energy, total, score, float(evaluate(model)))
+
+
+def _truncated(change: Tensor, rank: int) -> tuple[Tensor, Tensor, float, float]:
+    """Return the factors of the best approximation of a rank, its squared length, and that of the change."""
+    # Float64, as the eigenvalues are squares; which Apple's accelerator does not have.
+    D = change.to("cpu" if change.device.type == "mps" else change.device, torch.float64).flatten(1)
+    tall = D if D.shape[0] >= D.shape[1] else D.mT
+    _, vectors = torch.linalg.eigh(tall.mT @ tall)
+    V = vectors[:, -rank:].flip(1)
+    projected = tall @ V
+    A, B = (projected, V) if tall is D else (V, projected)
+    return A, B, projected.square().sum().item(), D.square().sum().item()

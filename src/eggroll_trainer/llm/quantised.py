@@ -1,0 +1,144 @@
+"""Quantised base models: their layers stay as they are, and are called once for the rows of all members.
+
+What is trained lies on top, in adapters of PEFT: ``base(x) + (x Aᵀ) Bᵀ``, with ``A`` and ``B`` of floats that are
+perturbed like any other parameter. The quantised product has no perturbed operand: one call serves all members.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .._torch import peek_interpreter_stack
+from ..perturbation.batching import apply
+
+
+def batch_quantised_layers(model: nn.Module, layers: Iterable[nn.Module] | None = None) -> list[str]:
+    """Have each quantised layer of a model be called once for all members of a population.
+
+    Libraries write their products for one batch of rows. Under ``torch.vmap``, which runs a population, some fail, so
+    that the members run one after the other (bitsandbytes in 8 bits), and some run in a loop (in 4 bits). After this
+    call a layer gets the rows of all members in one batch, ``[N·B, I]``. Call it before or after
+    ``peft.get_peft_model``, once the weights are on their device. The class of a layer becomes a subclass of it.
+
+    Args:
+        model: The model.
+        layers: The layers, each from rows ``[..., I]`` to rows ``[..., O]``. If None, those whose ``weight`` is a
+            tensor of a library's own class, as those of torchao and bitsandbytes are.
+
+    Returns:
+        Their names.
+
+    Raises:
+        TypeError: An entry of ``layers`` is no module.
+        ValueError: There are none, or a layer computes a row differently beside other rows, as when it quantises its
+            inputs by one scale for the whole batch: members would depend on each other.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 2))
+        >>> batch_quantised_layers(model, layers=[model[0]])  # as if this one were quantised
+        ['0']
+    """
+    names = {id(module): name for name, module in model.named_modules()}
+    chosen = [m for m in model.modules() if _is_quantised(m)] if layers is None else list(layers)
+    if not chosen:
+        raise ValueError(
+            "the model has no quantised layers: no weight is a tensor of a library's own class. Pass layers= if they"
+            " keep their weights in another way"
+        )
+    for layer in chosen:
+        if not isinstance(layer, nn.Module):
+            raise TypeError(f"layers must be modules, got {type(layer).__name__}")
+    for layer in chosen:
+        _check_rows(layer, names.get(id(layer), type(layer).__name__))
+    for layer in chosen:
+        if not isinstance(layer, _RowsTogether):
+            cls: Any = type(layer)
+            layer.__class__ = _subclass(cls)
+    return [names.get(id(layer), type(layer).__name__) for layer in chosen]
+
+
+def _is_quantised(module: nn.Module) -> bool:
+    weight = module._parameters.get("weight")
+    return weight is not None and type(weight) not in (Tensor, nn.Parameter)
+
+
+class _RowsTogether(nn.Module):
+    """Comes before a layer's class, and calls that class's forward once where members are mapped over."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        forward = functools.partial(super().forward, *args, **kwargs) if args or kwargs else super().forward
+        return forward(x) if torch.compiler.is_compiling() else _once(x, forward)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # The subclass is made at run time, which copies and pickles cannot find.
+        reduced: Any = super().__reduce_ex__(protocol)
+        return (_rebuilt, (type(self).__mro__[2],), *reduced[2:])
+
+
+class _Once(torch.autograd.Function):
+    """A function of rows ``[B, I]``, with a batching rule that makes one call for the rows of all members."""
+
+    @staticmethod
+    def forward(x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+        return function(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        """Nothing is kept: evolution strategies don't differentiate."""
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, x: Tensor, function: Callable[[Tensor], Tensor]) -> tuple[Tensor, int]:
+        rows = x.movedim(in_dims[0], 0)
+        out = _once(rows.reshape(-1, rows.shape[-1]), function)
+        return out.reshape(*rows.shape[:-1], out.shape[-1]), 0
+
+
+def _once(x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+    # Outside of transforms the layer's own, which may have gradients.
+    result: Tensor = function(x) if peek_interpreter_stack() is None else apply(_Once, x, function)
+    return result
+
+
+@functools.cache
+def _subclass(cls: Any) -> Any:
+    return type(cls.__name__, (_RowsTogether, cls), {"__module__": cls.__module__, "__doc__": cls.__doc__})
+
+
+def _rebuilt(cls: Any) -> nn.Module:
+    """Return an empty layer, whose state a copy or pickle then fills in."""
+    subclass = _subclass(cls)
+    layer: nn.Module = subclass.__new__(subclass)
+    return layer
+
+
+@torch.no_grad()
+def _check_rows(layer: nn.Module, name: str) -> None:
+    """Raise ``ValueError`` unless a row's result is the same beside a row of a hundred times its size."""
+    size = getattr(layer, "in_features", None)
+    if not isinstance(size, int):
+        raise ValueError(f"{name} ({type(layer).__name__}) is no linear layer: it does not say its in_features")
+    weight = next(iter([*layer.parameters(), *layer.buffers()]))
+    dtype = weight.dtype if weight.is_floating_point() else torch.get_default_dtype()
+    generator = torch.Generator("cpu").manual_seed(0)
+    rows = torch.randn(3, size, generator=generator, device="cpu").to(weight.device, dtype)
+    beside = torch.cat([100 * rows[:1], rows[1:]])
+    training = layer.training
+    try:
+        # The first call for evaluation, in which some libraries bring weights into their final form.
+        layer.eval()
+        alone, together = (layer(x).double() for x in (rows[1:], beside))
+    finally:
+        layer.train(training)
+    difference = torch.linalg.vector_norm(together[1:] - alone) / torch.linalg.vector_norm(alone)
+    # Rounding of a product whose number of rows differs; one scale for all rows makes differences near 1.
+    if not difference <= max(1e-4, torch.finfo(dtype).eps / 4):
+        raise ValueError(
+            f"{name} ({type(layer).__name__}) computes a row differently beside other rows (by"
+            f" {difference.item():.1%}): members in one batch would depend on each other. Quantise weights only, or"
+            " inputs by row"
+        )
