@@ -1,4 +1,4 @@
-"""A generation of a language model's training, ours and that of ``eggroll-es``: ``python -m benchmarks.peer_llm MODEL``.
+"""A generation of a language model, ours and that of ``eggroll-es``: ``python -m benchmarks.peer_llm MODEL``.
 
 ``eggroll-es`` 0.2.0 (``pip install --no-deps eggroll-es``) perturbs a Hugging Face model by low-rank matrices that it
 forms in full, and evaluates members one after the other. Both do one generation with the same members, prompts and
