@@ -7,9 +7,12 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import torch.distributed as dist
+from forking import Forked
 
 ROOT = Path(__file__).parents[2]
 
@@ -25,16 +28,11 @@ def torchrun_command(processes: int, *arguments: Any, restarts: int = 0) -> list
 
 
 @contextlib.contextmanager
-def start(*arguments: Any, errors: int = subprocess.PIPE) -> Iterator[subprocess.Popen[str]]:
+def start(
+    *arguments: Any, variables: Mapping[str, str] | None = None, modules: Sequence[str] = (), errors: int | None = None
+) -> Iterator[Forked]:
     """Start Python with these arguments; a test that fails leaves nothing running."""
-    process = subprocess.Popen(
-        [sys.executable, *map(str, arguments)],
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=errors,
-        text=True,
-    )
-    with process:
+    with Forked(*arguments, environment=environment() | (variables or {}), errors=errors, modules=modules) as process:
         try:
             yield process
         finally:
@@ -71,11 +69,30 @@ def say(*words):
 """
 
 
+def in_group(processes: int, *arguments: Any) -> None:
+    """Run a script in processes that find what torchrun tells those that it starts."""
+    # It is host to the store as well, with a port that nobody can take.
+    store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    group = {
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": str(store.port),
+        "WORLD_SIZE": str(processes),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+    }
+    with contextlib.ExitStack() as stack:
+        members = [
+            stack.enter_context(start(*arguments, variables={**group, "RANK": str(rank), "LOCAL_RANK": str(rank)}))
+            for rank in range(processes)
+        ]
+        outputs = [member.communicate(timeout=300) for member in members]
+    assert not any(member.returncode for member in members), outputs
+
+
 def run_script(processes: int, folder: Path, body: str) -> list[list[str]]:
-    """Run a script under torchrun and return the lines that each process said."""
+    """Run a script in a group of processes and return the lines that each said."""
     path = folder / "script.py"
     path.write_text(SCRIPT.format(out=folder) + body)
-    torchrun(processes, path)
+    in_group(processes, path)
     return [(folder / f"said-{rank}").read_text().splitlines() for rank in range(processes)]
 
 
