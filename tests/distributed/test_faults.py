@@ -97,6 +97,61 @@ def test_killed_processes_of_torchrun(kills: int, tmp_path: Path) -> None:
     assert killed >= kills // 2 and len(pids(folder)) > 2
 
 
+def test_frozen_weights_reach_rays_workers_when_they_change(cluster: Cluster, tmp_path: Path) -> None:
+    body = """
+from engine_cases import *
+model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2), nn.BatchNorm1d(2).eval())
+trainer = EGGROLLTrainer(model[0].parameters(), model, lambda m: m[1].bias[0] + m[2].running_mean[0], engine=ENGINE,
+                         population_size=8, chunk_size=4, sigma=0.1, learning_rate=0.1)
+references = []
+for bias, mean in ((1.0, 0.0), (1.0, 0.0), (2.0, 0.0), (2.0, 0.5), (float("nan"), 0.5)):
+    with torch.no_grad():
+        model[1].bias.data[0] = bias  # which PyTorch does not count as a change
+        model[2].running_mean[0] = mean
+    try:
+        print("score", trainer.step()["mean_fitness"])
+    except ValueError:
+        print("score none")
+    references.append(ENGINE._untrained)
+print("sent", len(set(references)), references[0] == references[1])
+"""
+    scores = [f"score {score}" for score in (1.0, 1.0, 2.0, 2.5, "none")]
+    assert cluster.run(tmp_path, body) == [*scores, "sent 4 True"]
+
+
+def test_a_straggler_is_given_out_twice_and_workers_come_and_go(cluster: Cluster, tmp_path: Path) -> None:
+    body = f"""
+import os, time
+from pathlib import Path
+from engine_cases import *
+folder = Path({str(tmp_path)!r}) / "late"
+folder.mkdir()
+
+@batched
+def late(population):
+    if population.generation == 2 and population.first == 12 and not [*folder.iterdir()]:
+        (folder / str(os.getpid())).touch()
+        time.sleep(60)
+    return at_once(population)
+
+trainer = make(EGGROLLTrainer, ENGINE, fitness_fn=late)
+trainer.train(2, verbose=False)
+start = time.monotonic()
+trainer.train(1, verbose=False)
+# Another function takes the place of the first in the workers as well. The first worker to leave is the late one.
+trainer.fitness_fn = at_once
+for ENGINE.workers in (1, 2):
+    trainer.step()
+    print("workers", len(ENGINE._actors))
+print("late", time.monotonic() - start < 30, len([*folder.iterdir()]))
+print("checksum", trainer.checksum())
+"""
+    twin = make(EGGROLLTrainer, LocalEngine())
+    twin.train(5, verbose=False)
+    said = ["workers 1", "workers 2", "late True 1", f"checksum {twin.checksum()}"]
+    assert cluster.run(tmp_path, body) == said
+
+
 @pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
 def test_killed_workers_of_ray(kills: int, cluster: Cluster, tmp_path: Path) -> None:
     # Workers kill themselves in the middle of a chunk, until there are as many marks as there shall be kills.
@@ -260,61 +315,6 @@ ENGINE.close()
     twin.train(4, verbose=False)
     assert checksum == f"checksum {twin.checksum()}"
     assert "the fitness of members 12-23 of generation 3 took longer" in message and "2 times" in message
-
-
-def test_frozen_weights_reach_rays_workers_when_they_change(cluster: Cluster, tmp_path: Path) -> None:
-    body = """
-from engine_cases import *
-model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2), nn.BatchNorm1d(2).eval())
-trainer = EGGROLLTrainer(model[0].parameters(), model, lambda m: m[1].bias[0] + m[2].running_mean[0], engine=ENGINE,
-                         population_size=8, chunk_size=4, sigma=0.1, learning_rate=0.1)
-references = []
-for bias, mean in ((1.0, 0.0), (1.0, 0.0), (2.0, 0.0), (2.0, 0.5), (float("nan"), 0.5)):
-    with torch.no_grad():
-        model[1].bias.data[0] = bias  # which PyTorch does not count as a change
-        model[2].running_mean[0] = mean
-    try:
-        print("score", trainer.step()["mean_fitness"])
-    except ValueError:
-        print("score none")
-    references.append(ENGINE._untrained)
-print("sent", len(set(references)), references[0] == references[1])
-"""
-    scores = [f"score {score}" for score in (1.0, 1.0, 2.0, 2.5, "none")]
-    assert cluster.run(tmp_path, body) == [*scores, "sent 4 True"]
-
-
-def test_a_straggler_is_given_out_twice_and_workers_come_and_go(cluster: Cluster, tmp_path: Path) -> None:
-    body = f"""
-import os, time
-from pathlib import Path
-from engine_cases import *
-folder = Path({str(tmp_path)!r}) / "late"
-folder.mkdir()
-
-@batched
-def late(population):
-    if population.generation == 2 and population.first == 12 and not [*folder.iterdir()]:
-        (folder / str(os.getpid())).touch()
-        time.sleep(60)
-    return at_once(population)
-
-trainer = make(EGGROLLTrainer, ENGINE, fitness_fn=late)
-trainer.train(2, verbose=False)
-start = time.monotonic()
-trainer.train(1, verbose=False)
-# Another function takes the place of the first in the workers as well. The first worker to leave is the late one.
-trainer.fitness_fn = at_once
-for ENGINE.workers in (1, 3):
-    trainer.step()
-    print("workers", len(ENGINE._actors))
-print("late", time.monotonic() - start < 30, len([*folder.iterdir()]))
-print("checksum", trainer.checksum())
-"""
-    twin = make(EGGROLLTrainer, LocalEngine())
-    twin.train(5, verbose=False)
-    said = ["workers 1", "workers 3", "late True 1", f"checksum {twin.checksum()}"]
-    assert cluster.run(tmp_path, body) == said
 
 
 def test_a_hang_in_native_code_restarts_the_group(tmp_path: Path) -> None:
