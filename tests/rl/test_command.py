@@ -102,7 +102,7 @@ def test_ctrl_c_leaves_a_run_to_resume(tmp_path: Path) -> None:
 def test_processes_share_a_run(tmp_path: Path) -> None:
     arguments = ("rl", "Pendulum-v1", "--steps", 3200, *SMALL, "--no-video", "--chunk-size", 2)
     run(*arguments, "--out", tmp_path / "one")
-    printed = torchrun(2, "-m", "eggroll_trainer", *arguments, "--out", tmp_path / "two")
+    printed = torchrun(2, "-m", "eggroll_trainer", *arguments, "--out", tmp_path / "two", modules=MODULES)
     assert printed.count("run: ") == 1
     assert curve(tmp_path / "two") == curve(tmp_path / "one")
 

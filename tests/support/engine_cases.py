@@ -21,7 +21,7 @@ from torch.optim.lr_scheduler import ExponentialLR, StepLR
 from eggroll_trainer import EGGROLLTrainer, ESTrainer, Population, VanillaESTrainer, batched
 from eggroll_trainer.distributed import Engine, ProcessGroupEngine, make_engine
 
-GENERATIONS = 20
+GENERATIONS = 10
 
 generator = torch.Generator().manual_seed(0)
 X = torch.randn(16, 6, generator=generator)
@@ -73,7 +73,7 @@ def cheetah(engine: Engine) -> ESTrainer:
     from eggroll_trainer.rl.policies import MLPPolicy
     from eggroll_trainer.rl.rollout import EpisodeReturn
 
-    fitness = EpisodeReturn("HalfCheetah-v5", max_steps=lambda steps: 10 + min(10, steps // 1000), threads=1)
+    fitness = EpisodeReturn("HalfCheetah-v5", max_steps=lambda steps: 10 + min(10, steps // 300), threads=1)
     torch.manual_seed(0)
     policy = MLPPolicy(*fitness.spaces(), hidden=(16,))
     return EGGROLLTrainer(

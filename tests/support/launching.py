@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from forking import Forked
+from forking import COMMAND, Forked
 
 ROOT = Path(__file__).parents[2]
 
@@ -24,7 +24,7 @@ def environment(threads: int = 1) -> dict[str, str]:
 
 def torchrun_command(processes: int, *arguments: Any, restarts: int = 0) -> list[Any]:
     options = ("--standalone", "--nproc-per-node", processes, "--max-restarts", restarts, "--monitor-interval", 0.1)
-    return ["-m", "torch.distributed.run", *options, *arguments]
+    return ["-m", "torch.distributed.run", *options, "--no-python", *COMMAND, *arguments]
 
 
 @contextlib.contextmanager
@@ -44,16 +44,16 @@ def start(
                 process.kill()
 
 
-def python(*arguments: Any) -> str:
+def python(*arguments: Any, modules: Sequence[str] = ()) -> str:
     """Run Python with these arguments and return what it printed."""
-    with start(*arguments) as process:
+    with start(*arguments, modules=modules) as process:
         out, errors = process.communicate(timeout=500)
     assert process.returncode == 0, out + errors
     return out
 
 
-def torchrun(processes: int, *arguments: Any) -> str:
-    return python(*torchrun_command(processes, *arguments))
+def torchrun(processes: int, *arguments: Any, modules: Sequence[str] = ()) -> str:
+    return python(*torchrun_command(processes, *arguments), modules=modules)
 
 
 SCRIPT = """
@@ -102,7 +102,8 @@ def on_two_nodes(*arguments: Any) -> None:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     options = ("--nnodes", 2, "--nproc-per-node", 1, "--rdzv-backend", "c10d", "--rdzv-id", port)
-    command = ("-m", "torch.distributed.run", *options, "--rdzv-endpoint", f"localhost:{port}", *arguments)
+    options += ("--rdzv-endpoint", f"localhost:{port}", "--no-python", *COMMAND)
+    command = ("-m", "torch.distributed.run", *options, *arguments)
     with start(*command) as one, start(*command) as other:
         outputs = [node.communicate(timeout=500) for node in (one, other)]
     assert one.returncode == other.returncode == 0, outputs
