@@ -18,7 +18,10 @@ from launching import start, torchrun
 
 pytest.importorskip("gymnasium")
 
-SMALL = ("--population-size", "8", "--eval-every", "2", "--eval-episodes", "2", "--save-every", "2", "--no-compile")
+SMALL = (
+    *("--population-size", "8", "--max-steps", "50", "--no-compile"),
+    *("--eval-every", "2", "--eval-episodes", "2", "--save-every", "2"),
+)
 # What the command imports as it goes.
 MODULES = ("eggroll_trainer.rl.command", "gymnasium.envs.mujoco", "matplotlib.pyplot", "torch.utils.tensorboard")
 
@@ -44,18 +47,18 @@ def curve(folder: Path) -> list[dict[str, Any]]:
 
 def test_a_run_leaves_everything(tmp_path: Path) -> None:
     # A start of Python's, as users have it: the environment variables of the renderer precede its import.
-    command = [sys.executable, "-m", "eggroll_trainer", "rl", "Pendulum-v1", "--steps", "3200", *SMALL]
+    command = [sys.executable, "-m", "eggroll_trainer", "rl", "Pendulum-v1", "--steps", "800", *SMALL]
     done = subprocess.run([*command, "--out", tmp_path / "a"], capture_output=True, text=True, check=True)
     names = {path.name for path in (tmp_path / "a").iterdir()}
     assert {"config.json", "metrics.jsonl", "checkpoints", "policy.pt", "curve.png"} <= names
     assert any(name.startswith("events.out.tfevents") for name in names)
     assert "centre policy:" in done.stdout and ("video:" in done.stdout or "no video:" in done.stderr)
     lines = curve(tmp_path / "a")
-    assert [line["steps"] for line in lines] == [1600, 3200] and "eval_return" in lines[-1]
+    assert [line["steps"] for line in lines] == [400, 800] and "eval_return" in lines[-1]
 
 
 def test_killed_and_resumed_is_the_same_curve(tmp_path: Path) -> None:
-    arguments = ("rl", "Hopper-v5", "--steps", 3000, *SMALL, "--no-video")
+    arguments = ("rl", "Hopper-v5", "--steps", 1600, *SMALL, "--no-video")
     run(*arguments, "--out", tmp_path / "whole")
     with started(*arguments, "--out", tmp_path / "killed") as killed:
         while not [*(tmp_path / "killed" / "checkpoints").glob("checkpoint-*")]:
@@ -67,7 +70,7 @@ def test_killed_and_resumed_is_the_same_curve(tmp_path: Path) -> None:
     assert curve(tmp_path / "killed") == curve(tmp_path / "whole")
 
 
-@pytest.mark.parametrize(("env_id", "steps"), [("CartPole-v1", 500), ("Pendulum-v1", 2400)])
+@pytest.mark.parametrize(("env_id", "steps"), [("CartPole-v1", 500), ("Pendulum-v1", 600)])
 def test_a_resumed_run_that_draws_actions_writes_the_same_metrics(env_id: str, steps: int, tmp_path: Path) -> None:
     arguments = ("rl", env_id, "--sample", "--no-video", *SMALL, "--eval-every", 1, "--population-size", 4)
     run(*arguments, "--steps", steps, "--out", tmp_path / "whole")
@@ -95,12 +98,12 @@ def test_ctrl_c_leaves_a_run_to_resume(tmp_path: Path) -> None:
     errors = stopped(signal.SIGINT, tmp_path / "a", arguments, 130)
     assert "--resume" in errors
     steps = curve(tmp_path / "a")[-1]["steps"]
-    run(*arguments, "--steps", steps + 1600, "--resume")
-    assert curve(tmp_path / "a")[-1]["steps"] == steps + 1600
+    run(*arguments, "--steps", steps + 400, "--resume")
+    assert curve(tmp_path / "a")[-1]["steps"] == steps + 400
 
 
 def test_processes_share_a_run(tmp_path: Path) -> None:
-    arguments = ("rl", "Pendulum-v1", "--steps", 3200, *SMALL, "--no-video", "--chunk-size", 2)
+    arguments = ("rl", "Pendulum-v1", "--steps", 800, *SMALL, "--no-video", "--chunk-size", 2)
     run(*arguments, "--out", tmp_path / "one")
     printed = torchrun(2, "-m", "eggroll_trainer", *arguments, "--out", tmp_path / "two", modules=MODULES)
     assert printed.count("run: ") == 1
@@ -112,8 +115,8 @@ def test_sigterm_leaves_a_run_to_resume(tmp_path: Path) -> None:
     errors = stopped(signal.SIGTERM, tmp_path / "a", arguments, 143)
     assert "Traceback" not in errors
     steps = curve(tmp_path / "a")[-1]["steps"]
-    run(*arguments, "--steps", steps + 1600, "--resume")
-    assert curve(tmp_path / "a")[-1]["steps"] == steps + 1600
+    run(*arguments, "--steps", steps + 400, "--resume")
+    assert curve(tmp_path / "a")[-1]["steps"] == steps + 400
 
 
 @pytest.mark.parametrize(
@@ -131,7 +134,7 @@ def test_errors_are_one_line(arguments: tuple[str, ...], message: str, tmp_path:
 
 
 def test_a_folder_that_is_taken(tmp_path: Path) -> None:
-    arguments = ("rl", "Pendulum-v1", "--steps", 1600, *SMALL, "--no-video", "--out", tmp_path / "a")
+    arguments = ("rl", "Pendulum-v1", "--steps", 400, *SMALL, "--no-video", "--out", tmp_path / "a")
     run(*arguments)
     _, taken = run(*arguments, status=1)
     assert "holds a run already" in taken
