@@ -2,9 +2,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-# A module's tests run in one worker, as they share fixtures that take long. In this order tests/distributed, which
-# takes longest, is not left to the end.
-PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder
+# The groups are those of tests/conftest.py. In this order tests/distributed, which takes longest, is not left to the end.
+PARALLEL := -n 2 --dist loadgroup --no-loadscope-reorder
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 

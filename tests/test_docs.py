@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-import warnings
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 from helpers import make
+from ray_cluster import Cluster
 
 ROOT = Path(__file__).parents[1]
 
@@ -70,22 +70,21 @@ def test_reinforcement_learning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_distributed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    ray = pytest.importorskip("ray")
     monkeypatch.chdir(tmp_path)
+    group_engine, checkpoints, log, _ = blocks("docs/distributed.md")
+    names: dict[str, object] = {"trainer": make()}
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
-        with warnings.catch_warnings():
-            # Ray's own.
-            warnings.simplefilter("ignore")
-            ray.init(num_cpus=1, include_dashboard=False)
-        group_engine, checkpoints, log, ray_engine = blocks("docs/distributed.md")
-        names: dict[str, object] = {"trainer": make()}
-        for block in (group_engine, checkpoints, ray_engine):
+        for block in (group_engine, checkpoints):
             exec(block, names)
         assert names["trainer"].generation == 1000  # type: ignore[attr-defined]
         names["trainer"] = make()
         exec(log, names)
         assert names["trainer"].generation == 40  # type: ignore[attr-defined]
     finally:
-        ray.shutdown()
         dist.destroy_process_group()
+
+
+def test_distributed_by_ray(cluster: Cluster, tmp_path: Path) -> None:
+    *_, ray_engine = blocks("docs/distributed.md")
+    assert cluster.run(tmp_path, ray_engine + "print(engine.threads, engine.timeout)") == ["1 600.0"]

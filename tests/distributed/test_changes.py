@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from engine_cases import make
 from launching import python, run_script
+from ray_cluster import Cluster
 
 from eggroll_trainer import EGGROLLTrainer
 from eggroll_trainer.distributed import LocalEngine
@@ -59,14 +60,8 @@ def test_what_a_callback_changes_reaches_all_processes(local: list[str], tmp_pat
     assert len({line.split()[1] for line in local}) == len(local) == 11
 
 
-@pytest.mark.usefixtures("ray")
-def test_what_a_callback_changes_reaches_rays_workers(local: list[str], tmp_path: Path) -> None:
-    path = tmp_path / "script.py"
-    path.write_text(
-        "from engine_cases import *\ntorch.set_num_threads(1)\nsay, ENGINE = print, engine_of('ray2')\n" + CALLBACKS
-    )
-    lines = python(path).splitlines()
-    assert [line for line in lines if line.split()[0] in {line.split()[0] for line in local}] == local
+def test_what_a_callback_changes_reaches_rays_workers(local: list[str], cluster: Cluster, tmp_path: Path) -> None:
+    assert cluster.run(tmp_path, "from engine_cases import *\nsay = print\n" + CALLBACKS) == local
 
 
 def test_what_one_process_changes_is_an_error(tmp_path: Path) -> None:

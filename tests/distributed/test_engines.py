@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ import engine_cases
 import pytest
 import torch
 from engine_cases import CASES, make
-from launching import on_two_nodes, python, run_script, torchrun
+from launching import in_group, on_two_nodes, python, run_script, torchrun
+from ray_cluster import Cluster
 
 from eggroll_trainer import EGGROLLTrainer
 from eggroll_trainer.distributed import Chunk, Engine, LocalEngine, ProcessGroupEngine, make_engine
@@ -25,9 +27,13 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return json.loads(out.read_text())
 
 
-@pytest.mark.parametrize(("processes", "engine"), [(2, "scores"), (3, "sums"), (4, "auto")])
-def test_processes_give_the_bits_of_one(processes: int, engine: str, expected: Any, tmp_path: Path) -> None:
-    torchrun(processes, SCRIPT, tmp_path / "out.json", engine)
+@pytest.mark.parametrize(
+    ("run", "processes", "engine"), [(torchrun, 2, "scores"), (in_group, 3, "sums"), (in_group, 4, "auto")]
+)
+def test_processes_give_the_bits_of_one(
+    run: Callable[..., Any], processes: int, engine: str, expected: Any, tmp_path: Path
+) -> None:
+    run(processes, SCRIPT, tmp_path / "out.json", engine)
     assert json.loads((tmp_path / "out.json").read_text()) == expected
 
 
@@ -40,9 +46,13 @@ def test_two_nodes_give_the_bits_of_one(expected: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "workers", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(3, marks=pytest.mark.slow)]
 )
-@pytest.mark.usefixtures("ray")
-def test_ray_gives_the_bits_of_one(workers: int, expected: Any, tmp_path: Path) -> None:
-    python(SCRIPT, tmp_path / "out.json", f"ray{workers}")
+def test_ray_gives_the_bits_of_one(workers: int, expected: Any, cluster: Cluster, tmp_path: Path) -> None:
+    body = f"""
+import engine_cases
+ENGINE.workers = {workers}
+engine_cases.run({str(tmp_path / "out.json")!r}, ENGINE)
+"""
+    cluster.run(tmp_path, body)
     assert json.loads((tmp_path / "out.json").read_text()) == expected
 
 
@@ -248,12 +258,9 @@ def test_the_first_process_gives_the_warnings_of_all(tmp_path: Path) -> None:
     assert said == [["begin", *GIVEN], ["begin"]]
 
 
-@pytest.mark.usefixtures("ray")
-def test_the_script_gives_the_warnings_of_rays_workers(tmp_path: Path) -> None:
-    body = "from engine_cases import *\n" + WARNS + "for warning in given('ray'):\n    print('given', warning)"
-    (tmp_path / "script.py").write_text(body)
-    lines = python(tmp_path / "script.py").splitlines()
-    assert [line for line in lines if line.startswith("given")] == [f"given {warning}" for warning in GIVEN]
+def test_the_script_gives_the_warnings_of_rays_workers(cluster: Cluster, tmp_path: Path) -> None:
+    body = "from engine_cases import *\n" + WARNS + "for warning in given(ENGINE):\n    print(warning)"
+    assert cluster.run(tmp_path, body) == GIVEN
 
 
 def test_processes_without_work_are_warned_of(tmp_path: Path) -> None:

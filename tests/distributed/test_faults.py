@@ -19,6 +19,7 @@ import torch
 from engine_cases import CASES, at_once, make
 from helpers import assert_same
 from launching import python, start, torchrun_command
+from ray_cluster import Cluster
 from torch import Tensor
 
 from eggroll_trainer import EGGROLLTrainer, Population, batched
@@ -96,34 +97,86 @@ def test_killed_processes_of_torchrun(kills: int, tmp_path: Path) -> None:
     assert killed >= kills // 2 and len(pids(folder)) > 2
 
 
+def test_frozen_weights_reach_rays_workers_when_they_change(cluster: Cluster, tmp_path: Path) -> None:
+    body = """
+from engine_cases import *
+model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2), nn.BatchNorm1d(2).eval())
+trainer = EGGROLLTrainer(model[0].parameters(), model, lambda m: m[1].bias[0] + m[2].running_mean[0], engine=ENGINE,
+                         population_size=8, chunk_size=4, sigma=0.1, learning_rate=0.1)
+references = []
+for bias, mean in ((1.0, 0.0), (1.0, 0.0), (2.0, 0.0), (2.0, 0.5), (float("nan"), 0.5)):
+    with torch.no_grad():
+        model[1].bias.data[0] = bias  # which PyTorch does not count as a change
+        model[2].running_mean[0] = mean
+    try:
+        print("score", trainer.step()["mean_fitness"])
+    except ValueError:
+        print("score none")
+    references.append(ENGINE._untrained)
+print("sent", len(set(references)), references[0] == references[1])
+"""
+    scores = [f"score {score}" for score in (1.0, 1.0, 2.0, 2.5, "none")]
+    assert cluster.run(tmp_path, body) == [*scores, "sent 4 True"]
+
+
+def test_a_straggler_is_given_out_twice_and_workers_come_and_go(cluster: Cluster, tmp_path: Path) -> None:
+    body = f"""
+import os, time
+from pathlib import Path
+from engine_cases import *
+folder = Path({str(tmp_path)!r}) / "late"
+folder.mkdir()
+
+@batched
+def late(population):
+    if population.generation == 2 and population.first == 12 and not [*folder.iterdir()]:
+        (folder / str(os.getpid())).touch()
+        time.sleep(60)
+    return at_once(population)
+
+trainer = make(EGGROLLTrainer, ENGINE, fitness_fn=late)
+trainer.train(2, verbose=False)
+start = time.monotonic()
+trainer.train(1, verbose=False)
+# Another function takes the place of the first in the workers as well. The first worker to leave is the late one.
+trainer.fitness_fn = at_once
+for ENGINE.workers in (1, 2):
+    trainer.step()
+    print("workers", len(ENGINE._actors))
+print("late", time.monotonic() - start < 30, len([*folder.iterdir()]))
+print("checksum", trainer.checksum())
+"""
+    twin = make(EGGROLLTrainer, LocalEngine())
+    twin.train(5, verbose=False)
+    said = ["workers 1", "workers 2", "late True 1", f"checksum {twin.checksum()}"]
+    assert cluster.run(tmp_path, body) == said
+
+
 @pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
-@pytest.mark.usefixtures("ray")
-def test_killed_workers_of_ray(kills: int, tmp_path: Path) -> None:
+def test_killed_workers_of_ray(kills: int, cluster: Cluster, tmp_path: Path) -> None:
     # Workers kill themselves in the middle of a chunk, until there are as many marks as there shall be kills.
+    marks = tmp_path / "marks"
+    marks.mkdir()
     body = f"""
 import os, random, signal
 from engine_cases import *
-from eggroll_trainer.distributed import RayEngine
-torch.set_num_threads(1)
 
 @batched
 def deadly(population):
     scores = at_once(population)
-    marks = os.listdir({str(tmp_path)!r})
-    if len(marks) - 1 < {kills} and random.random() < 0.2:
-        open({str(tmp_path)!r} + f"/killed-{{os.getpid()}}", "w").close()
+    marks = os.listdir({str(marks)!r})
+    if len(marks) < {kills} and random.random() < 0.2:
+        open({str(marks)!r} + f"/{{os.getpid()}}", "w").close()
         os.kill(os.getpid(), signal.SIGKILL)
     return scores
 
-engine = RayEngine(2, retries=20)
-trainer = make(EGGROLLTrainer, engine, fitness_fn=deadly, optimizer=torch.optim.Adam, learning_rate=0.01)
+ENGINE.retries = 20
+trainer = make(EGGROLLTrainer, ENGINE, fitness_fn=deadly, optimizer=torch.optim.Adam, learning_rate=0.01)
 trainer.train({GENERATIONS}, verbose=False)
 print("checksum", trainer.checksum())
 """
-    path = tmp_path / "script.py"
-    path.write_text(body)
-    assert f"checksum {quiet().checksum()}" in python(path)
-    assert len([*tmp_path.glob("killed-*")]) >= kills
+    assert f"checksum {quiet().checksum()}" in cluster.run(tmp_path, body)
+    assert len([*marks.iterdir()]) >= kills
 
 
 @pytest.mark.parametrize("processes", [1, 2])
@@ -236,99 +289,32 @@ def test_a_fitness_that_hangs_always_is_an_error(tmp_path: Path) -> None:
     assert trainer.checksum() == twin.checksum()
 
 
-@pytest.mark.usefixtures("ray")
-def test_hangs_in_ray(tmp_path: Path) -> None:
+def test_hangs_in_ray(cluster: Cluster, tmp_path: Path) -> None:
     body = f"""
 from pathlib import Path
 from engine_cases import *
 from test_faults import Hangs
-from eggroll_trainer.distributed import RayEngine
-torch.set_num_threads(1)
 folder = Path({str(tmp_path)!r})
 (folder / "once").mkdir(), (folder / "always").mkdir()
-trainer = make(EGGROLLTrainer, RayEngine(2, timeout=6), fitness_fn=Hangs(folder / "once", 1))
+# A new worker imports the tests in that time.
+ENGINE.timeout = 3
+trainer = make(EGGROLLTrainer, ENGINE, fitness_fn=Hangs(folder / "once", 1))
 trainer.train(4, verbose=False)
 print("checksum", trainer.checksum())
-trainer = make(EGGROLLTrainer, RayEngine(2, timeout=6, retries=1), fitness_fn=Hangs(folder / "always", 9))
+ENGINE.retries = 1
+trainer = make(EGGROLLTrainer, ENGINE, fitness_fn=Hangs(folder / "always", 9))
 try:
     trainer.train(4, verbose=False)
 except TimeoutError as error:
     print(error)
+# The last one that was given the chunk hangs still.
+ENGINE.close()
 """
-    (tmp_path / "script.py").write_text(body)
-    out = python(tmp_path / "script.py")
+    checksum, message = cluster.run(tmp_path, body)
     twin = make(EGGROLLTrainer, LocalEngine())
     twin.train(4, verbose=False)
-    assert f"checksum {twin.checksum()}" in out
-    assert "the fitness of members 12-23 of generation 3 took longer" in out and "2 times" in out
-
-
-@pytest.mark.usefixtures("ray")
-def test_frozen_weights_reach_rays_workers_when_they_change(tmp_path: Path) -> None:
-    body = """
-from engine_cases import *
-from eggroll_trainer.distributed import RayEngine
-torch.set_num_threads(1)
-model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2), nn.BatchNorm1d(2).eval())
-engine = RayEngine(2)
-trainer = EGGROLLTrainer(model[0].parameters(), model, lambda m: m[1].bias[0] + m[2].running_mean[0], engine=engine,
-                         population_size=8, chunk_size=4, sigma=0.1, learning_rate=0.1)
-references = []
-for bias, mean in ((1.0, 0.0), (1.0, 0.0), (2.0, 0.0), (2.0, 0.5), (float("nan"), 0.5)):
-    with torch.no_grad():
-        model[1].bias.data[0] = bias  # which PyTorch does not count as a change
-        model[2].running_mean[0] = mean
-    try:
-        print("score", trainer.step()["mean_fitness"])
-    except ValueError:
-        print("score none")
-    references.append(engine._untrained)
-print("sent", len(set(references)), references[0] == references[1])
-"""
-    (tmp_path / "script.py").write_text(body)
-    out = python(tmp_path / "script.py").split("\n")
-    assert [line for line in out if line.startswith("score")] == [
-        f"score {score}" for score in (1.0, 1.0, 2.0, 2.5, "none")
-    ]
-    assert "sent 4 True" in out
-
-
-@pytest.mark.usefixtures("ray")
-def test_a_straggler_is_given_out_twice_and_workers_come_and_go(tmp_path: Path) -> None:
-    body = f"""
-import os, time
-from pathlib import Path
-from engine_cases import *
-from eggroll_trainer.distributed import RayEngine
-torch.set_num_threads(1)
-folder = Path({str(tmp_path)!r}) / "late"
-folder.mkdir()
-
-@batched
-def late(population):
-    if population.generation == 2 and population.first == 12 and not [*folder.iterdir()]:
-        (folder / str(os.getpid())).touch()
-        time.sleep(60)
-    return at_once(population)
-
-engine = RayEngine(2)
-trainer = make(EGGROLLTrainer, engine, fitness_fn=late)
-trainer.train(2, verbose=False)
-start = time.monotonic()
-trainer.train(1, verbose=False)
-print("late", time.monotonic() - start < 30, len([*folder.iterdir()]))
-# Another function takes the place of the first in the workers as well.
-trainer.fitness_fn = at_once
-for engine.workers in (1, 3):
-    trainer.step()
-    print("workers", len(engine._actors))
-print("checksum", trainer.checksum())
-"""
-    (tmp_path / "script.py").write_text(body)
-    out = python(tmp_path / "script.py").split("\n")
-    twin = make(EGGROLLTrainer, LocalEngine())
-    twin.train(5, verbose=False)
-    assert {"late True 1", "workers 1", "workers 3", f"checksum {twin.checksum()}"} <= set(out)
+    assert checksum == f"checksum {twin.checksum()}"
+    assert "the fitness of members 12-23 of generation 3 took longer" in message and "2 times" in message
 
 
 def test_a_hang_in_native_code_restarts_the_group(tmp_path: Path) -> None:

@@ -213,7 +213,8 @@ def test_errors_of_any_wording_reach_the_user(message: str) -> None:
 @pytest.mark.parametrize("reader", [False, True], ids=["", "a thread reads"])
 def test_members_that_wait_for_each_other_are_found(reader: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     # Threads of other libraries, such as those of a notebook or of these tests' own workers, wait for other things.
-    monkeypatch.setattr(deadlock, "_LONG_PATIENCE", 3.5)
+    monkeypatch.setattr(deadlock, "_PATIENCE", 0.5)
+    monkeypatch.setattr(deadlock, "_LONG_PATIENCE", 1.0)
     ends = os.pipe()
     thread = threading.Thread(target=os.read, args=(ends[0], 1))
     if reader:

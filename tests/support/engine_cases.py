@@ -2,7 +2,7 @@
 
     python engine_cases.py OUT ENGINE [NAME …]
 
-ENGINE is local, auto, scores, sums, or ray with a number of workers. The first process writes OUT: JSON, by case.
+ENGINE is local, auto, scores or sums. The first process writes OUT: JSON, by case.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch.optim.lr_scheduler import ExponentialLR, StepLR
 from eggroll_trainer import EGGROLLTrainer, ESTrainer, Population, VanillaESTrainer, batched
 from eggroll_trainer.distributed import Engine, ProcessGroupEngine, make_engine
 
-GENERATIONS = 20
+GENERATIONS = 10
 
 generator = torch.Generator().manual_seed(0)
 X = torch.randn(16, 6, generator=generator)
@@ -73,7 +73,7 @@ def cheetah(engine: Engine) -> ESTrainer:
     from eggroll_trainer.rl.policies import MLPPolicy
     from eggroll_trainer.rl.rollout import EpisodeReturn
 
-    fitness = EpisodeReturn("HalfCheetah-v5", max_steps=lambda steps: 10 + min(10, steps // 1000), threads=1)
+    fitness = EpisodeReturn("HalfCheetah-v5", max_steps=lambda steps: 10 + min(10, steps // 300), threads=1)
     torch.manual_seed(0)
     policy = MLPPolicy(*fitness.spaces(), hidden=(16,))
     return EGGROLLTrainer(
@@ -134,17 +134,11 @@ CASES: dict[str, Callable[[Engine], Any]] = {
 def engine_of(name: str) -> Engine:
     if name in ("scores", "sums"):
         return ProcessGroupEngine(exchange=name, check_every=1)  # type: ignore[arg-type]
-    if name.startswith("ray"):
-        from eggroll_trainer.distributed import RayEngine
-
-        return RayEngine(int(name[3:]))
     return make_engine(None if name == "auto" else name)
 
 
-def main() -> None:
-    torch.set_num_threads(1)
-    out, name, *wanted = sys.argv[1:]
-    engine, results = engine_of(name), {}
+def run(out: str, engine: Engine, *wanted: str) -> None:
+    results = {}
     for case in wanted or CASES:
         trainer = CASES[case](engine)
         trainer.train(GENERATIONS, verbose=False)
@@ -155,4 +149,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    torch.set_num_threads(1)
+    run(sys.argv[1], engine_of(sys.argv[2]), *sys.argv[3:])

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import subprocess
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from forking import Forked
 from launching import environment
 from torch import Tensor, nn
 
@@ -118,14 +117,8 @@ def global_generator_untouched() -> Iterator[None]:
     assert torch.equal(torch.get_rng_state(), before), "torch's global generator was used"
 
 
-def start_python(call: str, *arguments: object) -> subprocess.Popen[str]:
+def start_python(call: str, *arguments: object) -> Forked:
     """Start a process that imports a module of the tests and calls ``module.function`` with strings."""
     module, _, _ = call.partition(".")
     code = f"import sys, {module}; {call}(*sys.argv[1:])"
-    return subprocess.Popen(
-        [sys.executable, "-W", "error", "-c", code, *map(str, arguments)],
-        env=environment(torch.get_num_threads()),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    return Forked("-W", "error", "-c", code, *arguments, environment=environment(torch.get_num_threads()))

@@ -140,6 +140,9 @@ class RayEngine(LocalEngine):
         if wanted is None:
             cpus = ray.cluster_resources().get("CPU", 1)
             wanted = max(1, int(cpus // max(self.worker_options["num_cpus"], 1e-3)))
+        # Those that are still at work, be it of an earlier generation, leave first: nobody waits for them.
+        busy = {id(task.actor) for task in self._running.values()}
+        self._actors.sort(key=lambda actor: id(actor) in busy)
         self._actors, surplus = self._actors[:wanted], self._actors[wanted:]
         for one_too_many in surplus:
             ray.kill(one_too_many)

@@ -24,6 +24,7 @@ from helpers import randn
 from torch import Tensor, nn
 
 from eggroll_trainer import EGGROLLTrainer
+from eggroll_trainer.fitness.together import deadlock
 
 N, GENERATIONS = 8, 2
 # Seconds that a variation may take; each is a matter of milliseconds.
@@ -286,6 +287,8 @@ class Judge:
 
 def _serve(table: str, connection: Connection) -> None:
     torch.set_num_threads(1)
+    # Of a process in which nothing else computes.
+    deadlock._PATIENCE = 0.5
     module, _, attribute = table.rpartition(".")
     variations: Mapping[str, Variation] = getattr(import_module(module), attribute)
     with contextlib.suppress(EOFError):
