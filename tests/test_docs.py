@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from helpers import make
+from peft_adapters import quiet
 from ray_cluster import Cluster
 
 ROOT = Path(__file__).parents[1]
@@ -32,6 +33,7 @@ def test_every_page_with_code_is_run_here() -> None:
         "README.md",
         "docs/ask-and-tell.md",
         "docs/distributed.md",
+        "docs/language-models-export.md",
         "docs/reinforcement-learning.md",
         "docs/scores.md",
     }
@@ -67,6 +69,21 @@ def test_reinforcement_learning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     pytest.importorskip("gymnasium")
     monkeypatch.chdir(tmp_path)
     run("docs/reinforcement-learning.md")
+
+
+def test_language_models_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("peft")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    with quiet():
+        import train_on_server
+
+        train_on_server.make_tiny_model(Path("models/smollm2"))
+        names = run("docs/language-models-export.md")
+    assert names["trainer"].generation == 4  # type: ignore[attr-defined]
+    assert names["update"].score_kept is not None  # type: ignore[attr-defined]
+    assert [path.name for path in names["folders"]][-1] == "generation-4-member-15"  # type: ignore[attr-defined]
+    assert all(Path(folder).exists() for folder in ("merged", "adapter", "trained-adapter"))
 
 
 def test_distributed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

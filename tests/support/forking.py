@@ -45,9 +45,9 @@ class Forked:
         self, *arguments: Any, environment: Mapping[str, str], modules: Sequence[str] = (), errors: int | None = None
     ) -> None:
         stdin, stdout, stderr = os.pipe(), os.pipe(), os.pipe()
-        self.stdin: IO[str] = open(stdin[1], "w")
-        self.stdout: IO[str] = open(stdout[0])
-        self.stderr: IO[str] = open(stderr[0])
+        self.stdin: IO[str] = open(stdin[1], "w")  # noqa: SIM115  closed with the process
+        self.stdout: IO[str] = open(stdout[0])  # noqa: SIM115
+        self.stderr: IO[str] = open(stderr[0])  # noqa: SIM115
         theirs = stdin[0], stdout[1], stderr[1]
         self._copy = _Copy(arguments, environment, modules, (*theirs[:2], theirs[2] if errors is None else errors))
         self.pid = self._copy.pid
@@ -143,7 +143,10 @@ def _start_server() -> str:
     address = f"{folder}/socket"
     variables = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     server = subprocess.Popen(
-        [sys.executable, str(SERVER), address], env=os.environ | variables, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        [sys.executable, str(SERVER), address],
+        env=os.environ | variables,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
     )
     assert server.stdin is not None and server.stdout is not None
     # It says a word when it listens.
