@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 from pathlib import Path
 
@@ -76,9 +77,7 @@ def test_language_models_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(ROOT / "examples")
     with quiet():
-        import train_on_server
-
-        train_on_server.make_tiny_model(Path("models/smollm2"))
+        importlib.import_module("train_on_server").make_tiny_model(Path("models/smollm2"))
         names = run("docs/language-models-export.md")
     assert names["trainer"].generation == 4  # type: ignore[attr-defined]
     assert names["update"].score_kept is not None  # type: ignore[attr-defined]

@@ -22,8 +22,7 @@ from eggroll_trainer import EGGROLLTrainer
 pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 
-from eggroll_trainer.llm.members import write_adapters  # noqa: E402
-from eggroll_trainer.llm.quantised import batch_quantised_layers  # noqa: E402
+from eggroll_trainer.llm import batch_quantised_layers, trainable_parameters, write_adapters  # noqa: E402
 
 
 def torchao_int8(model: Any, **options: Any) -> None:
@@ -197,6 +196,14 @@ def test_layers_that_mix_rows_are_refused() -> None:
         torchao_dynamic(model, granularity=PerTensor())
     with pytest.raises(ValueError, match=r"layers.0.self_attn.q_proj \(Linear\) computes a row differently"):
         batch_quantised_layers(model)
+
+
+def test_quantised_weights_are_not_chosen_for_training(quantised: Any) -> None:
+    model, names = quantised
+    with pytest.raises(ValueError, match="o_proj.weight' is quantised and cannot be perturbed: train an adapter"):
+        trainable_parameters(model, ["o_proj"])
+    with pytest.raises(ValueError, match="is frozen"):
+        trainer_of(model, params=[model.get_parameter(f"base_model.model.{names[3]}.weight")])
 
 
 def test_layers_are_copied_and_pickled() -> None:

@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import nn
 
+from .quantised import is_quantised
+
 Patterns = str | Sequence[str]
 
 ALL_LINEAR = "all-linear"
@@ -33,7 +35,7 @@ def trainable_parameters(
 
     Raises:
         TypeError: A pattern is no string.
-        ValueError: A pattern matches nothing, or nothing is left that can be trained.
+        ValueError: A pattern matches nothing or quantised weights, or nothing is left that can be trained.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 2))
@@ -47,6 +49,12 @@ def trainable_parameters(
     chosen = _matching(model, "target_modules", target_modules)
     if exclude_modules is not None:
         chosen -= _matching(model, "exclude_modules", exclude_modules)
+    quantised = next((name for name, p in model.named_parameters() if id(p) in chosen and is_quantised(p)), None)
+    if quantised is not None:
+        raise ValueError(
+            f"{quantised!r} is quantised and cannot be perturbed: train an adapter on top of it,"
+            " peft.get_peft_model(model, …), whose parameters are all that a trainer takes by itself"
+        )
     parameters = [p for p in model.parameters() if id(p) in chosen and p.is_floating_point()]
     if not parameters:
         raise ValueError(

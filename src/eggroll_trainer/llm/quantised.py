@@ -27,8 +27,8 @@ def batch_quantised_layers(model: nn.Module, layers: Iterable[nn.Module] | None 
 
     Args:
         model: The model.
-        layers: The layers, each from rows ``[..., I]`` to rows ``[..., O]``. If None, those whose ``weight`` is a
-            tensor of a library's own class, as those of torchao and bitsandbytes are.
+        layers: The layers, each from rows ``[..., I]`` to rows ``[..., O]``. If None, those with a
+            parameter that is a tensor of a library's own class, as those of torchao and bitsandbytes are.
 
     Returns:
         Their names.
@@ -44,11 +44,13 @@ def batch_quantised_layers(model: nn.Module, layers: Iterable[nn.Module] | None 
         ['0']
     """
     names = {id(module): name for name, module in model.named_modules()}
-    chosen = [m for m in model.modules() if _is_quantised(m)] if layers is None else list(layers)
+    if layers is None:
+        layers = [m for m in model.modules() if any(map(is_quantised, m.parameters(recurse=False)))]
+    chosen = list(layers)
     if not chosen:
         raise ValueError(
-            "the model has no quantised layers: no weight is a tensor of a library's own class. Pass layers= if they"
-            " keep their weights in another way"
+            "the model has no quantised layers: no parameter is a tensor of a library's own class. Pass layers= if"
+            " they keep their weights in another way"
         )
     for layer in chosen:
         if not isinstance(layer, nn.Module):
@@ -62,9 +64,9 @@ def batch_quantised_layers(model: nn.Module, layers: Iterable[nn.Module] | None 
     return [names.get(id(layer), type(layer).__name__) for layer in chosen]
 
 
-def _is_quantised(module: nn.Module) -> bool:
-    weight = module._parameters.get("weight")
-    return weight is not None and type(weight) not in (Tensor, nn.Parameter)
+def is_quantised(parameter: nn.Parameter) -> bool:
+    """Return whether a parameter is a tensor of a library's own class, as quantised weights are."""
+    return type(parameter) is not nn.Parameter
 
 
 class _RowsTogether(nn.Module):
