@@ -34,6 +34,7 @@ def test_every_page_with_code_is_run_here() -> None:
         "README.md",
         "docs/ask-and-tell.md",
         "docs/distributed.md",
+        "docs/language-models.md",
         "docs/language-models-export.md",
         "docs/reinforcement-learning.md",
         "docs/scores.md",
@@ -43,7 +44,9 @@ def test_every_page_with_code_is_run_here() -> None:
 def test_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
-    names = run("README.md")
+    language_models = pytest.importorskip("language_models")
+    words = {"tokenizer": language_models.tokenizer(), "language_model": language_models.language_model()}
+    names = run("README.md", **words, dataset=["a b"] * 8, reward_fn=lambda completions, **_: [0.0] * len(completions))
     trainer, model = names["trainer"], names["best_model"]
     assert trainer.history["fitness"][-1] > trainer.history["fitness"][0]  # type: ignore[attr-defined]
     assert isinstance(model, torch.nn.Module) and (tmp_path / "run.pt").exists()
@@ -70,6 +73,16 @@ def test_reinforcement_learning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     pytest.importorskip("gymnasium")
     monkeypatch.chdir(tmp_path)
     run("docs/reinforcement-learning.md")
+
+
+def test_language_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("transformers")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    with quiet():
+        importlib.import_module("train_on_server").make_tiny_model(Path("models/smollm2"))
+        names = run("docs/language-models.md")
+    assert names["trainer"].last_generation.scores.shape == (8, 2)  # type: ignore[attr-defined]
 
 
 def test_language_models_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
