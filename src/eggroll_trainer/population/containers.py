@@ -19,9 +19,6 @@ from .snapshot import is_immutable
 # Items that are looked through; what refers to more is part of something larger.
 _LIMIT = 100_000
 
-# What may differ between objects of one structure without being a tensor.
-_VALUES = frozenset([type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device])
-
 # Tensors up to so many numbers are kept as copies, to be put back after a call that has failed.
 _SMALL = 4096
 
@@ -108,21 +105,34 @@ class Contents(NamedTuple):
             place.exchange(new)
 
     def signature(self) -> tuple[Any, ...]:
-        """Return what objects of equal structure have in common: types, shapes and all values but those of tensors."""
+        """Return what objects have in common that differ in the values of tensors alone.
+
+        Raises:
+            TypeError: They hold something, such as a set or an array, that cannot be compared.
+        """
         tensors = [(path, t.shape, t.dtype, t.device) for path, t in self._by_identity().values()]
         values = [
-            (path, key, repr(value) if isinstance(value, float) else value)
+            (path, key, type(value), _comparable(value))
             for container, path in self.containers
             for key, value in _items(container)
-            if type(value) in _VALUES
+            if not isinstance(value, Tensor) and _inside(value) is None
         ]
         return tuple(tensors), tuple(values), tuple(path for _, path in self.containers)
 
-    def take_values_of(self, other: Contents) -> None:
-        """Take over the numbers, strings and the like that other objects of the same structure hold."""
+    def same_places(self, other: Contents) -> bool:
+        """Return whether other objects are of the same structure, and of one that can be taken over place by place."""
+        return (
+            self.paths() == other.paths()
+            and [path for _, path in self.containers] == [path for _, path in other.containers]
+            and all(isinstance(place.container[place.key], Tensor) for place in other.places)
+        )
+
+    def take_over(self, other: Contents, values: Iterable[Tensor]) -> None:
+        """Hold other tensors, and the numbers, strings and the like that objects of the same places hold."""
+        self.exchange(values)
         for (container, _), (theirs, _) in zip(self.containers, other.containers, strict=True):
             for key, value in _items(theirs):
-                if type(value) in _VALUES:
+                if is_immutable(value):
                     container[key] = value
 
 
@@ -137,13 +147,44 @@ def _look(container: Any, path: tuple[Any, ...], seen: set[int], found: Contents
         elif isinstance(value, nn.Module):
             raise TypeError("refers to a module")
         elif isinstance(value, tuple):
-            if any(isinstance(leaf, Tensor) for leaf in tree_leaves(value)):
+            leaves = tree_leaves(value)
+            if any(isinstance(leaf, Tensor) for leaf in leaves):
                 found.places.append(Place(container, key, where))
-        elif id(value) not in seen:
-            inside = value if isinstance(value, (list, dict)) else value.__dict__ if is_container(value) else None
-            if inside is not None:
-                seen.add(id(value))
-                _look(inside, where, seen, found)
+            for i, leaf in enumerate(leaves):
+                _look_into(leaf, (*where, i), seen, found)
+        else:
+            _look_into(value, where, seen, found)
+
+
+def _look_into(value: Any, path: tuple[Any, ...], seen: set[int], found: Contents) -> None:
+    inside = _inside(value)
+    if inside is not None and id(value) not in seen:
+        seen.add(id(value))
+        _look(inside, path, seen, found)
+
+
+def _inside(value: Any) -> Any:
+    """Return the list or dictionary that holds what is inside of a value, or None if there is nothing to look at."""
+    if isinstance(value, (list, dict)):
+        return value
+    return value.__dict__ if is_container(value) else None
+
+
+def _comparable(value: Any) -> Any:
+    """Return a key that is the same for equal values.
+
+    Raises:
+        TypeError: The value may change in a way that is not seen.
+    """
+    if isinstance(value, tuple):
+        return tuple(
+            type(leaf) if isinstance(leaf, Tensor) or _inside(leaf) is not None else _comparable(leaf)
+            for leaf in tree_leaves(value)
+        )
+    if not is_immutable(value):
+        raise TypeError(f"holds a {type(value).__name__}")
+    # 0.0 equals -0.0, and NaN does not equal itself; slices have no hash.
+    return repr(value) if isinstance(value, (float, complex, slice)) else value
 
 
 def _items(container: Any) -> list[tuple[Any, Any]]:

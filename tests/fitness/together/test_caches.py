@@ -119,6 +119,65 @@ def test_one_object_for_all_is_found() -> None:
     assert any("one and the same object" in str(w.message) or "alone" in str(w.message) for w in warned)
 
 
+class Counted(nn.Module):
+    """Called with an object that holds more than tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor, state: Any) -> Tensor:
+        state.pair = (state.pair[0] + x, state.pair[1] + 1)
+        state.window = state.window[::-1]
+        return self.layer(state.pair[0]) * state.pair[1] + state.window[0]
+
+
+class Notes:
+    def __init__(self, window: Any) -> None:
+        self.pair = (torch.zeros(4, 3, dtype=torch.float64), 0)
+        self.window = window
+
+
+def counted() -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return Counted().double()
+
+
+def test_tuples_of_tensors_and_numbers() -> None:
+    def function(model: nn.Module) -> float:
+        notes = Notes((1, 5))
+        for _ in range(3):
+            y = model(X, notes)
+        return y.sum().item() + notes.pair[0].sum().item() + notes.pair[1] + notes.window[0]
+
+    compare(counted, function)
+
+
+def test_members_whose_objects_differ_are_not_put_together() -> None:
+    calls = []
+
+    def function(model: nn.Module) -> float:
+        calls.append(1)
+        notes = Notes((1, 5) if len(calls) % 2 else (2, 7))
+        return model(X, notes).sum().item()
+
+    # Which is which depends on the order: nothing can be compared with anything.
+    with pytest.warns(RuntimeWarning):
+        scores(counted(), function, True)
+
+
+def test_arrays_in_objects_are_not_guessed() -> None:
+    import numpy as np
+
+    def function(model: nn.Module) -> float:
+        return model(X, Notes(np.array([1.0, 2.0]))).sum().item()
+
+    with pytest.warns(RuntimeWarning, match="Notes that holds a ndarray"):
+        together = scores(counted(), function, True)
+    torch.testing.assert_close(torch.tensor(together), torch.tensor(scores(counted(), function, False)))
+
+
 # Language models.
 
 IDS = torch.randint(3, VOCABULARY, (2, 7), generator=torch.Generator().manual_seed(0))

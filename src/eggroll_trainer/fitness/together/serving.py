@@ -91,15 +91,13 @@ def _given_out(opened: Opened, objects: Sequence[Sequence[Any]]) -> list[Any]:
         for tensor, own in zip(opened.tensors, opened.held_own, strict=True)
     ]
     after = contents(template)
-    structure = after.paths(), [path for _, path in after.containers]
     results = []
     # The first one last, as the others are made after it.
     for i in reversed(range(count)):
         tensors = {id(t): column[i] for t, column in zip(opened.tensors, tensor_columns, strict=True)}
         mine = contents(objects[i])
-        if i and (mine.paths(), [path for _, path in mine.containers]) == structure:
-            mine.exchange([tensors[id(tensor)] for tensor in after.tensors()])
-            mine.take_values_of(after)
+        if i and mine.same_places(after):
+            mine.take_over(after, [tensors[id(tensor)] for tensor in after.tensors()])
             new = copy_with(made, lambda t, own=tensors: own[id(t)])  # type: ignore[misc]
         else:
             copies = copy_with([*template, *made], lambda t, own=tensors: own[id(t)])  # type: ignore[misc]
