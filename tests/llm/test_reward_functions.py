@@ -120,6 +120,7 @@ BAD: dict[str, tuple[Any, Any, type[Exception], str]] = {
         ValueError,
         "wants solution; it is called by keyword, with prompts, completions, completion_ids, answer",
     ),
+    "unknown column among all": (lambda solution, **others: solution, None, ValueError, "wants solution"),
     "by position": (lambda completions, /: completions, None, ValueError, "wants completions; it is called by keyword"),
     "too few": (lambda answer: [1.0], None, ValueError, "returned 1 rewards for 2 completions"),
     "one number": (lambda answer: 1.0, None, TypeError, "must return a list of 2 numbers, one for each completion"),

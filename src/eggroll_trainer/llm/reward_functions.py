@@ -120,8 +120,6 @@ def _accepted(function: RewardFunction, available: Sequence[str]) -> list[str] |
     except (TypeError, ValueError):
         # Built-ins don't tell.
         return None
-    if any(p.kind is p.VAR_KEYWORD for p in parameters):
-        return None
     named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
     missing = [p.name for p in named if p.default is p.empty and p.name not in available]
     missing += [p.name for p in parameters if p.kind is p.POSITIONAL_ONLY and p.default is p.empty]
@@ -130,7 +128,7 @@ def _accepted(function: RewardFunction, available: Sequence[str]) -> list[str] |
             f"the reward function {_name(function)} wants {', '.join(missing)}; it is called by keyword, with"
             f" {', '.join(available)}"
         )
-    return [p.name for p in named]
+    return None if any(p.kind is p.VAR_KEYWORD for p in parameters) else [p.name for p in named]
 
 
 def _checked(name: str, values: Any, count: int) -> list[Any]:
