@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
-import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +16,14 @@ from tqdm import tqdm
 from .. import EGGROLLTrainer, VanillaESTrainer
 from .._utils.interrupts import delayed_interrupt, exit_on_sigterm
 from ..callbacks import Checkpoints
+from ..callbacks.run_folder import METRICS, RunFolder
 from ..trainers.keyed import KeyedESTrainer
 from .policies import GRUPolicy, LinearPolicy, MLPPolicy, Policy
 from .rollout import EpisodeReturn, growing
 from .settings import Settings
 
 # What may differ when a run is resumed.
-_FREE = {"steps", "out", "resume", "video", "threads", "save_every", "engine"}
+_FREE = {"steps", "video", "threads", "save_every", "engine"}
 
 # Episodes that grow have their full length after this share of the training.
 _GROWN = 0.7
@@ -51,6 +49,7 @@ class Run:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.folder = settings.out or Path("runs") / f"{settings.env.replace('/', '-')}-{settings.seed}"
+        self._files = RunFolder(self.folder, settings, _FREE)
         self.fitness = EpisodeReturn(
             settings.env,
             episodes=settings.episodes,
@@ -64,10 +63,11 @@ class Run:
         self.checkpoints = Checkpoints(self.folder / "checkpoints", every=settings.save_every)
         self.metrics: list[dict[str, Any]] = []
         engine, self.is_main = self.trainer.engine, self.trainer.is_main
-        engine.from_main(self._open)
+        engine.from_main(self._files.open)
         if settings.resume:
             self.checkpoints.restore(self.trainer)
-            self._cut_metrics()
+            if self.is_main:
+                self.metrics = self._files.cut(METRICS, lambda i, line: i < self.trainer.generation)
         engine.from_main(lambda: self.checkpoints.begin(self.trainer))
 
     @property
@@ -87,13 +87,13 @@ class Run:
             disable=not self.is_main,
         )
         try:
-            with exit_on_sigterm(), self._writers() as write, bar:
+            with exit_on_sigterm(), self._files.writing(self.is_main, self.steps) as writer, bar:
                 while self.steps < settings.steps:
                     line = self._step()
                     # A generation that is over is written down, also if somebody wants to end the run meanwhile.
                     with delayed_interrupt():
                         self._evaluate(line)
-                        write(line)
+                        writer.metrics(line, line["steps"])
                         self.checkpoints.after_generation(self.trainer)
                     bar.update(line["steps"] - bar.n)
                     bar.set_postfix_str(
@@ -141,51 +141,6 @@ class Run:
 
     def _last(self, key: str) -> float:
         return next((line[key] for line in reversed(self.metrics) if key in line), float("nan"))
-
-    @contextlib.contextmanager
-    def _writers(self) -> Iterator[Any]:
-        if not self.is_main:
-            yield lambda line: None
-            return
-        from torch.utils.tensorboard import SummaryWriter
-
-        with open(self.folder / "metrics.jsonl", "a") as file, SummaryWriter(str(self.folder)) as board:
-
-            def write(line: dict[str, Any]) -> None:
-                file.write(json.dumps(line) + "\n")
-                file.flush()
-                for key, value in line.items():
-                    if key not in ("generation", "steps"):
-                        board.add_scalar(key, value, line["steps"])
-
-            yield write
-
-    def _open(self) -> None:
-        """Make the folder, or see that the run in it can be resumed."""
-        config, now = self.folder / "config.json", _plain(self.settings)
-        if not self.settings.resume:
-            if (self.folder / "metrics.jsonl").exists():
-                raise FileExistsError(
-                    f"{self.folder} holds a run already; give another folder with --out, or go on with it with --resume"
-                )
-            self.folder.mkdir(parents=True, exist_ok=True)
-            config.write_text(json.dumps(now, indent=1) + "\n")
-            return
-        if not config.exists():
-            raise FileNotFoundError(f"there is no run to resume in {self.folder}")
-        before = json.loads(config.read_text())
-        changed = [f"{k}={now[k]!r} (was {before.get(k)!r})" for k in now if k not in _FREE and now[k] != before.get(k)]
-        if changed:
-            raise ValueError(f"the run in {self.folder} has other settings: {', '.join(changed)}")
-
-    def _cut_metrics(self) -> None:
-        """Forget the metrics of generations after the checkpoint, as these come again."""
-        path = self.folder / "metrics.jsonl"
-        if not self.is_main or not path.exists():
-            return
-        lines = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
-        self.metrics = lines[: self.trainer.generation]
-        path.write_text("".join(json.dumps(line) + "\n" for line in self.metrics))
 
 
 def episode_limit(settings: Settings) -> int | Callable[[int], int] | None:
@@ -262,8 +217,3 @@ def plot(run: Run) -> Path:
     figure.savefig(path, dpi=110)
     plt.close(figure)
     return path
-
-
-def _plain(settings: Settings) -> dict[str, Any]:
-    values = dataclasses.asdict(settings)
-    return json.loads(json.dumps({**values, "out": None if settings.out is None else str(settings.out)}))
