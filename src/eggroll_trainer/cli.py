@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
+import shlex
 import sys
 
 _USAGE = """usage: eggroll rl ENV_ID [options]
+       eggroll llm MODEL --data FILE --reward MODULE:FUNCTION [options]
 
   rl    train a policy in a Gymnasium environment; eggroll rl HalfCheetah-v5 --help lists the options
+  llm   train a language model by a reward of its completions; eggroll llm --help lists the options
 """
+
+_COMMANDS = ("rl", "llm")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -16,15 +22,23 @@ def main(arguments: list[str] | None = None) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_USAGE, end="")
         return 0
-    if arguments[0] != "rl":
-        print(f"eggroll: unknown command {arguments[0]!r}\n{_USAGE}", end="", file=sys.stderr)
+    command, *rest = arguments
+    if command not in _COMMANDS:
+        print(f"eggroll: unknown command {command!r}\n{_USAGE}", end="", file=sys.stderr)
         return 2
     try:
-        from .rl.command import main as rl
+        module = importlib.import_module(f".{command}.command", __package__)
     except ImportError as error:
         print(
-            f"eggroll rl needs a package that is not installed: {error}\npip install 'eggroll_trainer[rl]'",
+            f"eggroll {command} needs a package that is not installed: {error}\n"
+            f"pip install 'eggroll_trainer[{command}]'",
             file=sys.stderr,
         )
         return 1
-    return rl(arguments[1:])
+    try:
+        status: int = module.main(rest)
+    except KeyboardInterrupt:
+        again = shlex.join([*(argument for argument in rest if argument != "--resume"), "--resume"])
+        print(f"\nstopped; go on with: eggroll {command} {again}", file=sys.stderr)
+        return 130
+    return status

@@ -23,9 +23,6 @@ def main(arguments: list[str]) -> int:
         if run.is_main:
             print(f"run: {run.folder}")
         run.train()
-    except KeyboardInterrupt:
-        print(f"\nstopped; go on with: eggroll rl {' '.join(arguments)} --resume", file=sys.stderr)
-        return 130
     except (ValueError, FileNotFoundError, FileExistsError, RuntimeError) as error:
         print(f"eggroll rl: {error}", file=sys.stderr)
         return 1

@@ -1,0 +1,101 @@
+"""``eggroll llm MODEL``: train a language model by a reward, and leave a folder with all that belongs to the run."""
+
+from __future__ import annotations
+
+import sys
+
+import tyro
+from torch import nn
+
+from .export import changes_of, save_merged, write_update
+from .presets import PRESETS
+from .settings import Settings
+from .training import Run
+
+
+def main(arguments: list[str]) -> int:
+    """Run the command and return the exit status."""
+    settings = parsed(arguments)
+    try:
+        run = Run(settings)
+    except (TypeError, ValueError, OSError) as error:
+        print(f"eggroll llm: {error}", file=sys.stderr)
+        return 1
+    if run.is_main:
+        print(f"run: {run.folder}")
+    # What a reward function raises needs its traceback.
+    run.train()
+    if run.is_main:
+        _finish(run)
+    return 0
+
+
+def parsed(arguments: list[str]) -> Settings:
+    """Return the settings of a command line, with those of a preset, if it names one, as defaults."""
+    # For --help as well.
+    named = _preset(arguments)
+    values = next((values for preset, values in PRESETS.items() if preset == named), {})
+    defaults = Settings(tyro.MISSING, tyro.MISSING, **values)
+    return tyro.cli(Settings, args=arguments, default=defaults, prog="eggroll llm", description=__doc__)
+
+
+def _preset(arguments: list[str]) -> str:
+    """Return what follows ``--preset``."""
+    for i, argument in enumerate(arguments):
+        option, _, value = argument.partition("=")
+        if option == "--preset":
+            return value or next(iter(arguments[i + 1 :]), "")
+    return ""
+
+
+def _finish(run: Run) -> None:
+    """Write the exports, and say what came out and what to do next."""
+    first, last = run.evaluations[0], run.evaluations[-1]
+    figure = run.objective.figure
+    print(f"{figure} of the centre: {first[figure]:.4g} → {last[figure]:.4g} in {last['generation']} generations")
+    # Its weights are those that were evaluated, also where they are rounded ones of masters in float32.
+    save_merged(run.trainer.model, run.folder / "model", tokenizer=run.tokenizer)
+    print(f"model: {run.folder / 'model'}")
+    _write_adapter(run)
+    print(f"next: {_advice(run)}")
+
+
+def _advice(run: Run) -> str:
+    """Return what to do next."""
+    if run.metrics and all(line["std_fitness"] == 0 for line in run.metrics):
+        return (
+            "nothing was learnt, as all members had the same score in every generation; give a reward that tells bad"
+            " completions from worse ones, easier prompts, or a larger --sigma"
+        )
+    return (
+        f'AutoModelForCausalLM.from_pretrained("{run.folder / "model"}") loads it; --resume --generations'
+        f" {2 * max(1, run.trainer.generation)} trains on; tensorboard --logdir {run.folder} shows the curves"
+    )
+
+
+def _write_adapter(run: Run) -> None:
+    """Write the sum of all updates as an adapter, if it can be one, and say how much of it that keeps."""
+    changes, rank = changes_of(run.trainer), run.settings.adapter_rank
+    if rank == 0 or not any(bool(change.any()) for change in changes.values()):
+        return
+
+    def score(model: nn.Module) -> float:
+        return run.objective.evaluate(model, run.eval_examples).figures[run.objective.figure]
+
+    folder = run.folder / "adapter"
+    try:
+        update = write_update(
+            run.trainer.model,
+            changes,
+            folder,
+            rank=rank,
+            base_model=run.settings.model,
+            full_rank="save",
+            evaluate=score,
+        )
+    except ValueError as error:
+        print(f"no adapter: {error}")
+        return
+    (folder / "energy.txt").write_text(f"{update}\n")
+    kept = f"{update.total:.1%} of the change's energy and a score of {update.score_kept:.4g}"
+    print(f"adapter: {folder}, of rank {rank}, which keeps {kept}")
