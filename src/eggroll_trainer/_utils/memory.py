@@ -7,6 +7,7 @@ import ctypes
 import functools
 import os
 import platform
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -97,20 +98,49 @@ def device_memory(device: torch.device) -> tuple[int, int]:
     return total, free
 
 
-@functools.cache
-def keep_freed_memory() -> None:
-    """Let the process keep what it frees, up to 256 MB, instead of handing it back to the system at once.
+class freed_memory_kept:
+    """Let the process keep what it frees in the block, up to 256 MB, instead of handing it back to the system at once.
 
     What is handed back comes anew page by page, zeroed: every operation on large activations then takes as long again
-    as its arithmetic. By default the C library keeps 64 MB at most.
+    as its arithmetic. After the block the limit is 64 MB again, to which the C library itself adapts in a process with
+    large tensors. Where the environment sets these limits, by ``MALLOC_TRIM_THRESHOLD_`` say, they stay as they are.
     """
-    if platform.libc_ver()[0] != "glibc":
-        return
+
+    _lock = threading.Lock()
+    _blocks = 0
+
+    def __enter__(self) -> None:
+        self._change(1, 256 * _MB)
+
+    def __exit__(self, *exception: object) -> None:
+        self._change(-1, 64 * _MB)
+
+    @classmethod
+    def _change(cls, by: int, trim: int) -> None:
+        library = _c_library()
+        if library is None:
+            return
+        with cls._lock:
+            # Blocks may lie inside of others, and threads may be in blocks of their own.
+            outermost = cls._blocks == (0 if by > 0 else 1)
+            cls._blocks += by
+            if outermost:
+                # Setting either keeps the library from adapting them.
+                library.mallopt(_M_MMAP_THRESHOLD, 32 * _MB)
+                library.mallopt(_M_TRIM_THRESHOLD, trim)
+
+
+@functools.cache
+def _c_library() -> Any:
+    """Return the C library if its allocator is glibc's, with limits that the user has not chosen."""
+    chosen = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES")
+    if platform.libc_ver()[0] != "glibc" or any(name in os.environ for name in chosen):
+        return None
     with contextlib.suppress(OSError, AttributeError):
         library = ctypes.CDLL(None)
-        # Setting either keeps the library from adapting them.
-        library.mallopt(_M_MMAP_THRESHOLD, 32 * _MB)
-        library.mallopt(_M_TRIM_THRESHOLD, 256 * _MB)
+        library.mallopt.argtypes = (ctypes.c_int, ctypes.c_int)
+        return library
+    return None
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -15,7 +15,6 @@ from .._torch import TreeSpec, tree_flatten, tree_map
 from .._utils import validation
 from .._utils.graphs import replay
 from .._utils.interrupts import delayed_interrupt
-from .._utils.memory import keep_freed_memory
 from .._utils.warned import Warned
 from ..noise.keys import keyed_generator
 from ..perturbation import densify
@@ -69,7 +68,6 @@ class Population:
         generation: int = 0,
         seed: int = 0,
     ) -> None:
-        keep_freed_memory()
         self.model = model
         self.perturbations = perturbations
         self.first, self.generation, self.seed = first, generation, seed

@@ -8,12 +8,11 @@ import tyro
 
 from .settings import TASKS, Settings, settings_for
 from .training import Run, plot
-from .video import choose_renderer, record
+from .video import record
 
 
 def main(arguments: list[str]) -> int:
     """Run the command and return the exit status."""
-    choose_renderer()
     # Wherever the task stands among the options, and for --help as well.
     task = next((argument for argument in arguments if argument in TASKS), None)
     default = Settings(tyro.MISSING) if task is None else settings_for(task)

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from .. import EGGROLLTrainer, VanillaESTrainer
 from .._utils.interrupts import delayed_interrupt, exit_on_sigterm
+from .._utils.memory import freed_memory_kept
 from ..callbacks import Checkpoints
 from ..callbacks.run_folder import METRICS, RunFolder
 from ..trainers.keyed import KeyedESTrainer
@@ -87,7 +88,8 @@ class Run:
             disable=not self.is_main,
         )
         try:
-            with exit_on_sigterm(), self._files.writing(self.is_main, self.steps) as writer, bar:
+            writing = self._files.writing(self.is_main, self.steps)
+            with freed_memory_kept(), exit_on_sigterm(), writing as writer, bar:
                 while self.steps < settings.steps:
                     line = self._step()
                     # A generation that is over is written down, also if somebody wants to end the run meanwhile.
@@ -196,12 +198,11 @@ def make_trainer(settings: Settings, policy: nn.Module, fitness: EpisodeReturn) 
 
 def plot(run: Run) -> Path:
     """Draw the learning curve of a run and return where it is."""
-    import matplotlib
+    # Not by pyplot, which has the process's choice of a window system.
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
     steps = [line["steps"] for line in run.metrics]
     axes.plot(steps, [line["mean_return"] for line in run.metrics], alpha=0.4, label="mean of the population")
     evaluated = [line for line in run.metrics if "eval_return" in line]
@@ -215,5 +216,4 @@ def plot(run: Run) -> Path:
     axes.grid(alpha=0.3)
     path = run.folder / "curve.png"
     figure.savefig(path, dpi=110)
-    plt.close(figure)
     return path

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes.util
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +35,11 @@ def record(
     """
     import imageio
 
-    choose_renderer()
     try:
-        env = gymnasium.make(env_id, render_mode="rgb_array", **options)
-        observation, _ = env.reset(seed=seed)
-        frames = [env.render()]
+        with renderer_chosen():
+            env = gymnasium.make(env_id, render_mode="rgb_array", **options)
+            observation, _ = env.reset(seed=seed)
+            frames = [env.render()]
     except gymnasium.error.DependencyNotInstalled as error:
         raise RuntimeError(f"{env_id} cannot be rendered here: {error}") from error
     except Exception as error:
@@ -54,15 +56,24 @@ def record(
     return total
 
 
-def choose_renderer() -> None:
-    """Have MuJoCo render without a screen where there is none, by EGL or OSMesa."""
-    if "MUJOCO_GL" in os.environ or "mujoco" in sys.modules and sys.platform != "linux":
+@contextlib.contextmanager
+def renderer_chosen() -> Iterator[None]:
+    """In the block, have MuJoCo render without a screen where there is none, by EGL or OSMesa.
+
+    MuJoCo reads the environment variable that says so when it is imported, and when the first frame is rendered.
+    """
+    chosen = None
+    if "MUJOCO_GL" not in os.environ and sys.platform == "linux" and not os.environ.get("DISPLAY"):
+        libraries = {"egl": "EGL", "osmesa": "OSMesa"}
+        chosen = next((name for name, library in libraries.items() if ctypes.util.find_library(library)), None)
+    if chosen is None:
+        yield
         return
-    if sys.platform == "linux" and not os.environ.get("DISPLAY"):
-        for name, library in (("egl", "EGL"), ("osmesa", "OSMesa")):
-            if ctypes.util.find_library(library):
-                os.environ["MUJOCO_GL"] = name
-                return
+    os.environ["MUJOCO_GL"] = chosen
+    try:
+        yield
+    finally:
+        del os.environ["MUJOCO_GL"]
 
 
 _HELP = (

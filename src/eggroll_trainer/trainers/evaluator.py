@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .._utils.interrupts import delayed_interrupt
-from .._utils.memory import is_out_of_memory
+from .._utils.memory import freed_memory_kept, is_out_of_memory
 from ..distributed import Chunk, Outcome
 from ..fitness import thread_modes
 from ..fitness.evaluate import SAME_TASKS, Evaluation, Scored
@@ -114,7 +114,7 @@ class Evaluator:
                 torch.zeros(chunk.size, dtype=torch.float64, device="cpu"), None, (), trainer._findings.reason
             )
         discard_statistics(trainer._learner)
-        with kept_frozen(trainer._centre.candidates):
+        with freed_memory_kept(), kept_frozen(trainer._centre.candidates):
             result = self.evaluate(*chunk)
         trainer._findings.reason = result.alone
         return Outcome(result.scores, result.statistics, trainer._warned.take(), result.alone)

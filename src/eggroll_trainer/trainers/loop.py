@@ -8,6 +8,7 @@ from typing import Any
 
 from .._utils import validation
 from .._utils.interrupts import exit_on_sigterm
+from .._utils.memory import freed_memory_kept
 from ..callbacks import Checkpoints, Progress
 from ..checkpoints.generation import adopt, to_send
 
@@ -30,7 +31,7 @@ def run(
     log_every = validation.check_int("log_every", log_every, 1)
     if callback is not None and not callable(callback):
         raise TypeError(f"callback must be callable, got {type(callback).__name__}")
-    with contextlib.ExitStack() as stack:
+    with freed_memory_kept(), contextlib.ExitStack() as stack:
         progress = stack.enter_context(Progress(num_generations, verbose and trainer.is_main))
         if checkpoints is not None:
             trainer.engine.from_main(lambda: checkpoints.begin(trainer))

@@ -18,6 +18,8 @@ from typing import Any
 _PATIENCE, _LONG_PATIENCE = 3.0, 30.0
 _LITTLE_PATIENCE = 0.3
 _TICK = 0.1
+# Seconds for which the thread stays after the last block, so that it need not begin again for each.
+_STAY = 1.0
 # Its default is to do nothing, and Python uses it for nothing.
 _SIGNAL: signal.Signals | None = getattr(signal, "SIGURG", None)
 _TASKS = "/proc/self/task"
@@ -78,30 +80,33 @@ class Watch:
 
 
 class _Watcher:
-    """A thread that looks at the watch in force now and then."""
+    """A thread that looks at the watch in force now and then, and ends when there has been none for a while."""
 
     def __init__(self) -> None:
         self._thread: threading.Thread | None = None
-        self._awake = threading.Event()
+        self._awake, self._lock = threading.Event(), threading.Lock()
 
     def watch(self) -> None:
-        """Begin, if need be: in a forked process there is no thread any more."""
-        if self._thread is None or not self._thread.is_alive():
-            self._awake = threading.Event()
-            self._thread = threading.Thread(target=self._look, name="eggroll-deadlock", daemon=True)
-            self._thread.start()
-        self._awake.set()
+        """Begin, if need be."""
+        thread = self._thread
+        if thread is not None and not thread.is_alive():
+            # Of the process of which this is a fork, with a lock that might never be opened.
+            self._thread, self._awake, self._lock = None, threading.Event(), threading.Lock()
+        with self._lock:
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._look, name="eggroll-deadlock", daemon=True)
+                self._thread.start()
+            self._awake.set()
 
     def _look(self) -> None:
         known: Any = None
         since = cpu = 0.0
         while True:
-            self._awake.wait()
             watch = _watched
             if watch is None:
                 self._awake.clear()
-                if _watched is not None:
-                    self._awake.set()
+                if _watched is None and not self._awake.wait(_STAY) and self._over():
+                    return
                 continue
             now, used = time.monotonic(), time.process_time()
             # What computes, in whatever thread, may be what the members wait for.
@@ -113,6 +118,13 @@ class _Watcher:
                 watch.suspect(known[1])
             del watch
             time.sleep(_TICK)
+
+    def _over(self) -> bool:
+        """Return whether nobody has asked for the thread meanwhile."""
+        with self._lock:
+            if not self._awake.is_set():
+                self._thread = None
+            return self._thread is None
 
 
 _watched: Watch | None = None
