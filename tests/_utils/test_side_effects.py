@@ -59,7 +59,7 @@ EFFECTS = {
     "global random generators": Effect(
         lambda: (torch.get_rng_state().tolist(), random.getstate(), np.random.get_state()[1].tolist())  # type: ignore
     ),
-    "stance of `torch.compile`": Effect(lambda: torch._dynamo.eval_frame._stance.stance),  # type: ignore[attr-defined]
+    "stance of `torch.compile`": Effect(lambda: torch._dynamo.eval_frame._stance.stance),
 }
 # Others that have a test of their own below.
 OTHERS = ["memory that is freed", "thread that finds deadlocks", "filters of warnings", "`MUJOCO_GL`"]

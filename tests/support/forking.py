@@ -58,7 +58,8 @@ class Forked:
     def returncode(self) -> int | None:
         return self._copy.status
 
-    poll = returncode.fget
+    def poll(self) -> int | None:
+        return self.returncode
 
     def wait(self, timeout: float | None = None) -> int:
         return self._copy.wait(timeout)

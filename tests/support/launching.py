@@ -32,7 +32,9 @@ def start(
     *arguments: Any, variables: Mapping[str, str] | None = None, modules: Sequence[str] = (), errors: int | None = None
 ) -> Iterator[Forked]:
     """Start Python with these arguments; a test that fails leaves nothing running."""
-    with Forked(*arguments, environment=environment() | (variables or {}), errors=errors, modules=modules) as process:
+    with Forked(
+        *arguments, environment={**environment(), **(variables or {})}, errors=errors, modules=modules
+    ) as process:
         try:
             yield process
         finally:
@@ -101,7 +103,7 @@ def on_two_nodes(*arguments: Any) -> None:
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    options = ("--nnodes", 2, "--nproc-per-node", 1, "--rdzv-backend", "c10d", "--rdzv-id", port)
+    options: tuple[Any, ...] = ("--nnodes", 2, "--nproc-per-node", 1, "--rdzv-backend", "c10d", "--rdzv-id", port)
     options += ("--rdzv-endpoint", f"localhost:{port}", "--no-python", *COMMAND)
     command = ("-m", "torch.distributed.run", *options, *arguments)
     with start(*command) as one, start(*command) as other:

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from .. import EGGROLLTrainer, VanillaESTrainer
 from .._utils.interrupts import delayed_interrupt, exit_on_sigterm
+from .._utils.memory import freed_memory_kept
 from ..callbacks import Checkpoints
 from ..callbacks.run_folder import METRICS, RunFolder, RunWriter
 from ..distributed import Engine, make_engine
@@ -90,7 +91,8 @@ class Run:
         trainer, last = self.trainer, self.settings.generations
         bar = tqdm(total=last, initial=trainer.generation, unit="gen", desc=self.folder.name, disable=not self.is_main)
         try:
-            with exit_on_sigterm(), self._files.writing(self.is_main, trainer.generation) as writer, bar:
+            writing = self._files.writing(self.is_main, trainer.generation)
+            with freed_memory_kept(), exit_on_sigterm(), writing as writer, bar:
                 self._evaluate(writer, bar)
                 while trainer.generation < last:
                     line = self._step()
