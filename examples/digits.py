@@ -116,11 +116,12 @@ def batches(count: int, args: Args) -> Tensor:
 def train_by_evolution(digits: Digits, args: Args) -> tuple[EGGROLLTrainer, dict[str, list[float]]]:
     model = make_network(args.seed)
     index = batches(len(digits.train_images), args)
+    data = [(digits.train_images[batch], digits.train_labels[batch]) for batch in index]
 
     # One model in, one number out; the trainer runs it for the whole population at once.
     def fitness(model: nn.Module) -> float:
-        batch = index[trainer.generation]
-        outputs, labels = model(digits.train_images[batch]), digits.train_labels[batch]
+        images, labels = data[trainer.generation]
+        outputs = model(images)
         if args.fitness == "accuracy":
             return (outputs.argmax(1) == labels).float().mean().item()
         return -F.cross_entropy(outputs, labels).item()

@@ -21,7 +21,7 @@ import torch.utils._pytree as _pytree
 from torch import nn
 
 # --- Nested containers of tensors: the arguments and results of models.
-TreeSpec = _pytree.TreeSpec  # The structure without the leaves, compared and hashed to tell calls apart.
+TreeSpec = _pytree.TreeSpec  # The structure without the leaves: compared, and told apart by its text.
 tree_flatten = _pytree.tree_flatten  # Leaves and structure; dataclasses and the like that users registered count.
 tree_unflatten = _pytree.tree_unflatten  # Back again.
 tree_leaves = _pytree.tree_leaves  # The leaves alone.
@@ -49,7 +49,7 @@ is_functorch_wrapped_tensor = torch._C._functorch.is_functorch_wrapped_tensor  #
 peek_interpreter_stack = torch._C._functorch.peek_interpreter_stack  # The innermost one, or None.
 temporarily_clear_interpreter_stack = _pyfunctorch.temporarily_clear_interpreter_stack  # A block outside of all.
 get_dynamic_layer_stack_depth = torch._C._functorch.get_dynamic_layer_stack_depth  # How many are open.
-pop_dynamic_layer_stack_and_undo_to_depth = torch._C._functorch.pop_dynamic_layer_stack_and_undo_to_depth  # Ends them.
+pop_dynamic_layer_stack = torch._C._functorch.pop_dynamic_layer_stack  # Ends the innermost one.
 
 # The parts of torch.vmap, for a batching rule that is called without the way around through autograd.Function.
 TransformType = _pyfunctorch.TransformType  # Tells a vmap from other transforms.

@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import X, Y, assert_same, make, network
+from helpers import NEEDS_COMPILER, X, Y, assert_same, make, network
 from surroundings import surroundings
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -189,7 +189,9 @@ def interrupt(case: str, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     assert_same(trainer.state_dict(), twin.state_dict())
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [pytest.param("compiled", marks=NEEDS_COMPILER), *(c for c in CASES if c != "compiled")]
+)
 def test_interruptions(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     interrupt(case, QUICK // len(CASES), monkeypatch)
 

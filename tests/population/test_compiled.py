@@ -8,13 +8,14 @@ from typing import Any
 import pytest
 import torch
 from forwards import Several, population
-from helpers import X, fitness, goes_on, make, population_fitness
+from helpers import NEEDS_COMPILER, X, fitness, goes_on, make, population_fitness
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 from eggroll_trainer.population import forward
 
 
+@NEEDS_COMPILER
 class TestCompiled:
     @pytest.mark.parametrize("form", [fitness, population_fitness], ids=["plain", "batched"])
     @pytest.mark.parametrize("noise", ["gaussian", "rademacher"])

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from forwards import Several, population
-from helpers import network
+from helpers import NEEDS_COMPILER, network
 from torch import Tensor, nn
 
 from eggroll_trainer.population import forward
@@ -23,6 +23,7 @@ class Recurrent(nn.Module):
         return state.sum(-1), state
 
 
+@NEEDS_COMPILER
 class TestRepeated:
     @pytest.mark.parametrize("compile", [False, True])
     def test_calls_are_those_of_each_to_the_bit(self, compile: bool, eager_backend: list[Any]) -> None:

@@ -14,7 +14,7 @@ pytest.importorskip("gymnasium")
 
 import gymnasium
 from gymnasium import spaces
-from helpers import goes_on
+from helpers import NEEDS_COMPILER, goes_on
 
 from eggroll_trainer import EGGROLLTrainer, Population
 from eggroll_trainer.noise.keys import derive_seed
@@ -302,6 +302,7 @@ def test_few_that_still_play_share_a_forward_of_few(monkeypatch: pytest.MonkeyPa
     assert calls[0] == tuple(range(16)) and {len(c) for c in calls} == {16, 4} and {1, 9} <= set(calls[-1])
 
 
+@NEEDS_COMPILER
 def test_policies_that_are_compiled_earn_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lockstep, "_SMALLEST", 2)
     scores = []

@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import pytest
 import torch
 from forking import Forked
 from launching import environment
@@ -14,6 +15,9 @@ from torch import Tensor, nn
 from eggroll_trainer import EGGROLLTrainer, ESTrainer, Population, batched
 
 ADAM = torch.optim.Adam
+# Before 2.8, by its sources, torch.compile did not trace what makes a subclass of Tensor: models ran eagerly.
+COMPILES = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 8)
+NEEDS_COMPILER = pytest.mark.skipif(not COMPILES, reason="this release of torch compiles no perturbed models")
 NAN, INF = float("nan"), float("inf")
 POPULATION = 8
 

@@ -22,7 +22,7 @@ from .._torch import (
     get_dynamic_layer_stack_depth,
     get_torch_function_state,
     is_fwd_grad_enabled,
-    pop_dynamic_layer_stack_and_undo_to_depth,
+    pop_dynamic_layer_stack,
     set_compiler_state,
     set_dispatch_state,
     set_fwd_grad_enabled,
@@ -75,8 +75,8 @@ def _set_function_modes(modes: list[Any]) -> None:
 
 def _set_transforms(depth: int) -> None:
     # Levels of vmap and the like; a block that has opened one would find another as its own.
-    if get_dynamic_layer_stack_depth() > depth:
-        pop_dynamic_layer_stack_and_undo_to_depth(depth)
+    while get_dynamic_layer_stack_depth() > depth:
+        pop_dynamic_layer_stack()
 
 
 # The stacks come first: the others would be asked through them.

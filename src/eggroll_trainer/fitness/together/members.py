@@ -311,7 +311,8 @@ class _Evaluation:
         if thread_modes.foreign_context() != self._foreign:
             return _FOREIGN, None
         modes, training = thread_modes.current(), model.training_now()
-        key: list[Any] = [module, spec, modes[2:], training]
+        # Structures of older releases of torch cannot be hashed.
+        key: list[Any] = [module, spec if isinstance(spec, int) else str(spec), modes[2:], training]
         held: list[Any] = []
         for leaf in leaves:
             if isinstance(leaf, Tensor):
