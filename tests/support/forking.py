@@ -170,7 +170,9 @@ def main() -> None:
         signal.signal(number, lambda number, frame: copy.send_signal(number))
     status = copy.wait()
     if status < 0:
-        signal.signal(-status, signal.SIG_DFL) if -status != signal.SIGKILL else None
+        # Ended by a signal, as that process was. The handler of SIGKILL cannot be set.
+        if -status in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(-status, signal.SIG_DFL)
         signal.raise_signal(-status)
     sys.exit(status)
 

@@ -43,8 +43,7 @@ class Cluster:
 def started() -> Iterator[Cluster]:
     """Start a cluster, which ends with the block."""
     token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-    assert sys.__stderr__ is not None
-    with start(__file__, variables=token, errors=sys.__stderr__.fileno()) as driver:
+    with start(__file__, variables=token, errors=2) as driver:
         address = driver.stdout.readline().strip()
         assert address, "Ray did not start"
         yield Cluster(driver, {"RAY_ADDRESS": address, **token})
