@@ -203,6 +203,7 @@ def main(args: Args) -> None:
     print(f"test accuracy:    {score:.2%} by evolution ({args.fitness.replace('_', '-')}), in {seconds:.0f} s")
     print(f"                  {reference:.2%} by backpropagation, as many batches")
     print(f"plot:             {args.plot}")
+    print("next:             python examples/digits.py accuracy, without a gradient; for your own model: README.md")
 
 
 if __name__ == "__main__":
