@@ -2,8 +2,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-# The groups are those of tests/conftest.py. In this order tests/distributed, which takes longest, is not left to the end.
-PARALLEL := -n 2 --dist loadgroup --no-loadscope-reorder
+# A module's tests run in one worker, as they share fixtures. In this order tests/distributed, which takes longest, is not
+# left to the end.
+PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 

@@ -27,11 +27,3 @@ def ray(cluster: ray_cluster.Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the processes of this test use the cluster."""
     for name, value in cluster.variables.items():
         monkeypatch.setenv(name, value)
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Function]) -> None:
-    """Keep what shares fixtures that take long in one worker: the tests of a module, and all of Ray's."""
-    for item in items:
-        shared = "ray" if "cluster" in getattr(item, "fixturenames", ()) else item.path
-        item.add_marker(pytest.mark.xdist_group(str(shared)))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from eggroll_trainer import EGGROLLTrainer, ESTrainer, Population, batched
 
 ADAM = torch.optim.Adam
-# Before 2.8, by its sources, torch.compile did not trace what makes a subclass of Tensor: models ran eagerly.
+# In 2.6 torch.compile does not trace what makes a subclass of Tensor, and models run eagerly; 2.7 was not tried.
 COMPILES = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 8)
 NEEDS_COMPILER = pytest.mark.skipif(not COMPILES, reason="this release of torch compiles no perturbed models")
 NAN, INF = float("nan"), float("inf")
