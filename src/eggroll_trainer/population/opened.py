@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .._torch import TreeSpec, is_functorch_wrapped_tensor, tree_unflatten
+from .._torch import TreeSpec, is_functorch_wrapped_tensor
 from ..perturbation import BatchingRules
 from ..perturbation.batching import members_in_front
 from ..perturbation.sample import members_of
@@ -43,17 +43,9 @@ class Opened(NamedTuple):
     tensors: list[Tensor]
     held_own: list[bool]
 
-    def result(self) -> Any:
-        """Return the result as it is."""
-        return tree_unflatten(self.leaves, self.spec)
-
 
 def objects_in(leaves: Sequence[Any]) -> list[Any]:
-    """Return the objects among the leaves of arguments that are opened, each once.
-
-    Raises:
-        NotBatchable: One of them is of a kind that cannot be.
-    """
+    """Return the objects among the leaves of arguments or results that are opened, each once."""
     return list({id(leaf): leaf for leaf in leaves if is_container(leaf)}.values())
 
 
@@ -113,7 +105,7 @@ def _run(
         for leaf in leaves:
             if not isinstance(leaf, (Tensor, *PLAIN_TYPES)) and not is_container(leaf):
                 raise NotBatchable(f"the model returns a {type(leaf).__name__}")
-        opened = list({id(value): value for value in (*objects, *objects_in(leaves))}.values())
+        opened = objects_in([*objects, *leaves])
         after = contents(opened)
         tensors = after.tensors()
         own_leaves = [isinstance(leaf, Tensor) and is_functorch_wrapped_tensor(leaf) for leaf in leaves]
