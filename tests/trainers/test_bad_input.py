@@ -236,7 +236,7 @@ ARGUMENTS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         ValueError,
         "anchor_decay must be at most 1 / learning_rate = 2, got 3",
     ),
-    "unknown": ({"momentum": 0.9}, TypeError, "unexpected keyword argument 'momentum'"),
+    "unknown": ({"momentum": 0.9}, TypeError, "no argument 'momentum'; did you mean optimizer"),
 }
 
 

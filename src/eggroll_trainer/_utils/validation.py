@@ -14,11 +14,17 @@ from torch import nn
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def check_module(model: Any) -> nn.Module:
-    """Return ``model`` if it is a module, else raise ``TypeError``."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    return model
+def check_module(model: Any, params: Any = None) -> nn.Module:
+    """Return ``model`` if it is a module, else raise ``TypeError``, which says so if it was given as ``params``."""
+    if isinstance(model, nn.Module):
+        return model
+    if isinstance(params, nn.Module):
+        raise TypeError(
+            f"params got the model (a {type(params).__name__}): pass it as model=, and leave params out or pass"
+            " model.parameters()"
+        )
+    advice = "; make one of it, and pass that" if isinstance(model, type) and issubclass(model, nn.Module) else ""
+    raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}{advice}")
 
 
 def check_fitness_fn(fitness_fn: Any) -> Callable[..., Any]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .._torch import uncompiled
 from .._utils import validation
+from .._utils.arguments import TRAIN_ALIASES, TRAINER_ALIASES, explain_unknown
 from .._utils.interrupts import delayed_interrupt, interruptible
 from .._utils.memory import Budget
 from .._utils.thread_state import restored_thread_state
@@ -108,6 +109,7 @@ class ESTrainer(RunState, OptimizerFace, torch.optim.Optimizer, ABC):
         2
     """
 
+    @explain_unknown(TRAINER_ALIASES)
     def __init__(
         self,
         params: Iterable[Any] | None = None,
@@ -131,7 +133,7 @@ class ESTrainer(RunState, OptimizerFace, torch.optim.Optimizer, ABC):
         engine: str | Engine | None = None,
     ) -> None:
         # The user's parameter names are those of the module inside.
-        self.model = model = uncompiled(validation.check_module(model))
+        self.model = model = uncompiled(validation.check_module(model, params))
         self.fitness_fn = fitness_fn = validation.check_fitness_fn(fitness_fn)
         optimizer = validation.check_optimizer(optimizer)
         self.population_size, self.chunk_size = population_size, chunk_size
@@ -362,6 +364,7 @@ class ESTrainer(RunState, OptimizerFace, torch.optim.Optimizer, ABC):
             self._opt_called = True
             return self._advance(generation.scores, generation.statistics)
 
+    @explain_unknown(TRAIN_ALIASES)
     def train(
         self,
         num_generations: int,

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from .._utils import validation
+from .._utils.arguments import TRAINER_ALIASES, explain_unknown
 from ..distributed import Engine
 from ..fitness.evaluate import Coalesce
 from ..fitness.shaping import Shaper
@@ -105,6 +106,7 @@ class EGGROLLTrainer(KeyedESTrainer):
         True
     """
 
+    @explain_unknown(TRAINER_ALIASES)
     def __init__(
         self,
         params: Iterable[Any] | None = None,

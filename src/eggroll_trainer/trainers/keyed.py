@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .._utils import validation
+from .._utils.arguments import TRAINER_ALIASES, explain_unknown
 from ..distributed import Engine
 from ..fitness.evaluate import Coalesce
 from ..fitness.scores import CheckedScores
@@ -111,6 +112,7 @@ class Keyed(Method):
 class KeyedESTrainer(ESTrainer):
     """A trainer with keyed noise: its options, and its two methods in dense form, for small models and for study."""
 
+    @explain_unknown(TRAINER_ALIASES)
     def __init__(
         self,
         params: Iterable[Any] | None = None,
