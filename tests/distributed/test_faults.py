@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import random
 import resource
@@ -24,6 +23,7 @@ from torch import Tensor
 
 from eggroll_trainer import EGGROLLTrainer, Population, batched
 from eggroll_trainer.callbacks import Checkpoints, ScoreLog
+from eggroll_trainer.checkpoints.files import read_checkpoint
 from eggroll_trainer.distributed import LocalEngine
 
 GENERATIONS = 40
@@ -398,7 +398,7 @@ def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
     trainer, checkpoints = make(EGGROLLTrainer, LocalEngine()), Checkpoints(tmp_path, every=2, keep_last=2)
     trainer.train(9, verbose=False, checkpoints=checkpoints)
     assert [path.name[-6:-3] for path in checkpoints.paths()] == ["008", "009"]
-    best = json.loads(json.dumps(torch.load(tmp_path / "best.pt", weights_only=True)["history"]["mean_fitness"]))
+    best = read_checkpoint(tmp_path / "best.pt")["history"]["mean_fitness"]
     saved = [trainer.history["mean_fitness"][generation - 1] for generation in (2, 4, 6, 8, 9)]
     assert best[-1] == max(saved)
     # A new object, as after a restart, knows the best.

@@ -15,6 +15,8 @@ from typing import IO, Any
 
 import torch
 
+from .history import pack, unpack
+
 FORMAT = 1
 
 
@@ -24,6 +26,8 @@ def write_checkpoint(state: dict[str, Any], path: str | os.PathLike[str]) -> Non
     Raises:
         TypeError: ``state`` holds something that could only be loaded by running code.
     """
+    if "history" in state:
+        state = {**state, "history": pack(state["history"])}
     # A link keeps pointing to where it does.
     target = Path(os.path.realpath(path))
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
@@ -68,6 +72,11 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
         except (RuntimeError, EOFError, ValueError, KeyError, AttributeError, TypeError) as error:
             raise ValueError(f"{path} is damaged or not a checkpoint: {error}") from error
     check_format(state, str(path))
+    if "history" in state:
+        try:
+            state["history"] = unpack(state["history"])
+        except (AttributeError, KeyError, TypeError, ValueError, zlib.error) as error:
+            raise ValueError(f"{path} is damaged or not a checkpoint: {error!r}") from error
     return state
 
 

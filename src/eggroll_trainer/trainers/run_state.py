@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from abc import ABC, abstractmethod
 from collections.abc import Collection
 from os import PathLike
@@ -339,7 +338,7 @@ class RunState(ABC):
         self._seed, self.generation = state["seed"], state["generation"]
         self._findings = Findings(state.get("alone"))
         self._asked, self._told = None, Told.of(state.get("told"))
-        self.history, self.last_generation = copy.deepcopy(state["history"]), None
+        self.history, self.last_generation = plain_copy(state["history"]), None
         self.best_fitness = state["best_fitness"]
         self._best = None if state["best_params"] is None else state["best_params"].to(self.device, copy=True)
         self._follow_frozen()
