@@ -32,6 +32,7 @@ from ..update.optimizers import OptimizerFactory
 from ..update.schedule import LRSchedulerFactory, Schedules
 from .best import copy_with, holding
 from .evaluator import Evaluator
+from .extra_state import ExtraState
 from .loop import Callback, run
 from .method import Method, Sampled
 from .optimizer_face import OptimizerFace
@@ -132,6 +133,7 @@ class ESTrainer(RunState, OptimizerFace, torch.optim.Optimizer, ABC):
         evaluation_dtype: torch.dtype | None = None,
         engine: str | Engine | None = None,
     ) -> None:
+        inherited = set(vars(self))
         # The user's parameter names are those of the module inside.
         self.model = model = uncompiled(validation.check_module(model, params))
         self.fitness_fn = fitness_fn = validation.check_fitness_fn(fitness_fn)
@@ -174,6 +176,7 @@ class ESTrainer(RunState, OptimizerFace, torch.optim.Optimizer, ABC):
         self._evaluator = Evaluator(self)
         self._in_best_weights = 0
         self._forget()
+        self._extra = ExtraState(vars(self).keys() - inherited)
 
     # What a subclass writes.
 
@@ -305,6 +308,7 @@ class ESTrainer(RunState, OptimizerFace, torch.optim.Optimizer, ABC):
             if self._in_best_weights:
                 raise RuntimeError("step() inside best_weights(): leave the block first")
             self._check_live()
+            self._extra.note(self)
             self._findings.begin_generation(self.generation, self._fitness_fn(), self.model)
             self._method.begin_generation()
 
@@ -318,7 +322,7 @@ class ESTrainer(RunState, OptimizerFace, torch.optim.Optimizer, ABC):
         checked = check_scores(scores, self.generation + 1, settings.group_size)
         if checked.num_nonfinite:
             self._warn_once(nonfinite_warning(scores, settings.group_size))
-        with delayed_interrupt(), thread_modes.neutral():
+        with delayed_interrupt(), thread_modes.neutral(), self._extra.kept(self):
             improved = (
                 self._evaluator.member_weights(checked.best)
                 if float(checked.means[checked.best]) > self.best_fitness

@@ -24,6 +24,7 @@ from ..fitness.scores import METRICS
 from ..population.untrained import set_untrained, untrained
 from ..update.centre import Centre
 from ..update.schedule import LRSchedulerFactory, Schedules
+from .extra_state import ExtraState, lost_warning
 from .method import Method
 from .told import Told
 from .trainable import padding_rows, set_frozen
@@ -54,6 +55,7 @@ class RunState(ABC):
     _warned: Warned
     _findings: Findings
     _method: Method
+    _extra: ExtraState
     # The settings of the generation that was asked for, and the scores that came in since.
     _asked: dict[str, Any] | None
     _told: Told | None
@@ -94,6 +96,47 @@ class RunState(ABC):
         """The mean fitness of every generation up to now: the list that callbacks get."""
         return list(self.history.get("mean_fitness", []))
 
+    def register_state(self, name: str, value: Any, *, persistent: bool = True) -> None:
+        """Set an attribute that belongs to the state of the run, as ``register_buffer`` does for a module.
+
+        It is kept by :meth:`state_dict` and :meth:`save`, comes back by :meth:`load`, goes back to ``value`` by
+        :meth:`reset`, and reaches the processes of an engine. If a generation fails, it is what it was before. Read it
+        as ``self.name``, assign to that or change it in place, in ``compute_update``.
+
+        Args:
+            name: Of the attribute.
+            value: Its first value: a tensor, a number, a string, None, or a list, tuple or dictionary of these.
+            persistent: Whether it is kept. What is computed anew in every generation need not be.
+
+        Raises:
+            RuntimeError: ``super().__init__()`` has not been called yet.
+            TypeError: A checkpoint could not hold the value.
+            ValueError: The name is taken.
+
+        Example:
+            >>> from eggroll_trainer import ESTrainer
+            >>> class Separable(ESTrainer):
+            ...     def __init__(self, *args, **kwargs):
+            ...         super().__init__(*args, **kwargs)
+            ...         self.register_state("scales", torch.ones_like(self.current_params))
+            ...
+            ...     def sample_perturbations(self, population_size):
+            ...         return torch.randn(population_size, len(self.scales)) * self.scales * self.sigma
+            ...
+            ...     def compute_update(self, perturbations, fitnesses):
+            ...         weights = (fitnesses - fitnesses.mean()) / (fitnesses.std() + 1e-8)
+            ...         self.scales *= (0.05 * (weights[:, None] * (perturbations != 0)).mean(0)).exp()
+            ...         return (weights[:, None] * perturbations).mean(0)
+            >>> model = nn.Linear(3, 1)
+            >>> trainer = Separable(model=model, fitness_fn=lambda m: m(torch.ones(1, 3)).item(), seed=0)
+            >>> _ = trainer.step()
+            >>> sorted(trainer.state_dict()["extra"])
+            ['scales']
+        """
+        if not hasattr(self, "_extra"):
+            raise RuntimeError("register_state() before super().__init__(): call that first")
+        self._extra.register(self, name, value, persistent=persistent)
+
     def _note_beginning(self) -> None:
         """Note what :meth:`reset` goes back to."""
         self._initial_options = self._options()
@@ -116,6 +159,8 @@ class RunState(ABC):
             self._set_learnt(self._initial_untrained)
             self._centre.restart()
             self._schedules = Schedules(cast(torch.optim.Optimizer, self), *self._schedulers)
+            self._warn_of_lost()
+            self._extra.restore(self, self._extra.initial)
             self._forget()
 
     def _best_values(self) -> dict[str, Tensor]:
@@ -126,6 +171,12 @@ class RunState(ABC):
         kept = {name: value for name, value in self._best_untrained.items() if name not in trained}
         return {**self._centre.unflatten(self._best), **kept}
 
+    def _warn_of_lost(self) -> None:
+        """Warn of tensors that a subclass has changed and not registered."""
+        lost = self._extra.lost(self)
+        if lost:
+            self._warn_once(lost_warning(type(self).__name__, lost), "lost")
+
     def _warn_once(self, message: str, kind: str | None = None) -> None:
         """Warn of what all processes notice, or have been told of."""
         if self.is_main:
@@ -133,6 +184,7 @@ class RunState(ABC):
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything that the rest of the run depends on, as copies: tensors, numbers and strings."""
+        self._warn_of_lost()
         state = {
             "format": FORMAT,
             "settings": self.settings().plain(),
@@ -149,6 +201,8 @@ class RunState(ABC):
             "learner": learner_state(self._learner),
             "alone": self._findings.alone,
             "told": None if self._told is None else self._told.state(),
+            "extra": self._extra.values(self),
+            "initial_extra": self._extra.initial,
             **self._schedules.state_dict(),
         }
         return cast(dict[str, Any], plain_copy(state))
@@ -168,6 +222,12 @@ class RunState(ABC):
             changed = self._changed_settings(state_dict)
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"the state of the trainer is incomplete or damaged: {error!r}") from error
+        missing = self._extra.initial.keys() - state_dict.get("extra", {}).keys()
+        if missing:
+            self._warn_once(
+                f"the checkpoint has no {', '.join(sorted(missing))}, which were not registered when it was written:"
+                " they stay as they are",
+            )
         if changed:
             self._warn_once(
                 f"going on with {', '.join(changed)}: the numbers will not be those of an uninterrupted run",
@@ -225,6 +285,7 @@ class RunState(ABC):
             "settings": self.settings().plain(),
             "learner": learner_state(self._learner),
             "alone": self._findings.alone,
+            "extra": plain_copy(self._extra.values(self)),
             "trained": {name: _to_numpy(value.detach()) for name, value in self._centre.parameters.items()},
             "untrained": {
                 name: _to_numpy(value.detach())
@@ -251,6 +312,7 @@ class RunState(ABC):
         )
         set_learner_state(self._learner, state["learner"])
         self._findings.decide(state["alone"])
+        self._extra.restore(self, state["extra"])
         self._method.restart()
         self._follow_frozen()
         self._method.begin_generation()
@@ -338,6 +400,7 @@ class RunState(ABC):
         self._seed, self.generation = state["seed"], state["generation"]
         self._findings = Findings(state.get("alone"))
         self._asked, self._told = None, Told.of(state.get("told"))
+        self._extra.restore(self, state.get("extra", {}), state.get("initial_extra"))
         self.history, self.last_generation = plain_copy(state["history"]), None
         self.best_fitness = state["best_fitness"]
         self._best = None if state["best_params"] is None else state["best_params"].to(self.device, copy=True)
