@@ -212,10 +212,10 @@ def callback(generation, history):
     say("called", generation)
     trainer.sigma *= 0.5
     if generation == 3:
-        raise StopIteration("enough")
+        raise LookupError("enough")
 try:
     trainer.train(5, verbose=False, callback=callback)
-except StopIteration as error:
+except LookupError as error:
     say(trainer.generation, trainer.sigma, trainer.checksum(), error)
 """,
     )

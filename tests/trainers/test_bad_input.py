@@ -356,7 +356,7 @@ CALLS: dict[str, tuple[Callable[[Any], Any], type[Exception], str]] = {
     "num_generations float": (lambda t: t.train(1.0), TypeError, "num_generations must be an integer, got float 1.0"),
     "num_generations bool": (lambda t: t.train(True), TypeError, "num_generations must be an integer, got bool True"),
     "log_every 0": (lambda t: t.train(2, log_every=0), ValueError, "log_every must be at least 1, got 0"),
-    "callback": (lambda t: t.train(2, callback="print"), TypeError, "callback must be callable, got str"),
+    "callback": (lambda t: t.train(2, callback="print"), TypeError, "an object with on_start, on_generation or on_end"),
     "learning_rate": (lambda t: setattr(t, "learning_rate", -1.0), ValueError, "learning_rate must be a finite number"),
     "sigma": (lambda t: setattr(t, "sigma", NAN), ValueError, "sigma must be a finite number above 0, got nan"),
     "rank": (lambda t: setattr(t, "rank", 0), ValueError, "rank must be at least 1, got 0"),

@@ -1,7 +1,26 @@
-"""What watches a run."""
+"""What watches a run: ``trainer.train(100, callback=[…])``."""
 
 from ..checkpoints.folder import Checkpoints
 from ..checkpoints.score_log import ScoreLog
+from .callback import Callback, Callbacks
+from .mlflow_tracking import MLflow
 from .progress import Progress
+from .records import CSV, JSONLines
+from .stopping import EarlyStopping, TimeLimit
+from .tensorboard import TensorBoard
+from .weights_and_biases import WeightsAndBiases
 
-__all__ = ["Checkpoints", "Progress", "ScoreLog"]
+__all__ = [
+    "CSV",
+    "Callback",
+    "Callbacks",
+    "Checkpoints",
+    "EarlyStopping",
+    "JSONLines",
+    "MLflow",
+    "Progress",
+    "ScoreLog",
+    "TensorBoard",
+    "TimeLimit",
+    "WeightsAndBiases",
+]

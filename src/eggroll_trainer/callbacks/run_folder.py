@@ -9,10 +9,10 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-METRICS = "metrics.jsonl"
+from .records import JSONLines
+from .tensorboard import TensorBoard
 
-# What counts steps instead of measuring something.
-_COUNTERS = ("generation", "steps")
+METRICS = "metrics.jsonl"
 
 
 class RunFolder:
@@ -75,13 +75,7 @@ class RunFolder:
             name: Of the file.
             keep: From the index of a line, and what it says, to whether it stays.
         """
-        path = self.path / name
-        if not path.exists():
-            return []
-        lines = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
-        kept = [line for i, line in enumerate(lines) if keep(i, line)]
-        path.write_text("".join(_as_line(line) for line in kept))
-        return kept
+        return JSONLines(self.path / name).cut(keep)
 
     @contextlib.contextmanager
     def writing(self, main: bool, step: int = 0) -> Iterator[RunWriter]:
@@ -91,13 +85,15 @@ class RunFolder:
             main: Whether this process is the one to write; what the writer of another one gets is dropped.
             step: Where the run goes on: TensorBoard does not show what an earlier process wrote of later steps.
         """
-        if not main:
+        board = TensorBoard(self.path) if main else None
+        if board is None:
             yield RunWriter(None, None)
             return
-        from torch.utils.tensorboard import SummaryWriter
-
-        with SummaryWriter(str(self.path), purge_step=step + 1 if step else None) as board:
+        board.open(step)
+        try:
             yield RunWriter(self.path, board)
+        finally:
+            board.close()
 
 
 class RunWriter:
@@ -105,11 +101,11 @@ class RunWriter:
 
     Args:
         path: The run's folder; None to write nothing.
-        board: A ``SummaryWriter``.
+        board: What writes the events; None to write none.
     """
 
-    def __init__(self, path: Path | None, board: Any) -> None:
-        self._path, self._board = path, board
+    def __init__(self, path: Path | None, board: TensorBoard | None) -> None:
+        self._path, self.board = path, board
 
     def metrics(self, line: Mapping[str, Any], step: int) -> None:
         """Add a generation's metrics to ``metrics.jsonl``, and to the curves."""
@@ -119,21 +115,19 @@ class RunWriter:
     def append(self, name: str, *lines: Mapping[str, Any]) -> None:
         """Add lines to a file of JSON lines."""
         if self._path is not None and lines:
-            with open(self._path / name, "a") as file:
-                file.writelines(_as_line(line) for line in lines)
+            JSONLines(self._path / name).append(lines)
 
     def scalars(self, values: Mapping[str, Any], step: int, prefix: str = "") -> None:
         """Add the numbers among some values to TensorBoard's curves."""
-        if self._board is not None:
-            for key, value in values.items():
-                if key not in _COUNTERS and isinstance(value, (int, float)):
-                    self._board.add_scalar(prefix + key, value, step)
+        if self.board is not None:
+            self.board.scalars(values, step, prefix)
+
+    def histogram(self, tag: str, values: Any, step: int) -> None:
+        """Add a histogram that TensorBoard shows."""
+        if self.board is not None:
+            self.board.histogram(tag, values, step)
 
     def text(self, tag: str, markdown: str, step: int) -> None:
         """Add a text that TensorBoard shows."""
-        if self._board is not None:
-            self._board.add_text(tag, markdown, step)
-
-
-def _as_line(line: Mapping[str, Any]) -> str:
-    return json.dumps(line) + "\n"
+        if self.board is not None:
+            self.board.text(tag, markdown, step)

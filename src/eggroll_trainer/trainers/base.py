@@ -18,7 +18,7 @@ from .._utils.interrupts import delayed_interrupt, interruptible
 from .._utils.memory import Budget
 from .._utils.thread_state import restored_thread_state
 from .._utils.warned import Warned
-from ..callbacks import Checkpoints
+from ..callbacks import Callbacks, Checkpoints
 from ..checkpoints.generation import Generation, adopted, differences
 from ..distributed import Chunk, Engine, Outcome, make_engine
 from ..fitness import thread_modes
@@ -33,7 +33,7 @@ from ..update.schedule import LRSchedulerFactory, Schedules
 from .best import copy_with, holding
 from .evaluator import Evaluator
 from .extra_state import ExtraState
-from .loop import Callback, run
+from .loop import run
 from .method import Method, Sampled
 from .optimizer_face import OptimizerFace
 from .run_state import RunState
@@ -374,7 +374,7 @@ class ESTrainer(RunState, OptimizerFace, torch.optim.Optimizer, ABC):
         num_generations: int,
         verbose: bool = True,
         log_every: int = 1,
-        callback: Callback | None = None,
+        callback: Callbacks = None,
         checkpoints: Checkpoints | None = None,
     ) -> dict[str, Any]:
         """Run generations, going on from where the trainer is.
@@ -382,19 +382,23 @@ class ESTrainer(RunState, OptimizerFace, torch.optim.Optimizer, ABC):
         Args:
             num_generations: How many.
             verbose: Whether to show a progress bar with the mean and best fitness.
-            log_every: Call ``callback`` every so many generations; it is called after the last in any case.
-            callback: Called with the generation, counted from 1, and the list of mean fitnesses up to it. Of several
-                processes the first one calls it, and what it does to the trainer's arguments and parameter groups, and
-                to ``requires_grad`` of the parameters, reaches all.
+            log_every: Call a ``callback`` that is a function every so many generations; it is called after the last in
+                any case.
+            callback: A function, called with the generation, counted from 1, and the list of mean fitnesses up to it;
+                or a :class:`~eggroll_trainer.callbacks.Callback`, which sees every generation; or a list of both. One
+                that returns True, or raises ``StopIteration``, ends training after the generation. Of several processes
+                the first one calls it, and what it does to the trainer's arguments and parameter groups, and to
+                ``requires_grad`` of the parameters, reaches all.
             checkpoints: Where to keep the run: every so many generations, and in the end, whatever ends it, a Ctrl-C or
                 an exception too. A SIGTERM, as schedulers send it, then abandons the generation under way and leaves
                 the script by ``SystemExit(143)``.
 
         Returns:
-            The metrics of the last generation, and ``fitness_history``, the list of mean fitnesses.
+            The metrics of the last generation; ``stopped_by``, the name of the callback that ended training, or None;
+            and ``fitness_history``, the list of mean fitnesses. It is a dictionary of which only a part is printed.
 
         Raises:
-            TypeError: An argument is not an integer.
+            TypeError: An argument is of the wrong type.
             ValueError: ``num_generations`` is negative or ``log_every`` less than 1.
             FileExistsError: The folder of ``checkpoints`` holds a run that the trainer does not go on with.
         """

@@ -1,18 +1,27 @@
-"""The loop over generations, with what watches it: a progress bar, a callback, checkpoints."""
+"""The loop over generations, with what watches it: a progress bar, callbacks, checkpoints."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
 from .._utils import validation
 from .._utils.interrupts import exit_on_sigterm
 from .._utils.memory import freed_memory_kept
 from ..callbacks import Checkpoints, Progress
+from ..callbacks.callback import Callbacks, FunctionCallback, as_callbacks, call, name_of
 from ..checkpoints.generation import adopt, to_send
 
-Callback = Callable[[int, list[float]], Any]
+
+class Result(dict[str, Any]):
+    """What ``train`` returns: a dictionary that is short to look at."""
+
+    def __repr__(self) -> str:
+        """Return the entries, and of long lists the ends."""
+        return f"{{{', '.join(f'{key!r}: {_shortened(value)}' for key, value in self.items())}}}"
+
+    __str__ = __repr__
 
 
 def run(
@@ -20,49 +29,155 @@ def run(
     num_generations: int,
     verbose: bool,
     log_every: int,
-    callback: Callback | None,
+    callback: Callbacks,
     checkpoints: Checkpoints | None,
-) -> dict[str, Any]:
+) -> Result:
     """Run generations of a trainer; see :meth:`~eggroll_trainer.ESTrainer.train`.
 
     (The trainer is of type Any, as its module imports this one.)
     """
     num_generations = validation.check_int("num_generations", num_generations, 0)
     log_every = validation.check_int("log_every", log_every, 1)
-    if callback is not None and not callable(callback):
-        raise TypeError(f"callback must be callable, got {type(callback).__name__}")
+    callbacks = as_callbacks(callback, log_every)
+    keepers = [one for one in callbacks if isinstance(one, Checkpoints)]
+    keepers += [] if checkpoints is None else [checkpoints]
+    watchers = _Watchers(trainer, [one for one in callbacks if not isinstance(one, Checkpoints)])
+    stopped_by: str | None = None
     with freed_memory_kept(), contextlib.ExitStack() as stack:
         progress = stack.enter_context(Progress(num_generations, verbose and trainer.is_main))
-        if checkpoints is not None:
-            trainer.engine.from_main(lambda: checkpoints.begin(trainer))
+        for keeper in keepers:
+            _begin(trainer, keeper)
             stack.enter_context(exit_on_sigterm())
-            stack.callback(checkpoints.save, trainer)
+            stack.callback(keeper.save, trainer)
+        stack.enter_context(watchers)
+        stopped_by = watchers.start()
         for i in range(num_generations):
-            progress.update(trainer.step())
-            if checkpoints is not None:
-                checkpoints.after_generation(trainer)
-            if callback is not None and (trainer.generation % log_every == 0 or i == num_generations - 1):
-                _call(trainer, callback)
+            if stopped_by is not None:
+                break
+            with contextlib.ExitStack() as after:
+                # In the end, so that a checkpoint knows what callbacks changed, and whatever they raise.
+                for keeper in keepers:
+                    after.callback(_keep, trainer, keeper, trainer.generation)
+                metrics = watchers.stepped()
+                stopped_by = watchers.after_generation(metrics, last=i == num_generations - 1)
+                progress.update(metrics)
+        watchers.end()
     last = {key: values[-1] for key, values in trainer.history.items() if values}
-    return {
-        "generation": trainer.generation,
-        "best_fitness": trainer.best_fitness,
-        **last,
-        "fitness_history": trainer.fitness_history,
-    }
+    return Result(
+        {
+            "generation": trainer.generation,
+            "best_fitness": trainer.best_fitness,
+            **last,
+            "stopped_by": stopped_by,
+            "fitness_history": trainer.fitness_history,
+        }
+    )
 
 
-def _call(trainer: Any, callback: Callback) -> None:
-    """Call a user's function in the first process, and follow what it did to the trainer in all."""
-    if trainer.engine.size == 1:
-        callback(trainer.generation, trainer.fitness_history)
-        return
+def _begin(trainer: Any, keeper: Checkpoints) -> None:
+    trainer.engine.from_main(lambda: keeper.begin(trainer))
 
-    def call() -> dict[str, Any]:
-        before = trainer.settings()
-        callback(trainer.generation, trainer.fitness_history)
-        return to_send(trainer, before)
 
-    settings = trainer.engine.from_main(call)
-    if not trainer.is_main:
-        adopt(trainer, settings)
+def _keep(trainer: Any, keeper: Checkpoints, before: int) -> None:
+    """Keep a generation, if one was made."""
+    if trainer.generation > before:
+        keeper.after_generation(trainer)
+
+
+class _Watchers:
+    """The callbacks of a run, called in the first process; what they do to the trainer is followed in all.
+
+    As a context it ends those that were started, in the reverse order, whatever ends the block.
+    """
+
+    def __init__(self, trainer: Any, callbacks: Sequence[Any]) -> None:
+        self._trainer, self._callbacks = trainer, callbacks
+        self._started = contextlib.ExitStack()
+
+    def __enter__(self) -> _Watchers:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        # Not in step with the other processes, which may have failed elsewhere.
+        self._started.close()
+
+    def start(self) -> str | None:
+        """Start the callbacks; return the name of the one that wants no generation, if one does."""
+        return self._call(self._start)
+
+    def end(self) -> None:
+        """End the callbacks, together with the other processes."""
+        self._call(self._started.close)
+
+    def stepped(self) -> dict[str, Any]:
+        """Run a generation and return its metrics."""
+        trainer = self._trainer
+        before = trainer.generation
+        try:
+            metrics: dict[str, Any] = trainer.step()
+        except BaseException:
+            # A Ctrl-C may come when the generation is made, and waits for its end.
+            if trainer.generation > before and trainer.is_main:
+                self._after_generation(_last_metrics(trainer), last=True)
+            raise
+        return metrics
+
+    def after_generation(self, metrics: dict[str, Any], last: bool) -> str | None:
+        """Call the callbacks after a generation; return the name of the one that ends training, if one does."""
+        return self._call(lambda: self._after_generation(metrics, last))
+
+    def _start(self) -> str | None:
+        stopped = None
+        for callback in self._callbacks:
+            self._started.callback(call, callback, "on_end", self._trainer)
+            if call(callback, "on_start", self._trainer):
+                stopped = stopped or name_of(callback)
+        return stopped
+
+    def _after_generation(self, metrics: dict[str, Any], last: bool) -> str | None:
+        trainer, stopped = self._trainer, []
+
+        def look(callback: Any) -> None:
+            if call(callback, "on_generation", trainer, metrics):
+                stopped.append(callback)
+
+        waiting: list[Any] = []
+        with contextlib.ExitStack() as stack:
+            # One that raises does not keep the others from seeing a generation that was made.
+            for callback in reversed(self._callbacks):
+                if not last and isinstance(callback, FunctionCallback) and not callback.is_due(trainer.generation):
+                    waiting.insert(0, callback)
+                else:
+                    stack.callback(look, callback)
+        if stopped:
+            # It was the last generation after all.
+            for callback in waiting:
+                look(callback)
+        return name_of(stopped[0]) if stopped else None
+
+    def _call(self, function: Any) -> Any:
+        """Call a function in the first process, and follow in all what it did to the trainer."""
+        trainer = self._trainer
+        if not self._callbacks or trainer.engine.size == 1:
+            return function()
+
+        def told() -> tuple[Any, dict[str, Any]]:
+            before = trainer.settings()
+            return function(), to_send(trainer, before)
+
+        result, settings = trainer.engine.from_main(told)
+        if not trainer.is_main:
+            adopt(trainer, settings)
+        return result
+
+
+def _last_metrics(trainer: Any) -> dict[str, Any]:
+    """Return the metrics of the last generation, from the history."""
+    generations = len(trainer.history["generation"])
+    return {key: values[-1] for key, values in trainer.history.items() if len(values) == generations}
+
+
+def _shortened(value: Any) -> str:
+    if not isinstance(value, list) or len(value) <= 6:
+        return repr(value)
+    return f"[{value[0]!r}, {value[1]!r}, …, {value[-1]!r}] ({len(value)} values)"

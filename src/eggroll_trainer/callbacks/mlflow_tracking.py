@@ -1,0 +1,97 @@
+"""MLflow: runs on a tracking server, or in a local store."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from .callback import Trainer
+from .extras import needs
+from .logger import Logger, numbers, settings_of, texts
+
+
+class MLflow(Logger):
+    """Logs all numbers among the metrics and the settings; texts become tags.
+
+    Args:
+        run_name: Name of the run. A process that resumes a run from a checkpoint goes on with the newest one of this
+            name.
+        experiment: Name of the experiment; made if there is none.
+        tracking_uri: The store, such as ``http://…`` or ``sqlite:///mlflow.db``; MLflow's own choice if None.
+
+    Attributes:
+        run_id: The run's, as MLflow's client takes it: to log artifacts.
+
+    Raises:
+        ImportError: mlflow is not installed.
+    """
+
+    def __init__(self, run_name: str, *, experiment: str = "eggroll", tracking_uri: str | None = None) -> None:
+        needs("mlflow", "MLflow", "mlflow")
+        self.run_name, self.experiment, self.tracking_uri = run_name, experiment, tracking_uri
+        self.run_id: str | None = None
+        self._client: Any = None
+        self._logged = 0
+        self._texts: dict[str, str] = {}
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.run_name!r}, experiment={self.experiment!r})"
+
+    @property
+    def failures(self) -> tuple[type[Exception], ...]:
+        """What the client raises where the server cannot be reached."""
+        from mlflow.exceptions import MlflowException
+
+        return (OSError, MlflowException)
+
+    def on_start(self, trainer: Trainer) -> None:
+        """Begin a run, or go on with it."""
+        from mlflow import MlflowClient
+
+        self._client = client = MlflowClient(self.tracking_uri)
+        experiment = client.get_experiment_by_name(self.experiment)
+        place = client.create_experiment(self.experiment) if experiment is None else experiment.experiment_id
+        self.run_id, self._logged = self._before(place) if trainer.generation else None, 0
+        if self.run_id is not None:
+            # A resumed run is the same to the bit, so what was logged before stays.
+            history = client.get_metric_history(self.run_id, "generation")
+            self._logged = max((int(metric.value) for metric in history), default=0)
+            client.update_run(self.run_id, status="RUNNING")
+            return
+        self.run_id = client.create_run(place, run_name=self.run_name).info.run_id
+        for key, value in settings_of(trainer).items():
+            client.log_param(self.run_id, key, value)
+
+    def log(self, trainer: Trainer, metrics: Mapping[str, Any]) -> None:
+        """Log a generation, unless that was done before the run was resumed."""
+        from mlflow.entities import Metric
+
+        step, now = trainer.generation, int(1000 * time.time())
+        if step <= self._logged:
+            return
+        values = [Metric(_name(key), float(value), now, step) for key, value in numbers(metrics).items()]
+        self._client.log_batch(self.run_id, metrics=values)
+        for key, text in texts(metrics).items():
+            if self._texts.get(key) != text:
+                self._client.set_tag(self.run_id, key, text)
+                self._texts[key] = text
+        self._logged = step
+
+    def on_end(self, trainer: Trainer) -> None:
+        """End the run."""
+        if self.run_id is not None:
+            self._client.set_terminated(self.run_id)
+
+    def _before(self, experiment: str) -> str | None:
+        """Return the newest run of this name."""
+        name = self.run_name.replace("'", "\\'")
+        runs = self._client.search_runs(
+            [experiment], f"attributes.run_name = '{name}'", order_by=["attributes.start_time DESC"], max_results=1
+        )
+        return str(runs[0].info.run_id) if runs else None
+
+
+def _name(key: str) -> str:
+    """Return a metric's name with what MLflow allows."""
+    return "".join(c if c.isalnum() or c in "_-./ :" else "_" for c in key)

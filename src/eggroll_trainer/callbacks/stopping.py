@@ -1,0 +1,139 @@
+"""What ends training: no improvement, a goal that is reached, or the time."""
+
+from __future__ import annotations
+
+import datetime
+import math
+import time
+
+from .._utils.validation import check_int, check_real
+from .callback import Callback, Metrics, Trainer
+from .logger import numbers
+
+
+class EarlyStopping(Callback):
+    """Ends training when a metric has not improved for some generations, or has reached a goal.
+
+    A run that is resumed ends where the uninterrupted one would, for metrics in ``trainer.history``.
+
+    Args:
+        patience: End after so many generations without improvement; None to wait for the goal alone.
+        min_delta: How much more than the best so far counts as an improvement.
+        metric: Name of the metric. The mean fitness of the members is less noisy than the best one's.
+        goal: End when the metric is this or better.
+        mode: ``"max"`` where higher is better, ``"min"`` where lower is.
+
+    Raises:
+        TypeError: An argument is of the wrong type.
+        ValueError: An argument is out of range, or there is neither a patience nor a goal.
+
+    Example:
+        >>> import torch
+        >>> from eggroll_trainer import EGGROLLTrainer
+        >>> trainer = EGGROLLTrainer(
+        ...     model=torch.nn.Linear(3, 1),
+        ...     fitness_fn=lambda m: -abs(m(torch.ones(1, 3)).item()),
+        ...     learning_rate=0.1,
+        ...     seed=0,
+        ... )
+        >>> result = trainer.train(1000, verbose=False, callback=EarlyStopping(patience=20))
+        >>> result["generation"] < 1000
+        True
+    """
+
+    def __init__(
+        self,
+        patience: int | None = 50,
+        min_delta: float = 0.0,
+        metric: str = "mean_fitness",
+        goal: float | None = None,
+        mode: str = "max",
+    ) -> None:
+        if patience is None and goal is None:
+            raise ValueError("EarlyStopping needs a patience or a goal, got None for both")
+        if mode not in ("max", "min"):
+            raise ValueError(f"mode must be 'max' or 'min', got {mode!r}")
+        self.patience = None if patience is None else check_int("patience", patience, 1)
+        self.min_delta = check_real("min_delta", min_delta, positive=False)
+        if goal is not None and (isinstance(goal, (bool, str)) or not math.isfinite(goal)):
+            raise ValueError(f"goal must be a finite number, got {goal!r}")
+        self.metric, self.goal, self.mode = metric, goal, mode
+        self._begin()
+
+    def __repr__(self) -> str:
+        goal = "" if self.goal is None else f", goal={self.goal:g}"
+        return f"EarlyStopping(patience={self.patience}{goal}, metric={self.metric!r})"
+
+    def _begin(self) -> None:
+        self.best, self.waited = -math.inf, 0
+
+    def on_start(self, trainer: Trainer) -> None:
+        """Look at the generations that were made before."""
+        self._begin()
+        for value in trainer.history.get(self.metric, []):
+            if self._is_over(value):
+                raise StopIteration
+
+    def on_generation(self, trainer: Trainer, metrics: Metrics) -> bool:
+        """Return whether training is to end.
+
+        Raises:
+            ValueError: There is no such metric.
+        """
+        values = numbers(metrics)
+        if self.metric not in values:
+            raise ValueError(f"there is no metric {self.metric!r} to stop by; there are {', '.join(sorted(values))}")
+        return self._is_over(values[self.metric])
+
+    def _is_over(self, value: float) -> bool:
+        sign = 1 if self.mode == "max" else -1
+        if sign * value > self.best + self.min_delta:
+            self.best, self.waited = sign * value, 0
+        else:
+            self.waited += 1
+        reached = self.goal is not None and sign * value >= sign * self.goal
+        return reached or (self.patience is not None and self.waited >= self.patience)
+
+
+class TimeLimit(Callback):
+    """Ends training when the time of a call of ``train`` is over.
+
+    It ends before a generation that, taking as long as the longest of the last ten, would not be over in time.
+
+    Args:
+        seconds: The time, or a ``datetime.timedelta``.
+
+    Raises:
+        TypeError: It is not a number.
+        ValueError: It is not above zero.
+
+    Example:
+        >>> import torch
+        >>> from eggroll_trainer import EGGROLLTrainer
+        >>> trainer = EGGROLLTrainer(model=torch.nn.Linear(3, 1), fitness_fn=lambda m: m(torch.ones(1, 3)).item())
+        >>> trainer.train(10**9, verbose=False, callback=TimeLimit(0.1))["stopped_by"]
+        'TimeLimit(0.1)'
+    """
+
+    def __init__(self, seconds: float | datetime.timedelta) -> None:
+        if isinstance(seconds, datetime.timedelta):
+            seconds = seconds.total_seconds()
+        self.seconds = check_real("seconds", seconds, positive=True)
+        self._began = self._last = 0.0
+        self._taken: list[float] = []
+
+    def __repr__(self) -> str:
+        return f"TimeLimit({self.seconds:g})"
+
+    def on_start(self, trainer: Trainer) -> None:
+        """Start the clock."""
+        self._began = self._last = time.monotonic()
+        self._taken = []
+
+    def on_generation(self, trainer: Trainer, metrics: Metrics) -> bool:
+        """Return whether another generation would take too long."""
+        now = time.monotonic()
+        # The first one warms up, or compiles; it counts as long as it is the only one.
+        self._taken = [*self._taken[-9 if len(self._taken) > 1 else 1 :], now - self._last]
+        self._last = now
+        return now - self._began + max(self._taken) > self.seconds
