@@ -157,7 +157,7 @@ def test_bad_callbacks(given: Any, message: str) -> None:
         (lambda: EarlyStopping(mode="up"), ValueError, "'max' or 'min'"),
         (lambda: EarlyStopping(min_delta=-1), ValueError, "min_delta"),
         (lambda: TimeLimit(0), ValueError, "seconds must be a finite number above 0"),
-        (lambda: TimeLimit("1h"), TypeError, "seconds must be a number"),
+        (lambda: TimeLimit("1h"), TypeError, "seconds must be a number"),  # type: ignore[arg-type]
         (lambda: TensorBoard("x", histogram_every=-1), ValueError, "histogram_every"),
         (lambda: TensorBoard("x").text("a", "b"), RuntimeError, "while a run goes on"),
     ],

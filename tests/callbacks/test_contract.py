@@ -54,7 +54,8 @@ def test_it_sees_every_generation_and_any_number(case: Case, tmp_path: Path) -> 
 
 
 def test_an_exception_in_another_callback_loses_nothing(case: Case, tmp_path: Path) -> None:
-    trainer, calls = make_trainer(), []
+    trainer = make_trainer()
+    calls: list[Any] = []
     faulty = Spy(calls, at_2=raising(LookupError("mine")))
     callback = case.make(tmp_path)
     with pytest.raises(LookupError, match="mine"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
@@ -87,11 +88,11 @@ def wandb_files(folder: Path, metric: str) -> list[tuple[int, float]]:
 
 def _offline_run(path: Path) -> list[Any]:
     """The records of an offline run, which a process of W&B's may still be writing."""
-    from wandb.proto.wandb_internal_pb2 import Record
+    wandb_internal_pb2: Any = importlib.import_module("wandb.proto.wandb_internal_pb2")
 
     until = time.monotonic() + 30
     while True:
-        records = [Record.FromString(data) for data in _leveldb_log(path.read_bytes())]
+        records = [wandb_internal_pb2.Record.FromString(data) for data in _leveldb_log(path.read_bytes())]
         if records and records[-1].WhichOneof("record_type") == "exit":
             return records
         assert time.monotonic() < until, "the run was not written to its end"
@@ -117,7 +118,7 @@ def _leveldb_log(data: bytes) -> Iterator[bytes]:
 def mlflow_runs(folder: Path, metric: str) -> list[tuple[int, float]]:
     from mlflow import MlflowClient
 
-    client = MlflowClient(_uri(folder))
+    client: Any = MlflowClient(_uri(folder))
     (run,) = client.search_runs([client.get_experiment_by_name("eggroll").experiment_id])
     return sorted((m.step, m.value) for m in client.get_metric_history(run.info.run_id, metric))
 
