@@ -21,6 +21,7 @@ from ..distributed.engine import Engine, LocalEngine
 from ..fitness.findings import Findings
 from ..fitness.learning import Learner, changes_model, learner_state, set_learner_state
 from ..fitness.scores import METRICS
+from ..plotting import RunCurves, Style, plot_runs
 from ..population.untrained import set_untrained, untrained
 from ..update.centre import Centre
 from ..update.schedule import LRSchedulerFactory, Schedules
@@ -238,6 +239,27 @@ class RunState(ABC):
             except Exception as error:
                 self._restore(before)
                 raise ValueError(f"the state does not fit this trainer: {error!r}") from error
+
+    def plot(self, path: str | PathLike[str] | None = None, *, style: Style = "light", title: str = "") -> Any:
+        """Plot the fitness of the run, and every other number in ``history`` that changes.
+
+        :func:`eggroll_trainer.plotting.plot_runs` compares several runs.
+
+        Args:
+            path: Where the figure goes, as PNG, SVG or PDF; it is only returned if None.
+            style: ``"light"``, ``"dark"`` for dark pages, or ``"print"`` without colours.
+            title: Of the figure.
+
+        Returns:
+            A ``matplotlib.figure.Figure``, which a notebook shows.
+
+        Raises:
+            ImportError: matplotlib is not installed.
+            ValueError: No generation was made yet, or there is no such style or kind of file.
+        """
+        if not self.generation:
+            raise ValueError("there is nothing to plot yet: train a generation first")
+        return plot_runs([RunCurves.of_history("run", self.history)], path, style=style, title=title)
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write a checkpoint; the file at ``path`` is at any moment either the old one or the whole new one.

@@ -1,0 +1,135 @@
+"""The curves of a run, from wherever it was kept."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..callbacks.logger import numbers
+from ..callbacks.records import CSV, JSONLines
+from ..checkpoints.files import read_checkpoint
+
+Array = np.ndarray[Any, Any]
+
+# What the same thing is called in the records of trainers and of commands.
+_ALIASES = {
+    "mean": ("mean_fitness", "mean_return"),
+    "std": ("std_fitness", "std_return"),
+    "member": ("fitness", "best_return"),
+    "best": ("best_fitness",),
+    "centre": ("eval_return", "eval/score"),
+    "centre_std": ("eval_std",),
+}
+
+
+class RunCurves:
+    """Curves of a run: columns of numbers, one for each generation, NaN where there is none.
+
+    Args:
+        name: What the run is called in legends.
+        columns: The numbers by name; all of the same length.
+    """
+
+    def __init__(self, name: str, columns: Mapping[str, Sequence[float] | Array]) -> None:
+        self.name = name
+        self.columns: dict[str, Array] = {key: np.asarray(values, float) for key, values in columns.items()}
+
+    @classmethod
+    def of_records(cls, name: str, records: Iterable[Mapping[str, Any]]) -> RunCurves:
+        """Return the curves of records, one for each generation, which need not all have the same numbers."""
+        rows = [numbers(one) for one in records]
+        keys = dict.fromkeys(key for row in rows for key in row)
+        return cls(name, {key: [row.get(key, np.nan) for row in rows] for key in keys})
+
+    @classmethod
+    def of_history(cls, name: str, history: Mapping[str, Sequence[Any]]) -> RunCurves:
+        """Return the curves of ``trainer.history``. What was not noted in every generation stands at the last ones."""
+        length = max((len(values) for values in history.values()), default=0)
+        rows: list[dict[str, Any]] = [{} for _ in range(length)]
+        for key, values in history.items():
+            for row, value in zip(rows[length - len(values) :], values, strict=True):
+                row[key] = value
+        return cls.of_records(name, rows)
+
+    def __len__(self) -> int:
+        return max((len(values) for values in self.columns.values()), default=0)
+
+    def x(self, name: str = "generation") -> Array:
+        """Return the horizontal axis.
+
+        Raises:
+            ValueError: There is no such column.
+        """
+        if name in self.columns:
+            return self.columns[name]
+        if name == "generation":
+            return np.arange(1, len(self) + 1, dtype=float)
+        raise ValueError(f"{self.name} has no column {name!r}; it has {', '.join(sorted(self.columns))}")
+
+    def role(self, role: str) -> Array | None:
+        """Return the mean, std, best and so on of the fitness, whatever they are called here."""
+        for name in _ALIASES[role]:
+            if name in self.columns:
+                return self.columns[name]
+        return None
+
+    def others(self) -> list[str]:
+        """Return the names of the columns that are neither about the fitness itself nor counters."""
+        fitness = {name for names in _ALIASES.values() for name in names}
+        return [name for name in self.columns if name not in fitness and name not in ("generation", "steps")]
+
+
+def load_run(path: str | PathLike[str], name: str | None = None) -> RunCurves:
+    """Read the curves of a run.
+
+    Args:
+        path: A run's folder, with ``metrics.jsonl``, ``metrics.csv`` or checkpoints in it; a file of records,
+            ``.jsonl`` or ``.csv``; or a checkpoint, ``.pt``.
+        name: What it is called; the name of the folder or file if None.
+
+    Raises:
+        FileNotFoundError: There is no such file or folder, or nothing of a run in it.
+        ValueError: The file is damaged, or there is no generation in it.
+    """
+    path = Path(path)
+    file = _file_in(path) if path.is_dir() else path
+    if not file.exists():
+        raise FileNotFoundError(f"there is no run at {path}")
+    curves = _read(file, name or (path.name if path.is_dir() else path.stem) or path.resolve().name)
+    if len(curves) == 0:
+        raise ValueError(f"{file} has no generation yet: nothing to plot")
+    return curves
+
+
+def _file_in(folder: Path) -> Path:
+    for name in ("metrics.jsonl", "metrics.csv"):
+        if (folder / name).exists():
+            return folder / name
+    checkpoints = sorted([*folder.glob("checkpoint-*.pt"), *folder.glob("checkpoints/checkpoint-*.pt")])
+    tables = sorted([*folder.glob("*.jsonl"), *folder.glob("*.csv")])
+    tables = [table for table in tables if table.name != "scores.jsonl"]
+    for found in (tables, checkpoints):
+        if found:
+            return found[-1]
+    raise FileNotFoundError(
+        f"{folder} has nothing of a run: neither metrics.jsonl or metrics.csv, as loggers write them, nor checkpoints"
+    )
+
+
+def _read(file: Path, name: str) -> RunCurves:
+    if file.suffix == ".csv":
+        return RunCurves.of_records(name, CSV(file).read())
+    if file.suffix in (".pt", ".pth"):
+        return RunCurves.of_history(name, read_checkpoint(file)["history"])
+    try:
+        records = JSONLines(file).read()
+        if not all(isinstance(one, dict) for one in records):
+            raise ValueError("a line is no object")
+    except (json.JSONDecodeError, UnicodeDecodeError, ValueError) as error:
+        raise ValueError(f"{file} is not a file of JSON lines: {error}") from error
+    return RunCurves.of_records(name, records)
