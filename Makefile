@@ -9,7 +9,7 @@ PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow bench check lint types format clean
+.PHONY: help demo test test-slow bench check lint types docs site dist format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s  %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -27,7 +27,7 @@ bench: $(STAMP) ## run the benchmarks against every peer; takes a quiet machine 
 	$(BIN)/python -m pip install -qq -c constraints.txt -e '.[bench]'
 	$(BIN)/python -m benchmarks
 
-check: lint types ## everything CI runs: lint, types, tests
+check: lint types site ## everything CI runs: lint, types, the site, tests
 	@$(MAKE) --no-print-directory test
 
 lint: $(STAMP) ## check style, formatting, and which station imports which
@@ -37,6 +37,15 @@ lint: $(STAMP) ## check style, formatting, and which station imports which
 
 types: $(STAMP) ## check the types
 	$(BIN)/mypy
+
+docs: $(STAMP) ## serve the documentation, which follows your changes
+	$(BIN)/python -m zensical serve
+
+site: $(STAMP) ## build the documentation into build/site; a link that leads nowhere is an error
+	$(BIN)/python -m zensical build --clean --strict
+
+dist: $(STAMP) ## build the wheel and the source distribution into dist
+	$(BIN)/python -m build
 
 format: $(STAMP) ## mend what can be mended of style and formatting
 	$(BIN)/ruff check --fix

@@ -5,7 +5,7 @@
     python -m benchmarks --quick         # few repeats and small sizes, to see that they run
 
 Needs ``pip install -e '.[bench]'``. What is compared is run in turn in the same process; reported are medians.
-Results go to ``benchmarks/results``: a table, the figures as JSON, and a plot.
+Results go to ``docs/research/results``: a table, the figures as JSON, and a plot.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("suites", nargs="*", metavar="suite", help=f"of {', '.join(SUITES)}; all by default")
     parser.add_argument("--quick", action="store_true", help="few repeats, small sizes")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder for the results")
+    parser.add_argument("--out", type=Path, default=Path("docs/research/results"), help="folder for the results")
     args = parser.parse_args()
     unknown = set(args.suites) - SUITES.keys()
     if unknown:

@@ -1,10 +1,14 @@
-"""The Python blocks of the README and the pages, as they stand."""
+"""The Python blocks of the README and of the site's pages, as they stand."""
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import re
+import textwrap
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,31 +18,92 @@ from peft_adapters import quiet
 from ray_cluster import Cluster
 
 ROOT = Path(__file__).parents[1]
+GUIDE = "docs/user-guide/"
+# Pages whose blocks need something that they don't make, each with a test of its own below.
+PREPARED = {
+    "README.md",
+    GUIDE + "ask-and-tell.md",
+    GUIDE + "language-models-export.md",
+    GUIDE + "language-models.md",
+    GUIDE + "many-machines.md",
+    GUIDE + "scores.md",
+}
+# Blocks in the language of another library, with its name: ```{.python .evotorch}
+PEERS = ["evotorch", "evosax", "trl"]
+_FENCE = r"^(?P<indent> *)```{}\n(?P<code>.*?)^(?P=indent)```$"
 
 
-def blocks(page: str) -> list[str]:
-    return re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(), re.DOTALL | re.MULTILINE)
+def blocks(page: str, info: str = "python") -> list[str]:
+    """Return the blocks of a page; those in tabs are indented."""
+    pattern = re.compile(_FENCE.replace("{}", re.escape(info) + r"(?: title=\"[^\"]*\")?"), re.DOTALL | re.MULTILINE)
+    return [textwrap.dedent(match["code"]) for match in pattern.finditer((ROOT / page).read_text())]
 
 
-def run(page: str, **names: object) -> dict[str, object]:
+def run(page: str, **names: Any) -> dict[str, Any]:
     found = blocks(page)
     assert found
-    for block in found:
-        exec(compile(block, page, "exec"), names)
+    for number, block in enumerate(found, 1):
+        exec(compile(block, f"{page}, block {number}", "exec"), names)
     return names
 
 
-def test_every_page_with_code_is_run_here() -> None:
-    pages = {str(path.relative_to(ROOT)) for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]}
-    assert {page for page in pages if blocks(page)} == {
-        "README.md",
-        "docs/ask-and-tell.md",
-        "docs/distributed.md",
-        "docs/language-models.md",
-        "docs/language-models-export.md",
-        "docs/reinforcement-learning.md",
-        "docs/scores.md",
-    }
+def all_pages() -> list[str]:
+    paths = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+    return [str(path.relative_to(ROOT)) for path in paths]
+
+
+@contextlib.contextmanager
+def tiny_language_model(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """In the block, ``models/smollm2`` of the current folder is a tiny model of random weights."""
+    pytest.importorskip("peft")
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    with quiet():
+        importlib.import_module("train_on_server").make_tiny_model(Path("models/smollm2"))
+        yield
+
+
+PLAIN = [page for page in all_pages() if page not in PREPARED and blocks(page)]
+
+
+def test_pages_are_found() -> None:
+    assert len(PLAIN) > 5
+    assert all(blocks(page) for page in PREPARED)
+
+
+def test_no_block_is_left_out() -> None:
+    """A block in Python is run, is another library's, or is the source of an example, which tests of its own run."""
+    known = {"python", *(f"{{.python .{peer}}}" for peer in PEERS)}
+    for page in all_pages():
+        for info in re.findall(r"^ *```(.*(?:python|py\b).*)$", (ROOT / page).read_text(), re.MULTILINE):
+            info = re.sub(r' title="[^"]*"', "", info)
+            assert info in known or info.startswith("{.python .source"), (page, info)
+
+
+@pytest.mark.parametrize("page", PLAIN)
+def test_page(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = "".join(blocks(page))
+    if "gymnasium" in code or "eggroll_trainer.rl" in code:
+        pytest.importorskip("gymnasium")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    torch.manual_seed(0)
+    if "models/smollm2" not in code:
+        run(page)
+        return
+    with tiny_language_model(monkeypatch):
+        run(page)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("peer", PEERS)
+def test_peers(peer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip(peer)
+    monkeypatch.chdir(tmp_path)
+    found = [block for page in all_pages() for block in blocks(page, f"{{.python .{peer}}}")]
+    assert found
+    with tiny_language_model(monkeypatch) if peer == "trl" else contextlib.nullcontext():
+        for block in found:
+            exec(compile(block, peer, "exec"), {})
 
 
 def test_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -48,72 +113,60 @@ def test_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words = {"tokenizer": language_models.tokenizer(), "language_model": language_models.language_model()}
     names = run("README.md", **words, dataset=["a b"] * 8, reward_fn=lambda completions, **_: [0.0] * len(completions))
     trainer, model = names["trainer"], names["best_model"]
-    assert trainer.history["fitness"][-1] > trainer.history["fitness"][0]  # type: ignore[attr-defined]
+    assert trainer.history["fitness"][-1] > trainer.history["fitness"][0]
     assert isinstance(model, torch.nn.Module) and (tmp_path / "run.pt").exists()
-    assert trainer.engine.rank == 0  # type: ignore[attr-defined]
+    assert trainer.engine.rank == 0
 
 
 def test_ask_and_tell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.warns(RuntimeWarning, match="counts as the worst finite one"):
-        names = run("docs/ask-and-tell.md")
+        names = run(GUIDE + "ask-and-tell.md")
     trainer = names["trainer"]
-    assert trainer.generation == 21  # type: ignore[attr-defined]
-    means = trainer.history["mean_fitness"]  # type: ignore[attr-defined]
+    assert trainer.generation == 21
+    means = trainer.history["mean_fitness"]
     assert means[19] > means[0]
 
 
 def test_scores() -> None:
     torch.manual_seed(0)
-    names = run("docs/scores.md")
-    assert names["trainer"].last_generation.scores.shape == (64, 6)  # type: ignore[attr-defined]
-
-
-def test_reinforcement_learning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("gymnasium")
-    monkeypatch.chdir(tmp_path)
-    run("docs/reinforcement-learning.md")
+    names = run(GUIDE + "scores.md")
+    assert names["trainer"].last_generation.scores.shape == (64, 6)
 
 
 def test_language_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("transformers")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(ROOT / "examples")
-    with quiet():
-        importlib.import_module("train_on_server").make_tiny_model(Path("models/smollm2"))
-        names = run("docs/language-models.md")
-    assert names["trainer"].last_generation.scores.shape == (8, 2)  # type: ignore[attr-defined]
+    with tiny_language_model(monkeypatch):
+        names = run(GUIDE + "language-models.md")
+    assert names["trainer"].last_generation.scores.shape == (8, 2)
 
 
 def test_language_models_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("peft")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(ROOT / "examples")
-    with quiet():
-        importlib.import_module("train_on_server").make_tiny_model(Path("models/smollm2"))
-        names = run("docs/language-models-export.md")
-    assert names["trainer"].generation == 4  # type: ignore[attr-defined]
-    assert names["update"].score_kept is not None  # type: ignore[attr-defined]
-    assert [path.name for path in names["folders"]][-1] == "generation-4-member-15"  # type: ignore[attr-defined]
+    with tiny_language_model(monkeypatch):
+        names = run(GUIDE + "language-models-export.md")
+    assert names["trainer"].generation == 4
+    assert names["update"].score_kept is not None
+    assert [path.name for path in names["folders"]][-1] == "generation-4-member-15"
     assert all(Path(folder).exists() for folder in ("merged", "adapter", "trained-adapter"))
 
 
-def test_distributed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_machines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    group_engine, checkpoints, log, _ = blocks("docs/distributed.md")
-    names: dict[str, object] = {"trainer": make()}
+    group_engine, checkpoints, log, _ = blocks(GUIDE + "many-machines.md")
+    names: dict[str, Any] = {"trainer": make()}
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         for block in (group_engine, checkpoints):
             exec(block, names)
-        assert names["trainer"].generation == 1000  # type: ignore[attr-defined]
+        assert names["trainer"].generation == 1000
         names["trainer"] = make()
         exec(log, names)
-        assert names["trainer"].generation == 40  # type: ignore[attr-defined]
+        assert names["trainer"].generation == 40
     finally:
         dist.destroy_process_group()
 
 
-def test_distributed_by_ray(cluster: Cluster, tmp_path: Path) -> None:
-    *_, ray_engine = blocks("docs/distributed.md")
+def test_many_machines_by_ray(cluster: Cluster, tmp_path: Path) -> None:
+    *_, ray_engine = blocks(GUIDE + "many-machines.md")
     assert cluster.run(tmp_path, ray_engine + "print(engine.threads, engine.timeout)") == ["1 600.0"]

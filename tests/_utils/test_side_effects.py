@@ -1,4 +1,4 @@
-"""What a run changes in the process is undone when it is over: docs/side-effects.md, row by row."""
+"""What a run changes in the process is undone when it is over: docs/user-guide/side-effects.md, row by row."""
 
 from __future__ import annotations
 

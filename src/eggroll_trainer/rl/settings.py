@@ -75,7 +75,7 @@ class Settings:
     """Whether to leave a video of the policy."""
 
 
-# What was tried for them, and what was reached: docs/reinforcement-learning.md.
+# What was tried for them, and what was reached: docs/research/reinforcement-learning.md.
 _LOCOMOTION: dict[str, object] = {
     "policy": "linear",
     "learning_rate": 0.4,

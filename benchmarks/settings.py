@@ -1,0 +1,170 @@
+"""How the settings of a run decide what it reaches: handwritten digits, by the cross-entropy of a batch.
+
+    OMP_NUM_THREADS=1 python -m benchmarks.settings                # a quarter of an hour on a core; a file, a plot
+    OMP_NUM_THREADS=1 python -m benchmarks.settings populations    # one part of it
+
+A network 64-32-10 (2,410 weights), 256 images a generation, the same for all members; test accuracy of the centre.
+"""
+
+from __future__ import annotations
+
+import datetime
+import itertools
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import torch
+import torch.nn.functional as F
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from torch import Tensor, nn
+
+from eggroll_trainer import EGGROLLTrainer, Population, VanillaESTrainer, batched
+
+from .measure import surroundings
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+SIGMAS = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
+LEARNING_RATES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
+POPULATIONS = (16, 64, 256, 1024)
+GENERATIONS = 100
+MEMBERS = 256
+SEEDS = (0, 1, 2)
+RATES = (0.1, 0.3)
+VARIANTS: dict[str, dict[str, Any]] = {
+    "as it is": {},
+    "independent members": {"noise_reuse": 0},
+    "rank 4": {"rank": 4},
+    "full rank": {"rank": None},
+    "rademacher": {"noise": "rademacher"},
+    "centered ranks, 3.5 × the rate": {"shaping": "centered_ranks", "learning_rate": 1.05},
+    "Adam, 0.03": {"optimizer": torch.optim.Adam, "learning_rate": 0.03},
+}
+BATCH = 256
+IMAGES = Path("docs/images")
+
+
+def data(seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    pixels, labels = load_digits(return_X_y=True)
+    train_x, test_x, train_y, test_y = train_test_split(
+        pixels / 16, labels, test_size=0.2, random_state=seed, stratify=labels
+    )
+    return (
+        torch.tensor(train_x, dtype=torch.float32),
+        torch.tensor(train_y),
+        torch.tensor(test_x, dtype=torch.float32),
+        torch.tensor(test_y),
+    )
+
+
+def accuracy_after(generations: int, seed: int, *, rank: int | None = 1, **options: Any) -> float:
+    """Train a network and return its test accuracy."""
+    images, labels, test_images, test_labels = data(seed)
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(64, 32), nn.Tanh(), nn.Linear(32, 10))
+
+    @batched(check=False)
+    def fitness(population: Population) -> Tensor:
+        rows = torch.randint(len(images), (BATCH,), generator=torch.Generator().manual_seed(population.generation))
+        outputs = population(images[rows])
+        losses = F.cross_entropy(outputs.flatten(0, 1), labels[rows].repeat(len(population)), reduction="none")
+        return -losses.view(len(population), BATCH).mean(1)
+
+    if rank is not None:
+        options["rank"] = rank
+    trainer = (VanillaESTrainer if rank is None else EGGROLLTrainer)(
+        model=model, fitness_fn=fitness, seed=seed, **{"noise_reuse": 2, **options}
+    )
+    try:
+        trainer.train(generations, verbose=False)
+    except ValueError:
+        # The weights or the scores are no longer finite.
+        return 0.1
+    with torch.no_grad():
+        return (model(test_images).argmax(1) == test_labels).float().mean().item()
+
+
+def over_seeds(generations: int, **options: Any) -> list[float]:
+    return [accuracy_after(generations, seed, **options) for seed in SEEDS]
+
+
+def grid() -> list[dict[str, Any]]:
+    found = []
+    for sigma, learning_rate in itertools.product(SIGMAS, LEARNING_RATES):
+        # One seed each, as there are many.
+        accuracy = accuracy_after(
+            GENERATIONS, 0, population_size=MEMBERS, sigma=sigma, learning_rate=learning_rate, shaping="zscore"
+        )
+        found.append({"sigma": sigma, "learning_rate": learning_rate, "accuracy": accuracy})
+        print(found[-1], flush=True)
+    return found
+
+
+def populations() -> list[dict[str, Any]]:
+    found = []
+    for members, learning_rate in itertools.product(POPULATIONS, RATES):
+        generations = GENERATIONS * MEMBERS // members
+        accuracies = over_seeds(generations, population_size=members, sigma=0.1, learning_rate=learning_rate)
+        found.append({"members": members, "learning_rate": learning_rate, "accuracies": accuracies})
+        print(found[-1], flush=True)
+    return found
+
+
+def variants() -> list[dict[str, Any]]:
+    found = []
+    for name, options in VARIANTS.items():
+        defaults = {"population_size": MEMBERS, "sigma": 0.1, "learning_rate": 0.3}
+        found.append({"name": name, "accuracies": over_seeds(GENERATIONS, **{**defaults, **options})})
+        print(found[-1], flush=True)
+    return found
+
+
+PARTS = {"grid": grid, "populations": populations, "variants": variants}
+
+
+def plot(found: dict[str, Any], path: Path) -> None:
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
+    values = torch.tensor([cell["accuracy"] for cell in found["grid"]]).view(len(SIGMAS), len(LEARNING_RATES))
+    left.imshow(values, origin="lower", vmin=0.1, vmax=1.0, cmap="viridis", aspect="auto")
+    for row, column in itertools.product(range(len(SIGMAS)), range(len(LEARNING_RATES))):
+        value = float(values[row, column])
+        left.text(column, row, f"{value:.0%}", ha="center", va="center", color="black" if value > 0.6 else "white")
+    left.set_xticks(range(len(LEARNING_RATES)), [f"{rate:g}" for rate in LEARNING_RATES])
+    left.set_yticks(range(len(SIGMAS)), [f"{sigma:g}" for sigma in SIGMAS])
+    left.set(
+        xlabel="learning_rate", ylabel="sigma", title=f"test accuracy, {GENERATIONS} generations, {MEMBERS} members"
+    )
+    for learning_rate in RATES:
+        line = [entry for entry in found["populations"] if entry["learning_rate"] == learning_rate]
+        means = [sum(entry["accuracies"]) / len(entry["accuracies"]) for entry in line]
+        right.plot([entry["members"] for entry in line], means, marker="o", label=f"learning_rate {learning_rate:g}")
+    right.set_xscale("log", base=2)
+    right.set(
+        xlabel="population_size",
+        ylabel="test accuracy, mean of 3 seeds",
+        title=f"{GENERATIONS * MEMBERS:,} evaluations, sigma 0.1",
+    )
+    right.set_xticks(POPULATIONS, [str(members) for members in POPULATIONS])
+    right.grid(alpha=0.3)
+    right.legend()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def main(parts: list[str]) -> None:
+    path = Path(f"docs/research/results/{datetime.date.today().isoformat()}-settings.json")
+    found = json.loads(path.read_text()) if path.exists() else {}
+    for part in parts or PARTS:
+        found[part] = {"surroundings": surroundings(), "results": PARTS[part]()}
+        path.write_text(json.dumps(found, indent=1) + "\n")
+    if PARTS.keys() <= found.keys():
+        plot({part: found[part]["results"] for part in PARTS}, IMAGES / "settings.png")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
