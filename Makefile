@@ -43,6 +43,7 @@ docs: $(STAMP) ## serve the documentation, which follows your changes
 
 site: $(STAMP) ## build the documentation into build/site; a link that leads nowhere is an error
 	$(BIN)/python -m zensical build --clean --strict
+	$(BIN)/python docs/check_site.py build/site
 
 dist: $(STAMP) ## build the wheel and the source distribution into dist
 	$(BIN)/python -m build

@@ -33,7 +33,7 @@ SICK: dict[str, dict[str, Any]] = {
     "learning_rate too small (0.003)": {"learning_rate": 0.003},
     "learning_rate too large (30)": {"learning_rate": 30.0},
     "population too small (8)": {"population_size": 8},
-    "each member has images of its own": {"own_images": True},
+    "16 images of its own for each member": {"own_images": True},
 }
 
 
