@@ -127,33 +127,38 @@ def variants() -> list[dict[str, Any]]:
 PARTS = {"grid": grid, "populations": populations, "variants": variants}
 
 
-def plot(found: dict[str, Any], path: Path) -> None:
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
-    values = torch.tensor([cell["accuracy"] for cell in found["grid"]]).view(len(SIGMAS), len(LEARNING_RATES))
-    left.imshow(values, origin="lower", vmin=0.1, vmax=1.0, cmap="viridis", aspect="auto")
+def plot_grid(cells: list[dict[str, Any]], path: Path) -> None:
+    figure, ax = plt.subplots(figsize=(6, 4.2), layout="constrained")
+    values = torch.tensor([cell["accuracy"] for cell in cells]).view(len(SIGMAS), len(LEARNING_RATES))
+    ax.imshow(values, origin="lower", vmin=0.1, vmax=1.0, cmap="viridis", aspect="auto")
     for row, column in itertools.product(range(len(SIGMAS)), range(len(LEARNING_RATES))):
         value = float(values[row, column])
-        left.text(column, row, f"{value:.0%}", ha="center", va="center", color="black" if value > 0.6 else "white")
-    left.set_xticks(range(len(LEARNING_RATES)), [f"{rate:g}" for rate in LEARNING_RATES])
-    left.set_yticks(range(len(SIGMAS)), [f"{sigma:g}" for sigma in SIGMAS])
-    left.set(
-        xlabel="learning_rate", ylabel="sigma", title=f"test accuracy, {GENERATIONS} generations, {MEMBERS} members"
-    )
-    for learning_rate in RATES:
-        line = [entry for entry in found["populations"] if entry["learning_rate"] == learning_rate]
-        means = [sum(entry["accuracies"]) / len(entry["accuracies"]) for entry in line]
-        right.plot([entry["members"] for entry in line], means, marker="o", label=f"learning_rate {learning_rate:g}")
-    right.set_xscale("log", base=2)
-    right.set(
-        xlabel="population_size",
-        ylabel="test accuracy, mean of 3 seeds",
-        title=f"{GENERATIONS * MEMBERS:,} evaluations, sigma 0.1",
-    )
-    right.set_xticks(POPULATIONS, [str(members) for members in POPULATIONS])
-    right.grid(alpha=0.3)
-    right.legend()
+        ax.text(column, row, f"{value:.0%}", ha="center", va="center", color="black" if value > 0.6 else "white")
+    ax.set_xticks(range(len(LEARNING_RATES)), [f"{rate:g}" for rate in LEARNING_RATES])
+    ax.set_yticks(range(len(SIGMAS)), [f"{sigma:g}" for sigma in SIGMAS])
+    ax.set(xlabel="learning_rate", ylabel="sigma", title=f"test accuracy, {GENERATIONS} generations, {MEMBERS} members")
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def plot_populations(entries: list[dict[str, Any]], path: Path) -> None:
+    figure, ax = plt.subplots(figsize=(6, 4), layout="constrained")
+    for learning_rate in RATES:
+        line = [entry for entry in entries if entry["learning_rate"] == learning_rate]
+        for entry in line:
+            ax.plot([entry["members"]] * len(SEEDS), entry["accuracies"], ".", color="gray", alpha=0.5)
+        means = [sum(entry["accuracies"]) / len(entry["accuracies"]) for entry in line]
+        ax.plot([entry["members"] for entry in line], means, marker="o", label=f"learning_rate {learning_rate:g}")
+    ax.set_xscale("log", base=2)
+    ax.set_xticks(POPULATIONS, [str(members) for members in POPULATIONS])
+    ax.set(xlabel="population_size", ylabel="test accuracy", title=f"{GENERATIONS * MEMBERS:,} evaluations, sigma 0.1")
+    ax.grid(alpha=0.3)
+    ax.legend()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+PLOTS = {"grid": plot_grid, "populations": plot_populations}
 
 
 def main(parts: list[str]) -> None:
@@ -162,8 +167,8 @@ def main(parts: list[str]) -> None:
     for part in parts or PARTS:
         found[part] = {"surroundings": surroundings(), "results": PARTS[part]()}
         path.write_text(json.dumps(found, indent=1) + "\n")
-    if PARTS.keys() <= found.keys():
-        plot({part: found[part]["results"] for part in PARTS}, IMAGES / "settings.png")
+        if part in PLOTS:
+            PLOTS[part](found[part]["results"], IMAGES / f"settings-{part}.png")
 
 
 if __name__ == "__main__":

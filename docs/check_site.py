@@ -1,6 +1,6 @@
 """Check the built site: every link, anchor and picture is there, and no page loads anything from elsewhere.
 
-    python docs/check_site.py build/site
+python docs/check_site.py build/site
 """
 
 from __future__ import annotations
