@@ -21,6 +21,9 @@ from torch import Tensor, nn
 import eggroll_trainer
 from eggroll_trainer import EGGROLLTrainer, ESTrainer, VanillaESTrainer
 
+# The documented settings move a weight by a thousandth a generation.
+pytestmark = pytest.mark.filterwarnings("ignore::eggroll_trainer.diagnostics.LearningWarning")
+
 REFERENCE = Path(__file__).parent / "reference"
 
 TRAINERS = ("trainers.md", "trainers_positional.txt")

@@ -13,6 +13,9 @@ from torch import nn
 
 from eggroll_trainer import ESTrainer
 
+# Settings of these tests are not meant to learn fast.
+pytestmark = pytest.mark.filterwarnings("ignore::eggroll_trainer.diagnostics.LearningWarning")
+
 LR, DECAY = 0.2, 0.5
 
 

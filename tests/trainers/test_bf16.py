@@ -16,6 +16,9 @@ from torch import Tensor, nn
 
 from eggroll_trainer import EGGROLLTrainer, ESTrainer, VanillaESTrainer
 
+# Settings of these tests are not meant to learn fast.
+pytestmark = pytest.mark.filterwarnings("ignore::eggroll_trainer.diagnostics.LearningWarning")
+
 HALF = [torch.bfloat16, torch.float16]
 # Distance of 1 from the next number below it, half of which is the smallest step that rounding lets through.
 RESOLUTION = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}

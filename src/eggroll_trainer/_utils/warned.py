@@ -17,7 +17,7 @@ class Warned:
         self._kinds: set[str] = set()
         self._kept: list[tuple[str, str]] = []
 
-    def once(self, message: str, kind: str | None = None) -> None:
+    def once(self, message: str, kind: str | None = None, category: type[RuntimeWarning] = RuntimeWarning) -> None:
         """Warn, unless the same, or something of the same kind, was said before."""
         kind = message if kind is None else kind
         if kind in self._kinds:
@@ -26,7 +26,7 @@ class Warned:
         if self.quiet:
             self._kept.append((message, kind))
         else:
-            warnings.warn(message, RuntimeWarning, stacklevel=2)
+            warnings.warn(message, category, stacklevel=2)
 
     def take(self) -> tuple[tuple[str, str], ...]:
         """Return messages and kinds of the warnings that were kept, which are then forgotten."""

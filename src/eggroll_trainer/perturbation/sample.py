@@ -138,6 +138,11 @@ class LowRankDraws:
         weights = (self.scale * coefficients).to(A).repeat_interleave(self.factors.shape[1])
         return (A.mT @ (weights[:, None] * B)).view(self.spec.centre.shape)
 
+    def squares(self) -> Tensor:
+        """Return the squared Euclidean length of each perturbation, ``[d]``: of ``A Bᵀ`` it is ``tr(AᵀA · BᵀB)``."""
+        A, B = _split(self.factors.to(wide_dtype(self.spec.centre)), self.spec.centre.shape[0])
+        return self.scale**2 * ((A @ A.mT) * (B @ B.mT)).sum((1, 2))
+
 
 class FullRankDraws:
     """``d`` draws of a full-rank perturbation.
@@ -173,6 +178,11 @@ class FullRankDraws:
         """Return ``Σ_d c_d · perturbation_d``; ``coefficients [d]``."""
         values = self.values.to(wide_dtype(self.spec.centre))
         return ((self.spec.sigma * coefficients).to(values) @ values.view(len(values), -1)).view(self.spec.centre.shape)
+
+    def squares(self) -> Tensor:
+        """Return the squared Euclidean length of each perturbation, ``[d]``."""
+        values = self.values.to(wide_dtype(self.spec.centre)).reshape(len(self.values), -1)
+        return self.spec.sigma**2 * torch.linalg.vector_norm(values, dim=1).square()
 
 
 Draws = LowRankDraws | FullRankDraws
@@ -221,8 +231,22 @@ class Perturbations:
         Args:
             weights: ``[n]``.
         """
-        coefficients = (weights.view(-1, len(self.signs)) * self.signs.to(weights)).sum(1)
+        coefficients = self._coefficients(weights)
         return {name: draws.combine(coefficients) for name, draws in self.draws.items()}
+
+    def weighted_squares(self, weights: Tensor) -> dict[str, Tensor]:
+        """Return ``Σ_d ‖c_d · perturbation_d‖²`` of every parameter, 0-d: the terms of :meth:`weighted_sum`, squared.
+
+        Args:
+            weights: ``[n]``.
+        """
+        coefficients = self._coefficients(weights).square()
+        squares = {name: draws.squares() for name, draws in self.draws.items()}
+        return {name: coefficients.to(own) @ own for name, own in squares.items()}
+
+    def _coefficients(self, weights: Tensor) -> Tensor:
+        """Return the weight ``c_d`` of each draw, ``[d]``."""
+        return (weights.view(-1, len(self.signs)) * self.signs.to(weights)).sum(1)
 
 
 def sample(

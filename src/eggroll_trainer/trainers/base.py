@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import secrets
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from .._utils.thread_state import restored_thread_state
 from .._utils.warned import Warned
 from ..callbacks import Callbacks, Checkpoints
 from ..checkpoints.generation import Generation, adopted, differences
+from ..diagnostics import Watch
 from ..distributed import Chunk, Engine, Outcome, make_engine
 from ..fitness import thread_modes
 from ..fitness.evaluate import Coalesce, is_batched
@@ -30,7 +30,8 @@ from ..population.forward import Forwards
 from ..update.centre import Centre
 from ..update.optimizers import OptimizerFactory
 from ..update.schedule import LRSchedulerFactory, Schedules
-from .best import copy_with, holding
+from .best_member import BestMember
+from .course import course_of
 from .evaluator import Evaluator
 from .extra_state import ExtraState
 from .loop import run
@@ -42,7 +43,7 @@ from .told import Told
 from .trainable import parameter_groups
 
 
-class ESTrainer(RunState, OptimizerFace, torch.optim.Optimizer, ABC):
+class ESTrainer(RunState, BestMember, OptimizerFace, torch.optim.Optimizer, ABC):
     """Base class of evolution-strategy trainers.
 
     One generation evaluates ``N = population_size`` perturbed copies of the model and moves its parameters ``θ``, in
@@ -169,12 +170,11 @@ class ESTrainer(RunState, OptimizerFace, torch.optim.Optimizer, ABC):
         self._schedulers = (lr_scheduler, sigma_scheduler)
         self._schedules = Schedules(self, *self._schedulers)
         self._follow_frozen()
-        self._warned = Warned()
+        self._warned, self._watch = Warned(), Watch()
         self._budget = Budget(memory_budget)
         self._restart_forwards()
         self._method = self._make_method()
         self._evaluator = Evaluator(self)
-        self._in_best_weights = 0
         self._forget()
         self._extra = ExtraState(vars(self).keys() - inherited)
 
@@ -229,8 +229,8 @@ class ESTrainer(RunState, OptimizerFace, torch.optim.Optimizer, ABC):
             Metrics: ``generation`` (counted from 1), ``fitness`` (of the generation's best member),
             ``mean_fitness``, ``std_fitness``, ``best_fitness`` (so far), ``update_norm`` (length of the step),
             ``num_nonfinite`` (scores that were NaN or inf and counted as the worst finite one), ``num_tied`` (members
-            who share their fitness), ``learning_rate`` and ``sigma``. A member's fitness is its mean over the tasks,
-            where it has a score for each of several.
+            who share their fitness), ``learning_rate``, ``sigma``, and what :mod:`eggroll_trainer.diagnostics` adds.
+            A member's fitness is its mean over the tasks, where it has a score for each of several.
 
         Raises:
             ValueError: No member has a finite fitness.
@@ -241,7 +241,7 @@ class ESTrainer(RunState, OptimizerFace, torch.optim.Optimizer, ABC):
         # The fitness function runs under the caller's modes.
         with interruptible(), restored_thread_state(), thread_modes.kept():
             scores, statistics = self._evaluator.evaluate_all()
-        return self._advance(scores, statistics)
+        return self._advance(scores, statistics, evaluated=True)
 
     def ask(self) -> WholePopulation:
         """Begin a generation and return its members, for evaluation elsewhere; :meth:`tell` makes the step.
@@ -312,8 +312,8 @@ class ESTrainer(RunState, OptimizerFace, torch.optim.Optimizer, ABC):
             self._findings.begin_generation(self.generation, self._fitness_fn(), self.model)
             self._method.begin_generation()
 
-    def _advance(self, scores: Tensor, statistics: list[Tensor]) -> dict[str, Any]:
-        """End the generation with the members' scores, and return its metrics.
+    def _advance(self, scores: Tensor, statistics: list[Tensor], evaluated: bool = False) -> dict[str, Any]:
+        """End the generation with the members' scores, and return its metrics; ``evaluated`` if they come from here.
 
         If anything raises, nothing has changed.
         """
@@ -328,25 +328,31 @@ class ESTrainer(RunState, OptimizerFace, torch.optim.Optimizer, ABC):
                 if float(checked.means[checked.best]) > self.best_fitness
                 else None
             )
-            gradient = self._method.gradient(checked)
+            estimate = self._method.estimate(checked)
+            measured = self._watch.measure(estimate)
             learning_rates = [group["lr"] for group in self.param_groups]
             anchor = self._centre.unflatten(self._initial)
             metrics = metrics_of(checked, self.generation + 1, self.best_fitness, self.learning_rate, self.sigma)
+            metrics |= measured.metrics | {"relative_update": 0.0}
+            size = self._centre.length()
             learnt = None if improved is None else self._learnt()
             appends = [self.history.setdefault(key, []).append for key in metrics]
             # Whatever raises in here, each of these goes back.
             with (
                 self._schedules.stepped(metrics["mean_fitness"]),
-                self._centre.stepped(gradient, learning_rates, anchor) as metrics["update_norm"],
+                self._centre.stepped(estimate.gradient, learning_rates, anchor) as metrics["update_norm"],
                 merged(self._learner if statistics else None, self.model, statistics, self._centre.parameters),
             ):
                 pass
+            metrics["relative_update"] = metrics["update_norm"] / size if size else 0.0
             if improved is not None and learnt is not None:
                 self._best, self.best_fitness, self._best_untrained = improved, metrics["best_fitness"], learnt
             self.generation, self.last_generation = last.number, last
             self._asked = self._told = None
+            self._watch.accept(measured)
             for append, value in zip(appends, metrics.values(), strict=True):
                 append(value)
+        self._watch.look(lambda: course_of(self, checked.means, evaluated), self.generation, self._warn_once)
         return metrics
 
     def repeat(self, generation: Generation) -> dict[str, Any]:
@@ -417,44 +423,6 @@ class ESTrainer(RunState, OptimizerFace, torch.optim.Optimizer, ABC):
         if not is_batched(self.fitness_fn):
             return float(mean_over_tasks(to_score(self.fitness_fn(model))))
         return float(mean_over_tasks(to_scores(self.fitness_fn(Population.of(model)), 1)[0]))
-
-    def get_best_model(self) -> nn.Module:
-        """Return a new module with the weights of the best member seen so far, the ones that earned its score.
-
-        Before the first generation these are the model's own.
-
-        Raises:
-            RuntimeError: A deep copy of the model does not compute what the model itself does; see
-                :meth:`best_weights`.
-        """
-        return copy_with(self.model, self._best_values(), self._findings.sample)
-
-    @contextlib.contextmanager
-    def best_weights(self) -> Iterator[nn.Module]:
-        """Put the weights of the best member seen so far into the model itself, inside the block.
-
-        Unlike the copy that :meth:`get_best_model` returns, it is the model that you know: closures over it, hooks and
-        lists of its modules are right as well. Don't take a step inside the block.
-
-        Yields:
-            ``trainer.model``.
-
-        Example:
-            >>> from eggroll_trainer import EGGROLLTrainer
-            >>> model = nn.Linear(3, 1)
-            >>> x = torch.ones(8, 3)
-            >>> trainer = EGGROLLTrainer(model=model, fitness_fn=lambda m: m(x).mean(), seed=0)
-            >>> _ = trainer.step()
-            >>> with trainer.best_weights() as best:
-            ...     round(best(x).mean().item() - trainer.best_fitness, 5)
-            0.0
-        """
-        self._in_best_weights += 1
-        try:
-            with holding(self.model, self._best_values()):
-                yield self.model
-        finally:
-            self._in_best_weights -= 1
 
     def _settings(self) -> dict[str, Any]:
         return settings_of(self)

@@ -17,7 +17,7 @@ from ..fitness.shaping import Shaper, get_shaper, shape, shaper_name
 from ..noise.keys import Noise, NoiseKind, check_noise_kind
 from ..perturbation.sample import ParameterSpec, Perturbations, effective_rank, sample
 from ..update import LRSchedulerFactory, OptimizerFactory
-from ..update.estimate import weighted_sum
+from ..update.estimate import Estimate, weighted_sum
 from .base import ESTrainer
 from .method import Method, Sampled
 
@@ -60,8 +60,8 @@ class Keyed(Method):
             self._kept[start] = perturbations
         return perturbations
 
-    def gradient(self, scores: CheckedScores) -> dict[str, Tensor]:
-        """Return the negated update."""
+    def estimate(self, scores: CheckedScores) -> Estimate:
+        """Return the negated update, and what it is the sum of."""
         trainer = self.trainer
         # Negated here, where it costs nothing.
         weights = -shape(scores.values, trainer._shaper, trainer.group_size) / trainer.population_size**0.5

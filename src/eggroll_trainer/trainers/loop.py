@@ -51,6 +51,7 @@ def run(
             stack.callback(keeper.save, trainer)
         stack.enter_context(watchers)
         stopped_by = watchers.start()
+        trainer._watch.planned = trainer.generation + num_generations
         for i in range(num_generations):
             if stopped_by is not None:
                 break

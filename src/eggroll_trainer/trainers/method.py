@@ -12,6 +12,7 @@ from .._utils import validation
 from ..fitness.scores import CheckedScores
 from ..noise.keys import forked_rng
 from ..perturbation.sample import Draws, FullRankDraws, ParameterSpec, Perturbations, wide_dtype
+from ..update.estimate import Estimate
 from ..update.products import promoted_products
 
 
@@ -38,7 +39,7 @@ class Method(ABC):
         """Return the perturbations of members ``first, …, first + count - 1``."""
 
     @abstractmethod
-    def gradient(self, scores: CheckedScores) -> dict[str, Tensor]:
+    def estimate(self, scores: CheckedScores) -> Estimate:
         """Return ``-Δθ`` for every trained parameter, in new tensors."""
 
     @property
@@ -93,7 +94,7 @@ class Sampled(Method):
             draws[name] = FullRankDraws(values, spec, one.to(parameter.device))
         return Perturbations(draws, one, count)
 
-    def gradient(self, scores: CheckedScores) -> dict[str, Tensor]:
+    def estimate(self, scores: CheckedScores) -> Estimate:
         """Return the negated update."""
         assert self._sampled is not None
         trainer = self.trainer
@@ -108,7 +109,7 @@ class Sampled(Method):
             update = trainer.compute_update(sampled, fitnesses)
         validation.check_flat("compute_update", update, (len(trainer._centre),))
         gradient = trainer._centre.unflatten(-update)
-        return {name: gradient[name] for name in trainer._trained}
+        return Estimate({name: gradient[name] for name in trainer._trained})
 
     @property
     def unit(self) -> int:

@@ -17,6 +17,7 @@ from .._utils.validation import check_int
 from .._utils.warned import Warned
 from ..checkpoints.files import FORMAT, check_format, check_same_model, read_checkpoint, write_checkpoint
 from ..checkpoints.generation import Generation, Settings, adopt, differences
+from ..diagnostics import Watch
 from ..distributed.engine import Engine, LocalEngine
 from ..fitness.findings import Findings
 from ..fitness.learning import Learner, changes_model, learner_state, set_learner_state
@@ -55,6 +56,7 @@ class RunState(ABC):
     _learner: Learner | None
     _warned: Warned
     _findings: Findings
+    _watch: Watch
     _method: Method
     _extra: ExtraState
     # The settings of the generation that was asked for, and the scores that came in since.
@@ -164,24 +166,18 @@ class RunState(ABC):
             self._extra.restore(self, self._extra.initial)
             self._forget()
 
-    def _best_values(self) -> dict[str, Tensor]:
-        """Return parameters, buffers and untrained parameters of the best member, by their names."""
-        if self._best is None:
-            return {}
-        trained = self._centre.parameters
-        kept = {name: value for name, value in self._best_untrained.items() if name not in trained}
-        return {**self._centre.unflatten(self._best), **kept}
-
     def _warn_of_lost(self) -> None:
         """Warn of tensors that a subclass has changed and not registered."""
         lost = self._extra.lost(self)
         if lost:
             self._warn_once(lost_warning(type(self).__name__, lost), "lost")
 
-    def _warn_once(self, message: str, kind: str | None = None) -> None:
+    def _warn_once(
+        self, message: str, kind: str | None = None, category: type[RuntimeWarning] = RuntimeWarning
+    ) -> None:
         """Warn of what all processes notice, or have been told of."""
         if self.is_main:
-            self._warned.once(message, kind)
+            self._warned.once(message, kind, category)
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything that the rest of the run depends on, as copies: tensors, numbers and strings."""
@@ -201,6 +197,7 @@ class RunState(ABC):
             "initial_untrained": self._initial_untrained,
             "learner": learner_state(self._learner),
             "alone": self._findings.alone,
+            "last_estimate": self._watch.agreement.last,
             "told": None if self._told is None else self._told.state(),
             "extra": self._extra.values(self),
             "initial_extra": self._extra.initial,
@@ -423,6 +420,7 @@ class RunState(ABC):
         self._findings = Findings(state.get("alone"))
         self._asked, self._told = None, Told.of(state.get("told"))
         self._extra.restore(self, state.get("extra", {}), state.get("initial_extra"))
+        self._watch = Watch(state.get("last_estimate"))
         self.history, self.last_generation = plain_copy(state["history"]), None
         self.best_fitness = state["best_fitness"]
         self._best = None if state["best_params"] is None else state["best_params"].to(self.device, copy=True)
@@ -434,7 +432,7 @@ class RunState(ABC):
         self.history = {key: [] for key in METRICS}
         self.best_fitness = float("-inf")
         self._best, self._best_untrained = None, {}
-        self._findings = Findings()
+        self._findings, self._watch = Findings(), Watch()
         self._asked = self._told = None
         self._method.restart()
 

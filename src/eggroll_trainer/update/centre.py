@@ -114,6 +114,10 @@ class Centre:
         """Return the number of weights in ``parameters``, ``D``."""
         return sum(p.numel() for p in self.parameters.values())
 
+    def length(self) -> float:
+        """Return the Euclidean length of all weights."""
+        return _length([master.detach() for master in self.masters.values()])
+
     def flat(self) -> Tensor:
         """Return all weights in one new tensor, ``[D]``."""
         self._follow()

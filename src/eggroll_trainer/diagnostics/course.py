@@ -1,0 +1,102 @@
+"""What is known of a run: the facts that symptoms are found in."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from .signal import Signal
+
+
+@dataclasses.dataclass(frozen=True)
+class Probe:
+    """A few more evaluations, made where a run is in trouble.
+
+    Attributes:
+        centre: The fitness of the model without perturbation, evaluated twice.
+    """
+
+    centre: tuple[float, float]
+
+    @property
+    def noise(self) -> float:
+        """How far apart two evaluations of the same model are."""
+        return abs(self.centre[0] - self.centre[1])
+
+
+@dataclasses.dataclass(frozen=True)
+class Course:
+    """The course of a run so far.
+
+    Attributes:
+        history: ``trainer.history``, one entry a generation.
+        scores: The members' mean fitness in the last generation, ``[N]``.
+        weights: How many are trained, ``D``.
+        planned: Generations that :meth:`~eggroll_trainer.ESTrainer.train` was asked for in all; None if unknown.
+        signal: The signal in the last estimate, where it is known.
+        optimizer: Name of the optimizer's class.
+        fitness_fn: The user's function.
+        probe: Evaluates the centre; None where it cannot.
+    """
+
+    history: Mapping[str, Sequence[Any]]
+    scores: np.ndarray[Any, Any]
+    weights: int
+    planned: int | None
+    signal: Signal | None
+    optimizer: str
+    fitness_fn: Callable[..., Any]
+    probe: Callable[[], Probe] | None = None
+
+    @property
+    def generation(self) -> int:
+        """How many generations there were."""
+        return len(self.history["mean_fitness"])
+
+    @property
+    def members(self) -> int:
+        """``N``."""
+        return len(self.scores)
+
+    def last(self, key: str, count: int = 1) -> list[float]:
+        """Return a metric of the last generations; of fewer where there were not so many."""
+        return list(self.history.get(key, ())[-count:])
+
+    def mean(self, key: str, count: int = 1) -> float:
+        """Return the mean of a metric over the last generations."""
+        return float(np.mean(self.last(key, count)))
+
+    @property
+    def sigma(self) -> float:
+        """Standard deviation of the perturbations now."""
+        return self.last("sigma")[0]
+
+    @property
+    def step_in_sigmas(self) -> float:
+        """The root mean square of what a weight has moved by in the last three generations, in units of sigma."""
+        return self.mean("update_norm", 3) / math.sqrt(max(1, self.weights)) / self.sigma
+
+    @property
+    def tie_probability(self) -> float:
+        """The probability that two different members have the same fitness."""
+        _, counts = np.unique(self.scores, return_counts=True)
+        return float((counts * (counts - 1)).sum()) / max(1, self.members * (self.members - 1))
+
+    def gain(self, first: int = 3, last: int = 10) -> float:
+        """Return how far the mean fitness has come, from the first to the last few generations, in standard errors.
+
+        The error is that of the mean of ``N`` members, or what the means fluctuate by from one generation to the
+        next, if that is more.
+        """
+        means = np.asarray(self.history["mean_fitness"], float)
+        if len(means) < first + last:
+            return 0.0
+        spread = float(np.median(self.history["std_fitness"])) / math.sqrt(self.members)
+        # Of the second differences, so that a steady rise is not taken for fluctuation.
+        error = max(spread, float(np.median(np.abs(np.diff(means, 2))))) * math.sqrt(1 / first + 1 / last)
+        difference = float(means[-last:].mean() - means[:first].mean())
+        return difference / error if error > 0 else 0.0

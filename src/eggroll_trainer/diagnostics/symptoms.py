@@ -1,0 +1,211 @@
+"""Symptoms of runs that don't learn, each with the figure that shows it and what to do about it.
+
+A symptom is a function from the :class:`Course` of a run to a message, or None where it is not there. All are looked
+for now and then while a run goes on, and each is told once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+
+from .course import Course
+from .losses import loss_that_it_computes
+
+Symptom = Callable[[Course], str | None]
+
+# Advice that several symptoms give.
+_START = "A fair start is learning_rate=0.1 with sigma=0.1, or optimizer=torch.optim.Adam with learning_rate=0.03"
+_ANSWERS = "eggroll_trainer.tune(trainer, budget=…) finds settings that learn"
+
+
+def constant(course: Course) -> str | None:
+    """All members have the same fitness."""
+    if course.generation < 3 or any(course.last("std_fitness", 3)):
+        return None
+    told = (
+        f"all {course.members} members have had the same fitness for 3 generations ({course.scores[0]:.4g}), so"
+        " there is"
+        " nothing to learn from. "
+    )
+    probe = None if course.probe is None else course.probe()
+    if probe is not None and min(probe.centre) > course.scores[0]:
+        return (
+            f"{told}The model without perturbation is better ({probe.centre[0]:.4g}), so that"
+            f" sigma={course.sigma:g} is too large. Lower it"
+        )
+    return (
+        f"{told}Raise sigma, now {course.sigma:g}; or let the fitness tell members apart, a loss rather than an"
+        " accuracy,"
+        " say; or see whether it uses the model that it is given"
+    )
+
+
+def coarse(course: Course) -> str | None:
+    """Many members tie."""
+    tied = course.tie_probability
+    if course.generation < 3 or tied < 0.3 or not all(course.last("std_fitness", 3)):
+        return None
+    worst = float((course.scores == course.scores.min()).mean())
+    if worst > 0.5:
+        return (
+            f"{worst:.0%} of the members have the worst fitness, {course.scores.min():.4g}. Either most of them"
+            " fail, and"
+            f" sigma={course.sigma:g} is too large; or none differs enough, and it is too small. {_ANSWERS}"
+        )
+    return (
+        f"the fitness is too coarse for sigma={course.sigma:g}: two members tie with a probability of"
+        f" {tied:.0%}, and ties"
+        " say nothing. Raise sigma, or let the fitness tell members apart, a loss rather than an accuracy, say"
+    )
+
+
+def failing(course: Course) -> str | None:
+    """Many members have no finite fitness."""
+    share = course.mean("num_nonfinite", 3) / course.members
+    if course.generation < 3 or share < 0.25:
+        return None
+    return (
+        f"{share:.0%} of the scores were not finite in the last 3 generations. Lower sigma, now {course.sigma:g}, or"
+        " mend the fitness function"
+    )
+
+
+def short_steps(course: Course) -> str | None:
+    """The steps are so short that the run will not get anywhere."""
+    if course.generation < 3 or course.planned is None or course.planned < 30 or not any(course.last("update_norm", 3)):
+        return None
+    step = course.step_in_sigmas
+    if step * course.planned >= 2:
+        return None
+    size = course.last("relative_update")[0]
+    needed = f"{1 / size:,.0f}" if size > 0 else "infinitely many"
+    return (
+        f"the steps are very short: a generation moves a weight by {step * course.sigma:.2g} on average, {step:.2g} of"
+        f" sigma, so that {needed} generations in the same direction would be needed to move the weights by their own"
+        f" size, and {course.planned} are planned. Raise learning_rate, now"
+        f" {course.last('learning_rate')[0]:g}. {_START}; {_ANSWERS}"
+    )
+
+
+def persistent(course: Course) -> str | None:
+    """Successive estimates agree so well that longer steps would do."""
+    window = 20
+    if course.signal is None or course.generation <= window or course.step_in_sigmas > 0.05:
+        return None
+    halves = np.asarray(course.last("split_half_cosine", window))
+    possible = float((2 * halves / (1 + halves)).mean())
+    agreement = course.mean("agreement", window)
+    if possible < 6 * course.signal.split_half_error / math.sqrt(window) or agreement < 0.9 * possible:
+        return None
+    share = min(1.0, agreement / possible)
+    factor = min(10.0, 0.5 / (1 - share)) if share < 1 else 10.0
+    return (
+        f"the steps could be longer: the estimates of successive generations point the same way ({share:.0%} of what"
+        f" their noise allows). A learning_rate about {factor:.0f} times as large, {factor:.0f} ×"
+        f" {course.last('learning_rate')[0]:g}, would learn faster"
+    )
+
+
+def falling(course: Course) -> str | None:
+    """In most generations the mean fitness is far below where it began."""
+    if course.generation < 10:
+        return None
+    first, spread = course.history["mean_fitness"][0], course.history["std_fitness"][0]
+    lately = course.last("mean_fitness", (course.generation + 1) // 2)
+    if max(lately) >= first - spread:
+        return None
+    return (
+        f"the mean fitness has fallen from {first:.4g} to {lately[-1]:.4g} in {course.generation} generations."
+        " The steps"
+        f" are too long: one moves a weight by {course.step_in_sigmas:.2g} sigma on average. Lower learning_rate, now"
+        f" {course.last('learning_rate')[0]:g}. {_START}"
+    )
+
+
+def loss_returned(course: Course) -> str | None:
+    """The fitness looks like a loss, which training makes larger."""
+    means = course.history["mean_fitness"]
+    if course.generation < 5 or min(course.history["mean_fitness"]) <= 0 or float(course.scores.min()) < 0:
+        return None
+    if means[-1] < max(1.0, 1.2 * means[0]) or course.gain(2, 3) < 3:
+        return None
+    loss = loss_that_it_computes(course.fitness_fn)
+    if loss is None:
+        return None
+    return (
+        f"the fitness function calls {loss}, its values are positive, and training, which maximises, has raised"
+        " them from"
+        f" {means[0]:.4g} to {means[-1]:.4g}. If it is a loss, return its negative"
+    )
+
+
+def overshooting(course: Course) -> str | None:
+    """Each step undoes the last one."""
+    window = 10
+    if course.signal is None or course.generation <= window:
+        return None
+    agreement = course.mean("agreement", window)
+    halves = np.asarray(course.last("split_half_cosine", window))
+    possible = float((2 * halves / (1 + halves)).mean())
+    if possible < 0.05 or agreement > -0.5 * possible or course.gain(3, 3) > 2:
+        return None
+    return (
+        f"each step undoes the last one: the cosine between successive estimates is {agreement:.2f} over {window}"
+        f" generations, and the fitness does not rise. Lower learning_rate, now {course.last('learning_rate')[0]:g}"
+    )
+
+
+def no_signal(course: Course) -> str | None:
+    """After some time the update is still indistinguishable from noise."""
+    window = 40
+    if course.signal is None or course.generation < window or not any(course.last("std_fitness", window)):
+        return None
+    cosine, error = course.mean("split_half_cosine", window), course.signal.split_half_error / math.sqrt(window)
+    if cosine > error or course.gain() > 2:
+        return None
+    found = (
+        f"the update is indistinguishable from noise: in {window} generations the split-half cosine was"
+        f" {cosine:.4f} ± {error:.4f}, and the mean fitness has not risen. "
+    )
+    spread = course.mean("std_fitness", window)
+    probe = None if course.probe is None else course.probe()
+    if probe is not None and probe.noise > spread / 4:
+        return (
+            f"{found}The fitness itself is noisy: the same model got {probe.centre[0]:.4g} and {probe.centre[1]:.4g},"
+            f" where members differ by {spread:.4g}. Average it over more samples or episodes, give all members"
+            " the same"
+            f" ones, or raise population_size, now {course.members}"
+        )
+    centre = None if probe is None else sum(probe.centre) / 2
+    if centre is not None and centre > course.mean("mean_fitness", window) + 2 * spread:
+        return (
+            f"{found}The model without perturbation is better than most members ({centre:.4g}, and"
+            f" {course.mean('mean_fitness', window):.4g} on average): sigma={course.sigma:g} is too large. Lower it"
+        )
+    return (
+        f"{found}Of {course.members} members and {course.weights:,} weights little can be expected where few of"
+        " them matter:"
+        " raise population_size, take antithetic pairs (noise_reuse=2), train fewer weights, or change sigma, now"
+        f" {course.sigma:g}. {_ANSWERS}"
+    )
+
+
+SYMPTOMS: dict[str, Symptom] = {
+    "constant": constant,
+    "failing": failing,
+    "coarse": coarse,
+    "short_steps": short_steps,
+    "loss_returned": loss_returned,
+    "falling": falling,
+    "overshooting": overshooting,
+    "no_signal": no_signal,
+    "persistent": persistent,
+}
+
+
+def is_time(generation: int) -> bool:
+    """Return whether symptoms are looked for after this generation: often in the beginning, then every tenth."""
+    return generation in (3, 5) or generation % 10 == 0

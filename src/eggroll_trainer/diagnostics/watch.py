@@ -1,0 +1,89 @@
+"""What a trainer keeps to see whether it learns: it adds to the metrics, and tells symptoms."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from ..update.estimate import Estimate
+from .agreement import Agreement
+from .course import Course
+from .signal import Signal, signal_of
+from .symptoms import SYMPTOMS, is_time
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """What an estimate shows.
+
+    Attributes:
+        metrics: For the metrics of its generation.
+        signal: The signal in it, where that is known.
+        sampled: What the next estimate is compared with.
+    """
+
+    metrics: dict[str, float]
+    signal: Signal | None
+    sampled: Tensor
+
+
+class LearningWarning(RuntimeWarning):
+    """A run does not learn, or learns more slowly than it could; the message says what shows it and what to change.
+
+    Example:
+        >>> import warnings
+        >>> warnings.filterwarnings("ignore", category=LearningWarning)  # for whoever knows
+    """
+
+
+class Watch:
+    """Watches a run.
+
+    Attributes:
+        agreement: Compares successive estimates.
+        signal: The signal in the last estimate.
+        planned: Generations that the run is to have in all, or None.
+    """
+
+    def __init__(self, last: Tensor | None = None) -> None:
+        self.agreement = Agreement(last)
+        self.signal: Signal | None = None
+        self.planned: int | None = None
+        self._told: set[str] = set()
+
+    def measure(self, estimate: Estimate) -> Measured:
+        """Return what an estimate shows, and change nothing."""
+        signal, sampled = signal_of(estimate), self.agreement.sample(estimate.gradient)
+        metrics: dict[str, float] = {"agreement": self.agreement.cosine(sampled) or 0.0}
+        if signal is not None:
+            metrics["split_half_cosine"] = signal.split_half_cosine
+            metrics["explained_share"] = signal.explained_share
+        return Measured(metrics, signal, sampled)
+
+    def accept(self, measured: Measured) -> None:
+        """Keep what the step has been made of."""
+        self.agreement.last, self.signal = measured.sampled, measured.signal
+
+    def look(
+        self, course: Callable[[], Course], generation: int, tell: Callable[[str, str, type[RuntimeWarning]], Any]
+    ) -> None:
+        """Look for symptoms, if it is time.
+
+        Args:
+            course: Makes the course of the run.
+            generation: The last one, counted from 1.
+            tell: Gets a message, its kind and the class of the warning; each kind is told once.
+        """
+        if not is_time(generation):
+            return
+        facts = course()
+        for kind, symptom in SYMPTOMS.items():
+            message = None if kind in self._told else symptom(facts)
+            if message is not None:
+                self._told.add(kind)
+                tell(message, kind, LearningWarning)
+                # One thing at a time: what else is wrong may follow from it.
+                return

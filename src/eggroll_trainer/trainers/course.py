@@ -1,0 +1,37 @@
+"""The course of a trainer's run, for diagnostics."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from .._utils.thread_state import restored_thread_state
+from ..diagnostics import Course, Probe
+
+
+def course_of(trainer: Any, means: Tensor, evaluated: bool) -> Course:
+    """Return the course of a run.
+
+    Args:
+        trainer: The trainer. (Of type Any, as its module imports this one.)
+        means: ``[N]``, the fitness of the last generation's members.
+        evaluated: Whether that is what the trainer's own fitness function gave.
+    """
+    # Scores that the trainer has been told are another function's, and one that learns would learn from it.
+    can_probe = evaluated and trainer._learner is None and trainer.is_main
+
+    def probe() -> Probe:
+        with restored_thread_state():
+            return Probe((trainer.evaluate_fitness(trainer.model), trainer.evaluate_fitness(trainer.model)))
+
+    return Course(
+        history=trainer.history,
+        scores=means.numpy(),
+        weights=len(trainer._centre),
+        planned=trainer._watch.planned,
+        signal=trainer._watch.signal,
+        optimizer=type(trainer._centre.optimizer).__name__,
+        fitness_fn=trainer._fitness_fn(),
+        probe=probe if can_probe else None,
+    )
