@@ -35,6 +35,8 @@ from eggroll_trainer.callbacks import (
 )
 from eggroll_trainer.callbacks.progress import postfix
 
+pytestmark = pytest.mark.filterwarnings("ignore::eggroll_trainer.diagnostics.LearningWarning")
+
 
 def test_order_of_calls() -> None:
     calls: list[Any] = []
@@ -168,7 +170,7 @@ def test_bad_arguments(make: Callable[[], Any], error: type[Exception], message:
 
 
 def test_a_metric_that_is_not_there() -> None:
-    with pytest.raises(ValueError, match="no metric 'accuracy' to stop by; there are best_fitness"):
+    with pytest.raises(ValueError, match="no metric 'accuracy' to stop by; there are agreement, best_fitness"):
         make_trainer().train(2, verbose=False, callback=EarlyStopping(metric="accuracy"))
 
 

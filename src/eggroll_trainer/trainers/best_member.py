@@ -53,6 +53,7 @@ class BestMember:
             ``trainer.model``.
 
         Example:
+            >>> import torch
             >>> from eggroll_trainer import EGGROLLTrainer
             >>> model = nn.Linear(3, 1)
             >>> x = torch.ones(8, 3)
