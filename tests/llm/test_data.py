@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from eggroll_trainer.llm.data import as_conversations, check_columns, function_named, held_out, load_examples
+from eggroll_trainer._utils.importing import function_named
+from eggroll_trainer.llm.data import as_conversations, check_columns, held_out, load_examples
 
 MODULE = "eggroll_functions_of_a_test"
 ROWS = [{"prompt": "one\u2028", "answer": "1"}, {"prompt": "two", "answer": "2"}]

@@ -148,5 +148,3 @@ def test_help_lists_the_options() -> None:
         shown, _ = run("rl", *arguments)
         assert "--population-size" in shown and "12000000" in shown
     assert "ENV_ID" in run("rl", "--seed", 1, status=2)[1]
-    assert run()[0].startswith("usage: eggroll rl")
-    assert "unknown command 'train'" in run("train", status=2)[1]

@@ -2,20 +2,35 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 
 import tyro
 from torch import nn
 
+from .._utils.settings_file import HELP, read_settings, without_config
 from .export import changes_of, save_merged, write_update
 from .presets import PRESETS
 from .settings import Settings
 from .training import Run
 
+DESCRIPTION = f"""Train a language model by a reward, and leave a folder with all that belongs to the run.
+
+Examples:
+  eggroll llm MODEL --data prompts.jsonl --reward my_rewards.py:score
+  eggroll llm MODEL --data prompts.jsonl --reward my_rewards.py:score --out runs/first --resume
+  eggroll llm --config runs/first --seed 1
+
+{HELP}"""
+
 
 def main(arguments: list[str]) -> int:
     """Run the command and return the exit status."""
-    settings = parsed(arguments)
+    try:
+        settings = parsed(arguments)
+    except ValueError as error:
+        print(f"eggroll llm: {error}", file=sys.stderr)
+        return 2
     try:
         run = Run(settings)
     except (TypeError, ValueError, OSError) as error:
@@ -31,12 +46,20 @@ def main(arguments: list[str]) -> int:
 
 
 def parsed(arguments: list[str]) -> Settings:
-    """Return the settings of a command line, with those of a preset, if it names one, as defaults."""
+    """Return the settings of a command line, with those of a preset, if it names one, as defaults.
+
+    Raises:
+        ValueError: The file of ``--config`` is not as it should be.
+    """
+    file, arguments = without_config(arguments)
     # For --help as well.
     named = _preset(arguments)
     values = next((values for preset, values in PRESETS.items() if preset == named), {})
     defaults = Settings(tyro.MISSING, tyro.MISSING, **values)
-    return tyro.cli(Settings, args=arguments, default=defaults, prog="eggroll llm", description=__doc__)
+    if file is not None:
+        # What a run's own file says of its data.
+        defaults = dataclasses.replace(defaults, **read_settings(file, Settings, ignored=("data_checksum",)))
+    return tyro.cli(Settings, args=arguments, default=defaults, prog="eggroll llm", description=DESCRIPTION)
 
 
 def _preset(arguments: list[str]) -> str:

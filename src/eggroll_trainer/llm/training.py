@@ -16,13 +16,13 @@ from torch import nn
 from tqdm import tqdm
 
 from .. import EGGROLLTrainer, VanillaESTrainer
+from .._utils.importing import function_named
 from .._utils.interrupts import delayed_interrupt, exit_on_sigterm
 from .._utils.memory import freed_memory_kept
 from ..callbacks import Checkpoints
 from ..callbacks.run_folder import METRICS, RunFolder, RunWriter
 from ..distributed import Engine, make_engine
 from ..trainers.keyed import KeyedESTrainer
-from .data import function_named
 from .inputs import check_rewards, check_settings, examples_of
 from .loading import load
 from .objectives import Evaluated, make_objective

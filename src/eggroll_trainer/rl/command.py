@@ -2,21 +2,49 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 
 import tyro
 
+from .._utils.settings_file import HELP, read_settings, without_config
 from .settings import TASKS, Settings, settings_for
 from .training import Run, plot
 from .video import record
 
+DESCRIPTION = f"""Train a policy in a Gymnasium environment, and leave a folder with all that belongs to the run.
 
-def main(arguments: list[str]) -> int:
-    """Run the command and return the exit status."""
+Examples:
+  eggroll rl CartPole-v1
+  eggroll rl HalfCheetah-v5 --seed 1 --out runs/second
+  eggroll rl HalfCheetah-v5 --seed 1 --out runs/second --resume
+  eggroll rl --config runs/second --seed 2
+
+{HELP}"""
+
+
+def parsed(arguments: list[str]) -> Settings:
+    """Return the settings of a command line, with those found for its task as defaults.
+
+    Raises:
+        ValueError: The file of ``--config`` is not as it should be.
+    """
+    file, arguments = without_config(arguments)
     # Wherever the task stands among the options, and for --help as well.
     task = next((argument for argument in arguments if argument in TASKS), None)
     default = Settings(tyro.MISSING) if task is None else settings_for(task)
-    settings = tyro.cli(Settings, args=arguments, default=default, prog="eggroll rl", description=__doc__)
+    if file is not None:
+        default = dataclasses.replace(default, **read_settings(file, Settings))
+    return tyro.cli(Settings, args=arguments, default=default, prog="eggroll rl", description=DESCRIPTION)
+
+
+def main(arguments: list[str]) -> int:
+    """Run the command and return the exit status."""
+    try:
+        settings = parsed(arguments)
+    except ValueError as error:
+        print(f"eggroll rl: {error}", file=sys.stderr)
+        return 2
     try:
         run = Run(settings)
         if run.is_main:

@@ -1,0 +1,5 @@
+"""The command ``eggroll``."""
+
+from .main import main
+
+__all__ = ["main"]
