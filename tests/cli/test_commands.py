@@ -241,7 +241,7 @@ def test_plot(factory: str, run: Run, tmp_path: Path) -> None:
     for arguments, status, message in (
         ((tmp_path / "nothing",), 1, "there is no run at"),
         ((tmp_path,), 1, "has nothing of a run"),
-        ((runs[0], "--x", "steps"), 1, "run-0 has no column 'steps'; it has best_fitness"),
+        ((runs[0], "--x", "steps"), 1, "run-0 has no column 'steps'; it has "),
         ((runs[0], "--metrics", "loss"), 1, "no run has 'loss'"),
         ((runs[0], "--out", tmp_path / "plot.gif5"), 1, "must end in .png, .svg or .pdf"),
         ((*runs, "--names", "one"), 2, "1 names for 2 runs"),
