@@ -126,6 +126,13 @@ def check_coalesce(value: Any) -> bool | Literal["unchecked"]:
     return bool(value)
 
 
+def check_bool(name: str, value: Any) -> bool:
+    """Return ``value`` if it is True or False, else raise ``TypeError``."""
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{name} must be True or False, got {type(value).__name__} {value!r}")
+    return bool(value)
+
+
 def check_divides(divisor_name: str, divisor: int, name: str, value: int) -> None:
     """Raise ``ValueError`` unless ``divisor`` divides ``value``; 0 and 1 divide everything."""
     if divisor > 1 and value % divisor:

@@ -18,7 +18,7 @@ from .score_log import ScoreLog
 class Checkpoints:
     """Keeps the newest checkpoints of a run and its best, and the scores of all generations.
 
-    In the folder are ``checkpoint-GENERATION.pt``, ``best.pt`` (the one whose last generation had the highest mean
+    In the folder are ``checkpoint-GENERATION.pt``, ``best.pt`` (the one whose last generation had the best mean
     fitness) and ``scores.jsonl`` (a :class:`~eggroll_trainer.checkpoints.score_log.ScoreLog`). Of several processes the
     first one reads and writes.
 
@@ -130,7 +130,8 @@ class Checkpoints:
             with contextlib.suppress(FileNotFoundError):
                 old.unlink()
         mean = trainer.history["mean_fitness"][-1]
-        if self.keep_best and mean > self._best_fitness():
+        best = self._best_fitness()
+        if self.keep_best and (best is None or (mean > best if trainer.maximize else mean < best)):
             self._best = mean
             trainer.save(self.folder / "best.pt")
 
@@ -154,9 +155,9 @@ class Checkpoints:
             raise ValueError(f"none of the {len(paths)} checkpoints in {self.folder} can be read")
         return None
 
-    def _best_fitness(self) -> float:
+    def _best_fitness(self) -> float | None:
+        """Return the mean fitness of the best checkpoint, or None if there is none that can be read."""
         if self._best is None:
-            self._best = float("-inf")
             with contextlib.suppress(FileNotFoundError, ValueError, KeyError, IndexError):
                 self._best = read_checkpoint(self.folder / "best.pt")["history"]["mean_fitness"][-1]
         return self._best

@@ -43,6 +43,7 @@ class Settings:
         noise: Distribution of the factors.
         shaping: Name of the shaper.
         freeze_nonlora: Whether only matrices are trained.
+        maximize: Whether higher scores are better.
     """
 
     trainer: str
@@ -65,16 +66,23 @@ class Settings:
     noise: str = ""
     shaping: str = ""
     freeze_nonlora: bool = False
+    maximize: bool = True
 
     def plain(self) -> dict[str, Any]:
         """Return the record as a dictionary of numbers, strings, lists and dictionaries, by name."""
         return plain_copy({field.name: getattr(self, field.name) for field in dataclasses.fields(self)})
 
 
+# What records of earlier versions lack.
+_DEFAULTS = {
+    field.name: field.default for field in dataclasses.fields(Settings) if field.default is not dataclasses.MISSING
+}
+
+
 # What cannot change after construction.
 FIXED = (
     *("trainer", "optimizer", "optimizer_options", "lr_scheduler", "sigma_scheduler"),
-    *("device", "dtypes", "freeze_nonlora"),
+    *("device", "dtypes", "freeze_nonlora", "maximize"),
 )  # fmt: skip
 
 
@@ -85,9 +93,9 @@ _ATTRIBUTES = ("population_size", "coalesce", "compile", "noise_reuse", "group_s
 def differences(now: Mapping[str, Any], then: Mapping[str, Any], ignored: Collection[str] = ()) -> dict[str, str]:
     """Return, by name and in words, the settings that differ between two records in plain form."""
     return {
-        name: f"{name}={value!r} (was {then.get(name)!r})"
+        name: f"{name}={value!r} (was {then.get(name, _DEFAULTS.get(name))!r})"
         for name, value in now.items()
-        if name not in ignored and value != then.get(name)
+        if name not in ignored and value != then.get(name, _DEFAULTS.get(name))
     }
 
 
@@ -176,9 +184,12 @@ class Generation(NamedTuple):
         settings: What it depended on, in plain form.
         scores: ``[N]`` or ``[N, K]`` in float64, as they came from the fitness function.
         statistics: What a fitness function that learns has seen in each chunk.
+        again: What the best member has earned when it was evaluated again; NaN if it should have been and was not, None
+            if there was no need to.
     """
 
     number: int
     settings: dict[str, Any]
     scores: Tensor
     statistics: list[Tensor]
+    again: float | None = None

@@ -27,6 +27,10 @@ class Run(Protocol):
         """Who evaluates, and how many processes take part."""
 
     @property
+    def maximize(self) -> bool:
+        """Whether higher scores are better."""
+
+    @property
     def is_main(self) -> bool:
         """Whether this process is the one to write."""
 

@@ -86,6 +86,8 @@ class ScoreLog:
             "settings": {name: now[name] for name in differences(now, before)},
             "arrays": [_to_text(array) for array in arrays],
         }
+        if last.again is not None:
+            line["again"] = last.again
         with open(self.path, "a") as file:
             file.write(json.dumps({**line, "crc": _checksum(line)}) + "\n")
 
@@ -115,7 +117,7 @@ class ScoreLog:
                 return
             scores, *statistics = (_from_text(text) for text in record["arrays"])
             settings = {**head["settings"], **record["settings"], "seed": record["seed"]}
-            yield Generation(record["generation"], settings, scores.double(), statistics)
+            yield Generation(record["generation"], settings, scores.double(), statistics, record.get("again"))
 
     def replay(self, trainer: Run, until: int | None = None) -> int:
         """Repeat the steps of a run, from where the trainer is, without its fitness function.

@@ -138,7 +138,8 @@ def loss_returned(course: Course) -> str | None:
     return (
         f"the fitness function calls {loss}, its values are positive, and training, which maximises, has raised"
         " them from"
-        f" {means[0]:.4g} to {means[-1]:.4g}. If it is a loss, return its negative"
+        f" {means[0]:.4g} to {means[-1]:.4g}. If it is a loss, return its negative, or pass"
+        " maximize=False to the trainer"
     )
 
 

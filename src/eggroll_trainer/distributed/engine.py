@@ -38,12 +38,14 @@ class Outcome(NamedTuple):
         statistics: What it has shown to a fitness function that learns along the way, on the CPU; else None.
         warnings: Messages and kinds of the warnings that the first process is to give.
         alone: Why all members must be evaluated alone instead, if the evaluation has found that out.
+        noise: Whether it has found that the same weights do not always earn the same.
     """
 
     scores: Tensor
     statistics: Tensor | None
     warnings: tuple[tuple[str, str], ...] = ()
     alone: str | None = None
+    noise: bool = False
 
 
 class Evaluator(Protocol):

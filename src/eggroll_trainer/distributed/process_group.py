@@ -206,23 +206,25 @@ class _Report(NamedTuple):
     statistics: list[np.ndarray[Any, Any] | None]
     warnings: list[tuple[tuple[str, str], ...]]
     alone: list[str | None]
+    noise: bool
     failure: BaseException | None
 
     @staticmethod
     def of(digest: bytes, outcomes: Sequence[Outcome], failure: BaseException | None) -> _Report:
         if failure is not None:
-            return _Report(digest, [], np.zeros(0), [], [], [], _portable(failure))
+            return _Report(digest, [], np.zeros(0), [], [], [], False, _portable(failure))
         scores = packed(torch.cat([o.scores.flatten() for o in outcomes] or [torch.zeros(0, device="cpu")]))
         statistics = [None if o.statistics is None else o.statistics.numpy() for o in outcomes]
         shapes, warned = [tuple(outcome.scores.shape) for outcome in outcomes], [o.warnings for o in outcomes]
         alone = [outcome.alone for outcome in outcomes]
-        return _Report(digest, shapes, scores, statistics, warned, alone, None)
+        noise = any(outcome.noise for outcome in outcomes)
+        return _Report(digest, shapes, scores, statistics, warned, alone, noise, None)
 
     def outcomes(self) -> list[Outcome]:
         parts = torch.from_numpy(self.scores.astype(np.float64)).split([math.prod(shape) for shape in self.shapes])
         scores = [part.view(shape) for part, shape in zip(parts, self.shapes, strict=True)]
         return [
-            Outcome(own, None if values is None else torch.from_numpy(values), warned, alone)
+            Outcome(own, None if values is None else torch.from_numpy(values), warned, alone, self.noise)
             for own, values, warned, alone in zip(scores, self.statistics, self.warnings, self.alone, strict=True)
         ]
 

@@ -132,6 +132,30 @@ class Evaluation:
             finally:
                 self.population.close()
 
+    def alone(self, index: int) -> Score:
+        """Return the fitness of one member, evaluated by itself; what it shows to a function that learns is dropped."""
+        together.refuse_nested()
+        with _one_at_a_time(self.warned):
+            try:
+                if not is_batched(self.fitness_fn):
+                    return self._score_alone(index)
+                return self._batched_alone(index)
+            finally:
+                self.population.close()
+                discard_statistics(self.learner)
+
+    def _batched_alone(self, index: int) -> Score:
+        def function(model: nn.Module) -> Score:
+            single = Population.of(model, generation=self.population.generation, seed=self.population.seed)
+            (row,) = to_scores(self.fitness_fn(single), 1).tolist()
+            return tuple(row) if isinstance(row, list) else row
+
+        try:
+            return alone.score(self.population, function, index, self._generators)[0]
+        except Exception as error:
+            self._annotate(error, f"member {self.population.first + index} (evaluated again)")
+            raise
+
     @functools.cached_property
     def _generators(self) -> list[Source]:
         parameter = next(self.population.model.parameters(), None)
@@ -148,7 +172,9 @@ class Evaluation:
         members = f"members {population.first}-{population.first + len(population) - 1}"
         try:
             with keyed(self._generators, population.seed, population.generation, "evaluation", population.first):
+                before = [source.get() for source in self._generators] if self.to_check else []
                 scores = to_scores(self.fitness_fn(population), len(population))
+                self._note_draws(before)
         except Exception as error:
             self._annotate(error, members)
             raise
@@ -197,6 +223,13 @@ class Evaluation:
                 scores.append(self._score_alone(watch.turns))
         return Scored(self._table(scores), self._statistics())
 
+    def _note_draws(self, before: Sequence[Any]) -> None:
+        """Note whether the global generators have moved since they were in these states."""
+        if before and not self.findings.draws:
+            self.findings.draws = any(
+                not source.same(source.get(), state) for source, state in zip(self._generators, before, strict=True)
+            )
+
     def _table(self, scores: Sequence[Score]) -> Tensor:
         """Return the scores of the members, ``[N]`` or ``[N, K]``.
 
@@ -218,14 +251,21 @@ class Evaluation:
     def _score(self, model: nn.Module) -> Score:
         return to_score(self.fitness_fn(model))
 
+    def _score_noting(self, model: nn.Module) -> Score:
+        before = [source.get() for source in self._generators]
+        score = self._score(model)
+        self._note_draws(before)
+        return score
+
     def _score_alone(self, index: int) -> Score:
+        score = self._score_noting if index in self.to_check and not self.findings.draws else self._score
         try:
             if self.findings.sample is None and index == 0 and not _is_scripted(self.population.model):
                 value, changed = evaluate_noting(
-                    self.population, self._score, index, self._generators, self.findings.note_sample
+                    self.population, score, index, self._generators, self.findings.note_sample
                 )
             else:
-                value, changed = alone.score(self.population, self._score, index, self._generators)
+                value, changed = alone.score(self.population, score, index, self._generators)
         except together.Deadlock as error:
             stuck = RuntimeError(
                 "the fitness function waits for ever, for a lock, a queue or the like that earlier calls have left in"

@@ -28,6 +28,9 @@ class Findings:
         divided: Indices of the global generators that the function draws from: each member has a state of its own.
         sample: Arguments and keyword arguments of a call of the model, unless they are large.
         unjudgeable: Whether the function differs from itself, so that no check can say anything.
+        draws: Whether it draws random numbers, or the model does.
+        differs: Whether some process has found one of these: with other random numbers the same weights earn something
+            else.
     """
 
     alone: str | None = None
@@ -36,6 +39,8 @@ class Findings:
     divided: set[int] = dataclasses.field(default_factory=set)
     sample: tuple[tuple[Any, ...], dict[str, Any]] | None = None
     unjudgeable: bool = False
+    draws: bool = False
+    differs: bool = False
     # Generations that this process has taken part in since the checks began, and the last one of them.
     _evaluated: int = 0
     _generation: int | None = None
@@ -45,7 +50,7 @@ class Findings:
 
     def __reduce__(self) -> Any:
         # The rest holds for this process.
-        return Findings, (self.alone,)
+        return _findings, (self.alone, self.differs)
 
     def begin_generation(self, generation: int, fitness_fn: Callable[..., Any], model: nn.Module) -> None:
         """Note that a generation begins; another function or another structure of the model begins checks anew."""
@@ -53,11 +58,23 @@ class Findings:
         if kind != self._kind or structure != self._structure:
             if self._kind is not None and kind != self._kind:
                 self.alone, self.reason, self.isolate, self.divided, self.unjudgeable = None, None, False, set(), False
+                self.draws = self.differs = False
             self._kind, self._structure = kind, structure
             self._evaluated, self._generation, self._first_chunk = 0, None, True
         if generation != self._generation:
             self._generation = generation
             self._evaluated += 1
+
+    @property
+    def noise(self) -> bool:
+        """Whether this process has found that the same weights do not always earn the same."""
+        return self.unjudgeable or self.draws or bool(self.divided)
+
+    def noisy(self, fitness_fn: Callable[..., Any]) -> bool:
+        """Return whether a fitness may be luck: as the function's attribute ``noisy`` says, or was found."""
+        while isinstance(fitness_fn, functools.partial) and not hasattr(fitness_fn, "noisy"):
+            fitness_fn = fitness_fn.func
+        return bool(getattr(fitness_fn, "noisy", self.differs))
 
     def decide(self, alone: str | None) -> None:
         """Note what all processes have been told: why members are evaluated alone, or None."""
@@ -92,6 +109,10 @@ class Findings:
             chosen |= {0, population_size - 1}
         here = sorted(i - first for i in chosen if first <= i < first + size)
         return here or ([0] if at_first and self._evaluated == 1 else [])
+
+
+def _findings(alone: str | None, differs: bool) -> Findings:
+    return Findings(alone, differs=differs)
 
 
 def _kind_of(fitness_fn: Callable[..., Any]) -> Hashable:

@@ -208,21 +208,28 @@ def nonfinite_warning(scores: Tensor, group_size: int) -> str:
 
 
 def metrics_of(
-    scores: CheckedScores, generation: int, best_fitness: float, learning_rate: float, sigma: float
+    scores: CheckedScores,
+    generation: int,
+    best_fitness: float,
+    learning_rate: float,
+    sigma: float,
+    maximize: bool = True,
 ) -> dict[str, Any]:
     """Return the metrics of a generation, the step not taken yet.
 
     Args:
         scores: Of its members.
         generation: Its index, counted from 1.
-        best_fitness: The best fitness before it.
+        best_fitness: The best fitness so far, in the fitness function's sign.
         learning_rate: Of the first parameter group.
         sigma: Of the first parameter group.
+        maximize: Whether the fitness function's scores are as they are here, where higher is better, or the negative.
     """
-    fitness = scores.means.max().item()
-    mean, std = scores.means.mean().item(), scores.means.std(correction=0).item()
+    sign = 1.0 if maximize else -1.0
+    fitness = sign * scores.means.max().item()
+    mean, std = sign * scores.means.mean().item(), scores.means.std(correction=0).item()
     values = (
-        *(generation, fitness, mean, std, max(fitness, best_fitness), 0.0),
+        *(generation, fitness, mean, std, best_fitness, 0.0),
         *(scores.num_nonfinite, scores.num_tied, learning_rate, sigma),
     )
     return dict(zip(METRICS, values, strict=True))

@@ -87,13 +87,13 @@ class Population:
         self.forwards = Forwards() if forwards is None else forwards
 
     @classmethod
-    def of(cls, model: nn.Module) -> Population:
+    def of(cls, model: nn.Module, *, generation: int = 0, seed: int = 0) -> Population:
         """Return a population of one, which differs from the model by nothing."""
         name, parameter = min(model.named_parameters(), key=lambda item: item[1].numel())
         values = torch.zeros(1, *parameter.shape, device=parameter.device)
         signs = torch.ones(1, device=parameter.device)
         draws = FullRankDraws(values, ParameterSpec(name, parameter.detach(), 1.0), signs)
-        return cls(model, Perturbations({name: draws}, signs, 1))
+        return cls(model, Perturbations({name: draws}, signs, 1), generation=generation, seed=seed)
 
     def __len__(self) -> int:
         """Return the number of members, ``N``."""

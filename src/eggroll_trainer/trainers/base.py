@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import secrets
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
@@ -24,7 +25,15 @@ from ..distributed import Chunk, Engine, Outcome, make_engine
 from ..fitness import thread_modes
 from ..fitness.evaluate import Coalesce, is_batched
 from ..fitness.learning import learner, merged
-from ..fitness.scores import check_scores, mean_over_tasks, metrics_of, nonfinite_warning, to_score, to_scores
+from ..fitness.scores import (
+    CheckedScores,
+    check_scores,
+    mean_over_tasks,
+    metrics_of,
+    nonfinite_warning,
+    to_score,
+    to_scores,
+)
 from ..population import Population, WholePopulation
 from ..population.forward import Forwards
 from ..update.centre import Centre
@@ -37,6 +46,7 @@ from .extra_state import ExtraState
 from .loop import run
 from .method import Method, Sampled
 from .optimizer_face import OptimizerFace
+from .retest import best_of, earned_again
 from .run_state import RunState
 from .settings import settings_of, settings_of_members
 from .told import Told
@@ -91,6 +101,8 @@ class ESTrainer(RunState, BestMember, OptimizerFace, torch.optim.Optimizer, ABC)
             of ``torch.distributed``, ``"ray"`` for a Ray cluster, or an :class:`~eggroll_trainer.distributed.Engine`.
             If None, ``"torch"`` in a script that ``torchrun`` started in several processes, else ``"local"``. The
             numbers are the same.
+        maximize: Whether higher fitness is better. False for a loss: ``history``, ``best_fitness`` and whatever
+            callbacks get are then losses too, the best one the lowest. ``compute_update`` gets their negative.
 
     Raises:
         TypeError: An argument is of the wrong type.
@@ -133,6 +145,7 @@ class ESTrainer(RunState, BestMember, OptimizerFace, torch.optim.Optimizer, ABC)
         memory_budget: int | None = None,
         evaluation_dtype: torch.dtype | None = None,
         engine: str | Engine | None = None,
+        maximize: bool = True,
     ) -> None:
         inherited = set(vars(self))
         # The user's parameter names are those of the module inside.
@@ -141,6 +154,7 @@ class ESTrainer(RunState, BestMember, OptimizerFace, torch.optim.Optimizer, ABC)
         optimizer = validation.check_optimizer(optimizer)
         self.population_size, self.chunk_size = population_size, chunk_size
         self._check_sizes()
+        self._maximize = validation.check_bool("maximize", maximize)
         self.coalesce, self.compile = validation.check_coalesce(coalesce), bool(compile)
         self.evaluation_dtype = validation.check_evaluation_dtype(evaluation_dtype)
         if memory_budget is not None:
@@ -199,8 +213,8 @@ class ESTrainer(RunState, BestMember, OptimizerFace, torch.optim.Optimizer, ABC)
 
         Args:
             perturbations: ``[N, D]``, as they were sampled.
-            fitnesses: ``[N]`` in float64, finite, higher is better; means over tasks where members have several scores.
-                Products with tensors of another dtype are taken in the wider one.
+            fitnesses: ``[N]`` in float64, finite, higher is better (losses are negated); means over tasks where members
+                have several scores. Products with tensors of another dtype are taken in the wider one.
 
         Returns:
             ``[D]``.
@@ -241,7 +255,7 @@ class ESTrainer(RunState, BestMember, OptimizerFace, torch.optim.Optimizer, ABC)
         # The fitness function runs under the caller's modes.
         with interruptible(), restored_thread_state(), thread_modes.kept():
             scores, statistics = self._evaluator.evaluate_all()
-        return self._advance(scores, statistics, evaluated=True)
+        return self._advance(scores, statistics, functools.partial(earned_again, self), evaluated=True)
 
     def ask(self) -> WholePopulation:
         """Begin a generation and return its members, for evaluation elsewhere; :meth:`tell` makes the step.
@@ -312,27 +326,39 @@ class ESTrainer(RunState, BestMember, OptimizerFace, torch.optim.Optimizer, ABC)
             self._findings.begin_generation(self.generation, self._fitness_fn(), self.model)
             self._method.begin_generation()
 
-    def _advance(self, scores: Tensor, statistics: list[Tensor], evaluated: bool = False) -> dict[str, Any]:
-        """End the generation with the members' scores, and return its metrics; ``evaluated`` if they come from here.
+    def _advance(
+        self,
+        scores: Tensor,
+        statistics: list[Tensor],
+        again: Callable[[CheckedScores], float | None] | None = None,
+        evaluated: bool = False,
+    ) -> dict[str, Any]:
+        """End the generation with the members' scores, and return its metrics.
 
         If anything raises, nothing has changed.
+
+        Args:
+            scores: As the fitness function gave them.
+            statistics: What it has seen, if it learns.
+            again: Returns what the best member earns when it is evaluated again; None if it is not.
+            evaluated: Whether the scores come from an evaluation here.
         """
-        settings = self.settings()
-        last = Generation(self.generation + 1, settings.plain(), scores, statistics)
-        checked = check_scores(scores, self.generation + 1, settings.group_size)
+        settings, sign = self.settings(), 1.0 if self.maximize else -1.0
+        checked = check_scores(scores if self.maximize else -scores, self.generation + 1, settings.group_size)
+        with interruptible(), restored_thread_state(), thread_modes.kept():
+            earned = None if again is None else again(checked)
+        last = Generation(self.generation + 1, settings.plain(), scores, statistics, earned)
         if checked.num_nonfinite:
             self._warn_once(nonfinite_warning(scores, settings.group_size))
         with delayed_interrupt(), thread_modes.neutral(), self._extra.kept(self):
-            improved = (
-                self._evaluator.member_weights(checked.best)
-                if float(checked.means[checked.best]) > self.best_fitness
-                else None
-            )
+            best_fitness = best_of(self.best_fitness, sign * float(checked.means[checked.best]), earned, self.maximize)
+            is_best = best_fitness != self.best_fitness
+            improved = self._evaluator.member_weights(checked.best) if is_best else None
             estimate = self._method.estimate(checked)
             measured = self._watch.measure(estimate)
             learning_rates = [group["lr"] for group in self.param_groups]
             anchor = self._centre.unflatten(self._initial)
-            metrics = metrics_of(checked, self.generation + 1, self.best_fitness, self.learning_rate, self.sigma)
+            metrics = metrics_of(checked, last.number, best_fitness, self.learning_rate, self.sigma, self.maximize)
             metrics |= measured.metrics | {"relative_update": 0.0}
             size = self._centre.length()
             learnt = None if improved is None else self._learnt()
@@ -346,7 +372,8 @@ class ESTrainer(RunState, BestMember, OptimizerFace, torch.optim.Optimizer, ABC)
                 pass
             metrics["relative_update"] = metrics["update_norm"] / size if size else 0.0
             if improved is not None and learnt is not None:
-                self._best, self.best_fitness, self._best_untrained = improved, metrics["best_fitness"], learnt
+                self._best, self.best_fitness, self._best_untrained = improved, best_fitness, learnt
+            self._retest.note(last.number, earned, is_best)
             self.generation, self.last_generation = last.number, last
             self._asked = self._told = None
             self._watch.accept(measured)
@@ -372,7 +399,7 @@ class ESTrainer(RunState, BestMember, OptimizerFace, torch.optim.Optimizer, ABC)
             self._start_generation()
             # What torch notes when ``step`` is called, and its schedulers look for.
             self._opt_called = True
-            return self._advance(generation.scores, generation.statistics)
+            return self._advance(generation.scores, generation.statistics, lambda _: generation.again)
 
     @explain_unknown(TRAIN_ALIASES)
     def train(

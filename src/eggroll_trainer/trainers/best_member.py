@@ -34,7 +34,11 @@ class BestMember:
     def get_best_model(self) -> nn.Module:
         """Return a new module with the weights of the best member seen so far, the ones that earned its score.
 
-        Before the first generation these are the model's own.
+        Before the first generation these are the model's own. ``trainer.model`` is the centre, the mean of all members:
+        where scores are noisy or training has converged, it is often the better model; compare both on data of their
+        own. A noisy fitness function (one that draws random numbers, differs from itself, or has an attribute
+        ``noisy = True``) evaluates a member again before it counts as the best, and ``best_fitness`` is what it
+        earned then. Members that :meth:`tell` was told of are not evaluated again.
 
         Raises:
             RuntimeError: A deep copy of the model does not compute what the model itself does; see

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -15,18 +16,21 @@ def course_of(trainer: Any, means: Tensor, evaluated: bool) -> Course:
 
     Args:
         trainer: The trainer. (Of type Any, as its module imports this one.)
-        means: ``[N]``, the fitness of the last generation's members.
+        means: ``[N]``, the fitness of the last generation's members, higher is better.
         evaluated: Whether that is what the trainer's own fitness function gave.
     """
     # Scores that the trainer has been told are another function's, and one that learns would learn from it.
     can_probe = evaluated and trainer._learner is None and trainer.is_main
 
+    sign = 1.0 if trainer.maximize else -1.0
+
     def probe() -> Probe:
         with restored_thread_state():
-            return Probe((trainer.evaluate_fitness(trainer.model), trainer.evaluate_fitness(trainer.model)))
+            one, other = trainer.evaluate_fitness(trainer.model), trainer.evaluate_fitness(trainer.model)
+        return Probe((sign * one, sign * other))
 
     return Course(
-        history=trainer.history,
+        history=trainer.history if trainer.maximize else _Negated(trainer.history),
         scores=means.numpy(),
         weights=len(trainer._centre),
         planned=trainer._watch.planned,
@@ -35,3 +39,20 @@ def course_of(trainer: Any, means: Tensor, evaluated: bool) -> Course:
         fitness_fn=trainer._fitness_fn(),
         probe=probe if can_probe else None,
     )
+
+
+class _Negated(Mapping[str, list[Any]]):
+    """The history of a run that minimises, as that of one that maximises."""
+
+    def __init__(self, history: Mapping[str, list[Any]]) -> None:
+        self._history = history
+
+    def __getitem__(self, key: str) -> list[Any]:
+        values = self._history[key]
+        return [-value for value in values] if key in ("fitness", "mean_fitness", "best_fitness") else values
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._history)
+
+    def __len__(self) -> int:
+        return len(self._history)

@@ -76,6 +76,8 @@ class EGGROLLTrainer(KeyedESTrainer):
         engine: Who evaluates the chunks of a population: ``"local"``, ``"torch"`` for the processes of
             ``torch.distributed``, ``"ray"`` for a Ray cluster, or an
             :class:`~eggroll_trainer.distributed.Engine`. If None, ``"torch"`` under ``torchrun``, else ``"local"``.
+        maximize: Whether higher fitness is better. False for a loss: ``history`` and ``best_fitness`` are then losses
+            too.
 
     Raises:
         TypeError: An argument is of the wrong type.
@@ -134,6 +136,7 @@ class EGGROLLTrainer(KeyedESTrainer):
         memory_budget: int | None = None,
         evaluation_dtype: torch.dtype | None = None,
         engine: str | Engine | None = None,
+        maximize: bool = True,
     ) -> None:
         self._default_rank = validation.check_int("rank", rank, 1)
         self.freeze_nonlora = bool(freeze_nonlora)
@@ -167,6 +170,7 @@ class EGGROLLTrainer(KeyedESTrainer):
             memory_budget=memory_budget,
             evaluation_dtype=evaluation_dtype,
             engine=engine,
+            maximize=maximize,
         )
 
     @property

@@ -14,7 +14,8 @@ from ..distributed import Chunk, Outcome
 from ..fitness import thread_modes
 from ..fitness.evaluate import SAME_TASKS, Evaluation, Scored
 from ..fitness.learning import discard_statistics
-from ..fitness.scores import described
+from ..fitness.scores import described, mean_over_tasks
+from ..noise.keys import derive_seed
 from ..perturbation.sample import wide_dtype
 from ..population import Population, WholePopulation
 from .trainable import kept_frozen
@@ -77,6 +78,7 @@ class Evaluator:
                 for message, kind in (warning for outcome in outcomes for warning in outcome.warnings):
                     trainer._warn_once(message, kind)
                 if alone is None:
+                    trainer._findings.differs |= any(outcome.noise for outcome in outcomes)
                     statistics = [outcome.statistics for outcome in outcomes if outcome.statistics is not None]
                     return self._joined(chunks, [outcome.scores for outcome in outcomes]), statistics
             except Exception as error:
@@ -117,7 +119,7 @@ class Evaluator:
         with freed_memory_kept(), kept_frozen(trainer._centre.candidates):
             result = self.evaluate(*chunk)
         trainer._findings.reason = result.alone
-        return Outcome(result.scores, result.statistics, trainer._warned.take(), result.alone)
+        return Outcome(result.scores, result.statistics, trainer._warned.take(), result.alone, trainer._findings.noise)
 
     def population(self, first: int, count: int) -> Population:
         """Return members ``first, …, first + count - 1`` of the current generation."""
@@ -154,6 +156,26 @@ class Evaluator:
         # What is frozen is in every member what it is in the centre.
         values = {**{name: p.detach() for name, p in centre.parameters.items()}, **member}
         return centre.flatten({name: value.to(wide_dtype(value)) for name, value in values.items()})
+
+    def evaluate_again(self, index: int, time: int) -> float:
+        """Return what one member of the current generation earns, alone, with random numbers of its own.
+
+        Args:
+            index: Of the member.
+            time: How often it was evaluated again before; each time it meets other random numbers.
+        """
+        trainer, unit = self.trainer, self.trainer._method.unit
+        first = index // unit * unit
+        population = self.population(first, unit)
+        population.seed = derive_seed(trainer.seed, "again", time)
+        with (
+            kept_frozen(trainer._centre.candidates),
+            thread_modes.autocast_to(trainer.evaluation_dtype, trainer.device),
+        ):
+            evaluation = Evaluation(
+                population, trainer._fitness_fn(), False, trainer._findings, (), trainer._learner, trainer._warned
+            )
+            return float(mean_over_tasks(evaluation.alone(index - first)))
 
     def evaluate(self, first: int, count: int) -> Scored:
         """Evaluate members ``first, …, first + count - 1``."""

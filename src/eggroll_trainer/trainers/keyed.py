@@ -138,6 +138,7 @@ class KeyedESTrainer(ESTrainer):
         memory_budget: int | None = None,
         evaluation_dtype: torch.dtype | None = None,
         engine: str | Engine | None = None,
+        maximize: bool = True,
     ) -> None:
         self.noise_reuse, self.group_size = noise_reuse, group_size
         self.noise = check_noise_kind(noise)
@@ -161,6 +162,7 @@ class KeyedESTrainer(ESTrainer):
             memory_budget=memory_budget,
             evaluation_dtype=evaluation_dtype,
             engine=engine,
+            maximize=maximize,
         )
 
     def sample_perturbations(self, population_size: int) -> Tensor:

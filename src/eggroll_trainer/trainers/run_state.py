@@ -28,6 +28,7 @@ from ..update.centre import Centre
 from ..update.schedule import LRSchedulerFactory, Schedules
 from .extra_state import ExtraState, lost_warning
 from .method import Method
+from .retest import Retest
 from .told import Told
 from .trainable import padding_rows, set_frozen
 
@@ -59,6 +60,8 @@ class RunState(ABC):
     _watch: Watch
     _method: Method
     _extra: ExtraState
+    _retest: Retest
+    _maximize: bool
     # The settings of the generation that was asked for, and the scores that came in since.
     _asked: dict[str, Any] | None
     _told: Told | None
@@ -68,6 +71,11 @@ class RunState(ABC):
     def is_main(self) -> bool:
         """Whether this is the only process, or the first of those that run the script: the one to print and write."""
         return self.engine.rank == 0
+
+    @property
+    def maximize(self) -> bool:
+        """Whether higher fitness is better, as it was given at construction."""
+        return self._maximize
 
     @property
     def seed(self) -> int:
@@ -168,7 +176,8 @@ class RunState(ABC):
 
     def _warn_of_lost(self) -> None:
         """Warn of tensors that a subclass has changed and not registered."""
-        lost = self._extra.lost(self)
+        # Attributes that were set on a trainer of ours from outside are not for the algorithm.
+        lost = [] if type(self).__module__.startswith("eggroll_trainer.") else self._extra.lost(self)
         if lost:
             self._warn_once(lost_warning(type(self).__name__, lost), "lost")
 
@@ -198,6 +207,8 @@ class RunState(ABC):
             "learner": learner_state(self._learner),
             "alone": self._findings.alone,
             "last_estimate": self._watch.agreement.last,
+            "differs": self._findings.differs,
+            "retest": self._retest.state(),
             "told": None if self._told is None else self._told.state(),
             "extra": self._extra.values(self),
             "initial_extra": self._extra.initial,
@@ -401,7 +412,7 @@ class RunState(ABC):
         """
         restored = ("seed", "options", "frozen", "optimizer_options")
         changed = differences(self.settings().plain(), state["settings"], restored)
-        if not changed.keys().isdisjoint(("trainer", "optimizer", "lr_scheduler", "sigma_scheduler")):
+        if not changed.keys().isdisjoint(("trainer", "optimizer", "lr_scheduler", "sigma_scheduler", "maximize")):
             raise ValueError(
                 f"the checkpoint is of another kind of trainer; this one has {', '.join(changed.values())}"
             )
@@ -417,7 +428,8 @@ class RunState(ABC):
         self._initial_untrained = plain_copy(state["initial_untrained"])
         self._best_untrained = plain_copy(state["best_untrained"])
         self._seed, self.generation = state["seed"], state["generation"]
-        self._findings = Findings(state.get("alone"))
+        self._findings = Findings(state.get("alone"), differs=state.get("differs", False))
+        self._retest = Retest.of(state.get("retest"))
         self._asked, self._told = None, Told.of(state.get("told"))
         self._extra.restore(self, state.get("extra", {}), state.get("initial_extra"))
         self._watch = Watch(state.get("last_estimate"))
@@ -430,7 +442,8 @@ class RunState(ABC):
     def _forget(self) -> None:
         self.generation, self.last_generation = 0, None
         self.history = {key: [] for key in METRICS}
-        self.best_fitness = float("-inf")
+        self.best_fitness = float("-inf" if self.maximize else "inf")
+        self._retest = Retest()
         self._best, self._best_untrained = None, {}
         self._findings, self._watch = Findings(), Watch()
         self._asked = self._told = None

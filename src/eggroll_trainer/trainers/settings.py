@@ -23,6 +23,7 @@ def settings_of(trainer: Any) -> dict[str, Any]:
         "dtypes": sorted({str(p.dtype) for p in trainer._centre.candidates.values()}),
         "seed": trainer.seed,
         "options": trainer._options(),
+        "maximize": trainer.maximize,
         "frozen": [name for name, p in trainer._centre.candidates.items() if not p.requires_grad],
     }
 

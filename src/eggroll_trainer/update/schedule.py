@@ -34,12 +34,15 @@ class Schedules:
         sigma_scheduler: LRSchedulerFactory | None,
     ) -> None:
         self._groups = trainer.param_groups
-        self.lr_scheduler = None if lr_scheduler is None else make_scheduler("lr_scheduler", lr_scheduler, trainer)
+        mode = "max" if getattr(trainer, "maximize", True) else "min"
+        self.lr_scheduler = (
+            None if lr_scheduler is None else make_scheduler("lr_scheduler", lr_scheduler, trainer, mode)
+        )
         self.sigma_scheduler: LRScheduler | None = None
         if sigma_scheduler is not None:
             stand_ins = [{"params": [torch.zeros((), device="cpu")], "lr": group["sigma"]} for group in self._groups]
             self._stand_in = torch.optim.SGD(stand_ins)
-            self.sigma_scheduler = make_scheduler("sigma_scheduler", sigma_scheduler, self._stand_in)
+            self.sigma_scheduler = make_scheduler("sigma_scheduler", sigma_scheduler, self._stand_in, mode)
             self._write_sigmas()
 
     @contextlib.contextmanager
@@ -89,12 +92,14 @@ class Schedules:
             group["sigma"] = stand_in["lr"]
 
 
-def make_scheduler(name: str, factory: LRSchedulerFactory, optimizer: torch.optim.Optimizer) -> LRScheduler:
-    """Return ``factory(optimizer)``.
+def make_scheduler(
+    name: str, factory: LRSchedulerFactory, optimizer: torch.optim.Optimizer, mode: str = "max"
+) -> LRScheduler:
+    """Return ``factory(optimizer)``; ``mode`` is whether the mean fitness is to rise, ``"max"``, or fall, ``"min"``.
 
     Raises:
         TypeError: It is not a scheduler.
-        ValueError: It is one of another optimizer, cycles a momentum, or waits for a quantity to fall.
+        ValueError: It is one of another optimizer, cycles a momentum, or waits for a fitness to fall that rises.
     """
     try:
         scheduler = factory(optimizer) if callable(factory) else None
@@ -113,8 +118,9 @@ def make_scheduler(name: str, factory: LRSchedulerFactory, optimizer: torch.opti
         )
     if scheduler.optimizer is not optimizer:
         raise ValueError(f"{name} must make its scheduler for the optimizer that it is given, not for another one")
-    if isinstance(scheduler, ReduceLROnPlateau) and scheduler.mode != "max":
-        raise ValueError(f"{name}: ReduceLROnPlateau gets the mean fitness, which rises; make it with mode='max'")
+    if isinstance(scheduler, ReduceLROnPlateau) and scheduler.mode != mode:
+        course = "rises" if mode == "max" else "falls"
+        raise ValueError(f"{name}: ReduceLROnPlateau gets the mean fitness, which {course}; make it with mode={mode!r}")
     return scheduler
 
 

@@ -170,6 +170,7 @@ class _Evaluation:
         self.reports: list[tuple[str, str]] = []
         self._generators = generators
         self._shared = [i for i in range(len(generators)) if i not in findings.divided]
+        self._records = bool(records)
         self._members = [_Member(i, records.get(i)) for i in range(len(population))]
         self._current: _Member | None = None
         self._aborted = self._finishing = False
@@ -419,7 +420,12 @@ class _Evaluation:
         for i, (source, state) in enumerate(zip(self._generators, states, strict=True)):
             # torch.vmap draws for every member by itself.
             allowed = isinstance(source, TorchSource) and i not in self.findings.divided
-            if not allowed and not source.same(source.get(), state):
+            if allowed and (self.findings.draws or not self._records):
+                continue
+            if source.same(source.get(), state):
+                continue
+            self.findings.draws = True
+            if not allowed:
                 source.set(state)
                 raise NotBatchable("the model's forward draws from a generator that each member needs for itself")
 
