@@ -88,7 +88,8 @@ def test_it_costs_little() -> None:
 
 def test_the_best_member_is_a_good_one() -> None:
     """Luck of 1 on a quality of deviation 0.3: the luckiest of 64 members each time, against those tested again."""
-    chosen, luckiest = [], []
+    chosen: list[tuple[float, float]] = []
+    luckiest: list[tuple[float, float]] = []
     for seed in range(6):
         for noisy, found in ((True, chosen), (False, luckiest)):
             function = Counted(lambda: torch.randn(()))
