@@ -85,11 +85,9 @@ class MLflow(Logger):
 
     def _before(self, experiment: str) -> str | None:
         """Return the newest run of this name."""
-        name = self.run_name.replace("'", "\\'")
-        runs = self._client.search_runs(
-            [experiment], f"attributes.run_name = '{name}'", order_by=["attributes.start_time DESC"], max_results=1
-        )
-        return str(runs[0].info.run_id) if runs else None
+        # Not by a filter, in which a name may not have quotes.
+        runs = self._client.search_runs([experiment], order_by=["attributes.start_time DESC"], max_results=1000)
+        return next((str(run.info.run_id) for run in runs if run.info.run_name == self.run_name), None)
 
 
 def _name(key: str) -> str:
