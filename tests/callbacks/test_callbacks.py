@@ -37,6 +37,9 @@ from eggroll_trainer.callbacks.progress import postfix
 
 pytestmark = pytest.mark.filterwarnings("ignore::eggroll_trainer.diagnostics.LearningWarning")
 
+# Tasks and settings are arbitrary.
+pytestmark = pytest.mark.filterwarnings("ignore::eggroll_trainer.diagnostics.LearningWarning")
+
 
 def test_order_of_calls() -> None:
     calls: list[Any] = []

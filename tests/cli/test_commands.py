@@ -23,6 +23,9 @@ from eggroll_trainer.plotting import load_run
 pytest.importorskip("tyro")
 pytest.importorskip("matplotlib")
 
+# Tasks and settings are arbitrary.
+pytestmark = pytest.mark.filterwarnings("ignore::eggroll_trainer.diagnostics.LearningWarning")
+
 # What the commands import as they go.
 MODULES = ("eggroll_trainer.cli.main", "tyro", "matplotlib.figure", "matplotlib.backends.backend_agg")
 
