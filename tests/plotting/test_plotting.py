@@ -76,6 +76,23 @@ def test_several_runs_are_compared() -> None:
     assert [text.get_text() for text in many.legends[0].get_texts()] == [run.name for run in runs]
 
 
+def test_runs_of_one_name_become_a_curve() -> None:
+    seeds = [
+        RunCurves("a", {"mean_fitness": [0.0, 2.0, 4.0, 9.0], "sigma": [1, 2, 3, 4]}),
+        RunCurves("a", {"generation": [1, 3], "mean_fitness": [2.0, 6.0], "sigma": [1, 2]}),
+        RunCurves("b", {"mean_fitness": [1.0, math.nan, 1.0]}),
+    ]
+    figure = plot_runs(seeds)
+    mean, other = figure.axes[0].lines
+    # As far as both go; the second is read off between its points.
+    assert list(mean.get_xdata()) == [1, 2, 3] and list(mean.get_ydata()) == [1.0, 3.0, 5.0]
+    assert mean.get_label() == "a (2 runs)" and other.get_label() == "b" and list(other.get_xdata()) == [1, 3]
+    band = figure.axes[0].collections[0].get_paths()[0].vertices[:, 1]
+    assert (band.min(), band.max()) == (0.0, 6.0)
+    first, second = figure.axes[1].lines
+    assert first.get_color() == second.get_color() and first._dash_pattern == second._dash_pattern
+
+
 def luminance(color: str) -> float:
     parts = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
     linear = [p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]

@@ -16,6 +16,7 @@ DESCRIPTION = """Plot the fitness of a run and every other number that changes, 
 Examples:
   eggroll plot runs/CartPole-v1-0
   eggroll plot runs/* --out compared.svg --x steps
+  eggroll plot runs/a-0 runs/a-1 runs/b-0 runs/b-1 --names a a b b
   eggroll plot metrics.csv checkpoint.pt --names mine theirs --style dark"""
 
 
@@ -34,7 +35,7 @@ class Settings:
     metrics: tuple[str, ...] | None = None
     """Which numbers are shown below the fitness; all that change if left out."""
     names: tuple[str, ...] = ()
-    """What the runs are called; as their folders if left out."""
+    """What the runs are called; as their folders if left out. Those of one name, such as seeds, become one curve."""
     title: str = ""
     """Of the plot."""
 

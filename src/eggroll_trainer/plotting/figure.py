@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from .runs import Array, RunCurves
+from .runs import Array, RunCurves, mean_of_runs
 from .styles import LINES, LOOKS, Look, Style, parameters
 
 # Inches: as wide as a page's text.
@@ -35,7 +35,8 @@ def plot_runs(
 
     Of one run the mean fitness is shown with a band of one standard deviation of the members, the best member of each
     generation, the best so far, and the evaluations of the centre, where there are some. Of several runs it is the mean
-    with its band.
+    with its band. Runs of the same name, such as several seeds, become one curve: their mean, with a band of one
+    standard deviation of the runs.
 
     Args:
         runs: The runs.
@@ -106,10 +107,15 @@ def _drawn(runs: list[RunCurves], look: Look, x: str, metrics: Sequence[str] | N
     figure = Shown(figsize=(_WIDTH, _FITNESS + rows * _PANEL), layout="constrained")
     grid = figure.add_gridspec(1 + rows, _COLUMNS, height_ratios=[_FITNESS, *[_PANEL] * rows])
     axes = figure.add_subplot(grid[0, :])
+    groups: dict[str, list[RunCurves]] = {}
+    for run in runs:
+        groups.setdefault(run.name, []).append(run)
+    # Runs of one name look the same.
+    looks = {name: _line(look, k) for k, name in enumerate(groups)}
     if len(runs) == 1:
         _draw_run(axes, runs[0], look, x)
     else:
-        _draw_runs(axes, runs, look, x)
+        _draw_runs(axes, groups, look, x)
     axes.set(title="fitness", xlabel=x)
     handles, labels = axes.get_legend_handles_labels()
     if len(handles) > 6:
@@ -119,9 +125,9 @@ def _drawn(runs: list[RunCurves], look: Look, x: str, metrics: Sequence[str] | N
         axes.legend(loc="best", framealpha=0.8, fontsize=8, handlelength=3.5)
     for i, name in enumerate(names):
         panel = figure.add_subplot(grid[1 + i // _COLUMNS, i % _COLUMNS])
-        for k, run in enumerate(runs):
+        for run in runs:
             if name in run.columns:
-                panel.plot(*_shown(run.x(x), run.columns[name]), linewidth=1.1, **_line(look, k))
+                panel.plot(*_shown(run.x(x), run.columns[name]), linewidth=1.1, **looks[run.name])
         panel.set_title(name.replace("_", " "))
         panel.tick_params(labelsize=7)
     for one in figure.axes:
@@ -154,14 +160,20 @@ def _draw_run(axes: Any, run: RunCurves, look: Look, x: str) -> None:
         _band(axes, at, centre, run.role("centre_std"), look.lines[3], None)
 
 
-def _draw_runs(axes: Any, runs: list[RunCurves], look: Look, x: str) -> None:
-    for k, run in enumerate(runs):
-        at, mean = run.x(x), run.role("mean")
-        if mean is None:
-            continue
-        axes.plot(*_shown(at, mean), label=run.name, **_line(look, k))
-        if len(runs) <= _BANDS:
-            _band(axes, at, mean, run.role("std"), look.lines[k % len(look.lines)], None)
+def _draw_runs(axes: Any, groups: dict[str, list[RunCurves]], look: Look, x: str) -> None:
+    spread: Array | None
+    for k, (name, runs) in enumerate(groups.items()):
+        if len(runs) > 1:
+            at, mean, spread = mean_of_runs(runs, x)
+            label = f"{name} ({len(runs)} runs)"
+        else:
+            found = runs[0].role("mean")
+            if found is None:
+                continue
+            at, mean, spread, label = runs[0].x(x), found, runs[0].role("std"), name
+        axes.plot(*_shown(at, mean), label=label, **_line(look, k))
+        if len(groups) <= _BANDS:
+            _band(axes, at, mean, spread, look.lines[k % len(look.lines)], None)
 
 
 def _band(axes: Any, at: Array, mean: Array, std: Array | None, color: str, label: str | None) -> None:

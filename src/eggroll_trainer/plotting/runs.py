@@ -84,6 +84,25 @@ class RunCurves:
         return [name for name in self.columns if name not in fitness and name not in ("generation", "steps")]
 
 
+def mean_of_runs(runs: Sequence[RunCurves], x: str) -> tuple[Array, Array, Array]:
+    """Return the mean fitness of several runs: where they all are, its mean over the runs, and the standard deviation.
+
+    Runs that were noted at different places are interpolated.
+    """
+    curves = []
+    for run in runs:
+        mean = run.role("mean")
+        if mean is not None and np.isfinite(mean).any():
+            curves.append((run.x(x)[np.isfinite(mean)], mean[np.isfinite(mean)]))
+    if not curves:
+        return np.array([]), np.array([]), np.array([])
+    first, last = max(at[0] for at, _ in curves), min(at[-1] for at, _ in curves)
+    places = np.unique(np.concatenate([at for at, _ in curves]))
+    places = places[(places >= first) & (places <= last)]
+    values = np.stack([np.interp(places, at, mean) for at, mean in curves])
+    return places, values.mean(0), values.std(0)
+
+
 def load_run(path: str | PathLike[str], name: str | None = None) -> RunCurves:
     """Read the curves of a run.
 
