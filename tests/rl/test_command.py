@@ -139,7 +139,7 @@ def test_a_folder_that_is_taken(tmp_path: Path) -> None:
     _, taken = run(*arguments, status=1)
     assert "holds a run already" in taken
     _, changed = run(*arguments, "--resume", "--sigma", 0.7, status=1)
-    assert "sigma=0.7 (was 0.05)" in changed
+    assert "sigma=0.7 (was 0.1)" in changed
 
 
 def test_help_lists_the_options() -> None:

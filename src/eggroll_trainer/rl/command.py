@@ -8,6 +8,7 @@ import sys
 import tyro
 
 from .._utils.settings_file import HELP, read_settings, without_config
+from .budget import described
 from .settings import TASKS, Settings, settings_for
 from .training import Run, plot
 from .video import record
@@ -49,6 +50,7 @@ def main(arguments: list[str]) -> int:
         run = Run(settings)
         if run.is_main:
             print(f"run: {run.folder}")
+            print(described(run.settings))
         run.train()
     except (ValueError, FileNotFoundError, FileExistsError, RuntimeError) as error:
         print(f"eggroll rl: {error}", file=sys.stderr)
@@ -60,6 +62,9 @@ def main(arguments: list[str]) -> int:
         print(
             f"centre policy: {last['eval_return']:.0f} ± {last['eval_std']:.0f} over {settings.eval_episodes} episodes"
         )
+    worse = run.improvement()
+    if worse is not None:
+        print(worse)
     print(f"curve: {plot(run)}")
     if settings.video:
         path = run.folder / "video.mp4"

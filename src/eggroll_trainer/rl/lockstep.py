@@ -65,7 +65,13 @@ class Lockstep:
         self._members: Members = range(simulator.count // episodes)
 
     def play(
-        self, seeds: Sequence[int], limit: int | None, *, bonus: bool, seen: Statistics | None = None
+        self,
+        seeds: Sequence[int],
+        limit: int | None,
+        *,
+        bonus: bool,
+        seen: Statistics | None = None,
+        on_steps: Callable[[int], object] | None = None,
     ) -> tuple[Array, int]:
         """Play an episode for each seed and return their returns, and the number of all steps together.
 
@@ -76,6 +82,7 @@ class Lockstep:
             limit: Steps after which an episode is cut off.
             bonus: Whether the survival bonus counts.
             seen: What counts the observations in.
+            on_steps: Called after each step of all, with how many environments took it.
 
         Raises:
             ValueError: The policy's outputs do not fit the actions.
@@ -98,6 +105,8 @@ class Lockstep:
                 # Rows that are not active are zero.
                 returns += rewards if bonus else rewards - survival
                 time, steps = time + 1, steps + playing
+                if on_steps is not None:
+                    on_steps(playing)
                 ended: Array = np.logical_or(terminated, truncated)
                 if self._simulator.not_finite or bad or ended.any():
                     active &= ~ended

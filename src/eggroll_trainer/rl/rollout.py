@@ -46,6 +46,10 @@ class EpisodeReturn:
 
     Attributes:
         steps: Environment steps of all members, in the generations that are over.
+        on_steps: Called with a number of steps as soon as this process has taken them, such as the ``update`` of a
+            progress bar; or None.
+        noisy: Whether the best member of a generation plays other episodes before it counts as the best of the run; it
+            may owe its return to luck. That takes the time of one or two episodes of one environment.
 
     Raises:
         TypeError: The environment has observations that cannot be flattened, or actions of another kind than ``Box``,
@@ -70,6 +74,8 @@ class EpisodeReturn:
         self.episodes, self.max_steps, self.share = episodes, max_steps, max(1, share)
         self.survival_bonus, self.threads = survival_bonus, threads
         self.steps = 0
+        self.noisy = True
+        self.on_steps: Callable[[int], object] | None = None
         self._simulators: dict[int, Simulator] = {}
         self._statistics = torch.zeros(1, dtype=torch.float64, device="cpu")
         self._warned = False
@@ -99,7 +105,7 @@ class EpisodeReturn:
                 return each(x.view(len(members), self.episodes, *x.shape[1:]), *state, members=members)
 
             rollout = self._rollout(population.model, len(seeds), forward, state, self.episodes)
-            returns, steps = rollout.play(seeds, limit, bonus=self.survival_bonus, seen=seen)
+            returns, steps = rollout.play(seeds, limit, bonus=self.survival_bonus, seen=seen, on_steps=self.on_steps)
         self._warn(rollout.trouble)
         observed = torch.zeros(0, dtype=torch.float64, device="cpu") if seen is None else seen.as_tensor()
         self._statistics = torch.cat([torch.tensor([float(steps)], dtype=torch.float64, device="cpu"), observed])
@@ -154,7 +160,7 @@ class EpisodeReturn:
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the attributes for a copy, which makes simulators of its own."""
-        return {**self.__dict__, "_simulators": {}}
+        return {**self.__dict__, "_simulators": {}, "on_steps": None}
 
     def spaces(self) -> tuple[Any, Any]:
         """Return the observation and action space of one environment.

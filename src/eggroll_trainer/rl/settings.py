@@ -19,17 +19,18 @@ class Settings:
     """Environment steps to train for, of all members together; the generation that reaches them is the last."""
     policy: Literal["linear", "mlp", "gru"] = "mlp"
     """Kind of policy."""
-    hidden: tuple[int, ...] = (64, 64)
+    hidden: tuple[int, ...] = (16,)
     """Widths of the hidden layers of an mlp; of the recurrent state of a gru, its first number."""
-    population_size: int = 256
+    population_size: int = 64
     """Members in a generation."""
-    sigma: float = 0.05
+    sigma: float = 0.1
     """Standard deviation of the perturbations."""
-    learning_rate: float = 0.1
-    """Step size; with sgd and z-scores, in units of sigma per generation and weight (ranks count 0.29 as much)."""
+    learning_rate: float = 0.05
+    """Step size; with adam, of a weight in a generation; with sgd and z-scores, in units of sigma (ranks count 0.29 as
+    much)."""
     final_learning_rate: float | None = None
     """What the learning rate falls to, linearly in environment steps; it stays as it is if left out."""
-    optimizer: Literal["sgd", "adam"] = "sgd"
+    optimizer: Literal["sgd", "adam"] = "adam"
     """What takes the steps."""
     rank: int = 1
     """Rank of the perturbations; 0 for full rank."""
@@ -54,7 +55,7 @@ class Settings:
     seed: int = 0
     """Of weights, noise and episodes."""
     eval_every: int = 20
-    """Evaluate the centre policy every so many generations."""
+    """Evaluate the centre policy every so many generations, and after every tenth of the steps."""
     eval_episodes: int = 20
     """Episodes of an evaluation."""
     save_every: int = 20
@@ -66,7 +67,7 @@ class Settings:
     engine: Literal["local", "torch", "ray"] | None = None
     """Who evaluates the population; what torchrun has started, else this process, if left out."""
     compile: bool = True
-    """Whether the population's forward is compiled."""
+    """Whether the population's forward is compiled, where the run is long enough for that to pay."""
     out: Path | None = None
     """Folder of the run; runs/ENV-SEED if left out."""
     resume: bool = False
@@ -78,6 +79,8 @@ class Settings:
 # What was tried for them, and what was reached: docs/research/reinforcement-learning.md.
 _LOCOMOTION: dict[str, object] = {
     "policy": "linear",
+    "hidden": (64, 64),
+    "optimizer": "sgd",
     "learning_rate": 0.4,
     "sigma": 0.05,
     "population_size": 64,
@@ -85,7 +88,12 @@ _LOCOMOTION: dict[str, object] = {
 }
 _WIDER: dict[str, object] = {**_LOCOMOTION, "policy": "mlp", "sigma": 0.02, "first_max_steps": 150}
 TASKS: dict[str, dict[str, object]] = {
-    "CartPole-v1": {"steps": 300_000, "policy": "linear", "population_size": 64, "sigma": 0.1, "learning_rate": 1.0},
+    "CartPole-v1": {"steps": 300_000},
+    "Acrobot-v1": {"steps": 500_000},
+    "MountainCarContinuous-v0": {"steps": 500_000},
+    # Its observations are of size 1 as they are, and their statistics change most while it learns to swing up.
+    "Pendulum-v1": {"steps": 1_600_000, "learning_rate": 0.1, "normalize": False},
+    "LunarLander-v3": {"steps": 1_000_000},
     "HalfCheetah-v5": {
         **_WIDER,
         "steps": 12_000_000,

@@ -19,6 +19,7 @@ from .._utils.memory import freed_memory_kept
 from ..callbacks import Checkpoints
 from ..callbacks.run_folder import METRICS, RunFolder
 from ..trainers.keyed import KeyedESTrainer
+from .budget import with_compile
 from .policies import GRUPolicy, LinearPolicy, MLPPolicy, Policy
 from .rollout import EpisodeReturn, growing
 from .settings import Settings
@@ -48,8 +49,8 @@ class Run:
     """
 
     def __init__(self, settings: Settings) -> None:
-        self.settings = settings
         self.folder = settings.out or Path("runs") / f"{settings.env.replace('/', '-')}-{settings.seed}"
+        self.settings = settings = with_compile(settings, self.folder)
         self._files = RunFolder(self.folder, settings, _FREE)
         self.fitness = EpisodeReturn(
             settings.env,
@@ -59,6 +60,8 @@ class Run:
             survival_bonus=settings.survival_bonus,
             threads=settings.threads,
         )
+        # The run reports the centre policy, so that the best member need not be played again.
+        self.fitness.noisy = False
         self.policy = make_policy(settings, *self.fitness.spaces())
         self.trainer = make_trainer(settings, self.policy, self.fitness)
         self.checkpoints = Checkpoints(self.folder / "checkpoints", every=settings.save_every)
@@ -90,6 +93,8 @@ class Run:
         try:
             writing = self._files.writing(self.is_main, self.steps)
             with freed_memory_kept(), exit_on_sigterm(), writing as writer, bar:
+                bar.set_postfix_str(self._progress())
+                self.fitness.on_steps = bar.update
                 while self.steps < settings.steps:
                     line = self._step()
                     # A generation that is over is written down, also if somebody wants to end the run meanwhile.
@@ -97,12 +102,11 @@ class Run:
                         self._evaluate(line)
                         writer.metrics(line, line["steps"])
                         self.checkpoints.after_generation(self.trainer)
+                    # What other processes have taken, too.
                     bar.update(line["steps"] - bar.n)
-                    bar.set_postfix_str(
-                        f"mean {line['mean_return']:.0f}, best {line['best_return']:.0f}, centre"
-                        f" {self._last('eval_return'):.0f}"
-                    )
+                    bar.set_postfix_str(self._progress())
         finally:
+            self.fitness.on_steps = None
             self.save()
             self.fitness.close()
 
@@ -135,14 +139,49 @@ class Run:
     def _evaluate(self, line: dict[str, Any]) -> None:
         """Add the return of the centre policy to a generation's metrics if it is time, and keep them."""
         settings = self.settings
-        last = self.steps >= settings.steps
-        if self.is_main and (last or line["generation"] % settings.eval_every == 0):
+        last, before = self.steps >= settings.steps, self.metrics[-1]["steps"] if self.metrics else 0
+        tenth = 10 * self.steps // settings.steps > 10 * before // settings.steps
+        if self.is_main and (last or tenth or line["generation"] % settings.eval_every == 0):
             returns = self.fitness.evaluate(self.policy, settings.eval_episodes, settings.seed * 2**32 + self.steps)
             line |= {"eval_return": float(returns.mean()), "eval_std": float(returns.std())}
         self.metrics.append(line)
 
-    def _last(self, key: str) -> float:
-        return next((line[key] for line in reversed(self.metrics) if key in line), float("nan"))
+    def _progress(self) -> str:
+        """Return what the progress bar says beside the steps."""
+        if not self.metrics:
+            return "first generation"
+        line = self.metrics[-1]
+        evaluated = next((line for line in reversed(self.metrics) if "eval_return" in line), None)
+        centre = "not evaluated yet" if evaluated is None else f"{evaluated['eval_return']:.0f}"
+        return (
+            f"generation {line['generation']}, mean {line['mean_return']:.0f}, best {line['best_return']:.0f}, centre"
+            f" {centre}"
+        )
+
+    def improvement(self) -> str | None:
+        """Return what to say if the centre policy is no better than it was before training, else None.
+
+        Both play the same episodes, those of the last evaluation.
+        """
+        settings = self.settings
+        if settings.eval_episodes < 2 or not self.metrics:
+            return None
+        seed = settings.seed * 2**32 + self.steps
+        untrained = make_policy(settings, *self.fitness.spaces()).to(self.trainer.device)
+        before, after = (
+            self.fitness.evaluate(policy, settings.eval_episodes, seed) for policy in (untrained, self.policy)
+        )
+        self.fitness.close()
+        gain = after - before
+        error = gain.std(ddof=1) / len(gain) ** 0.5
+        # NaN, where something was not finite, is no improvement either.
+        if gain.mean() > 2 * error:
+            return None
+        return (
+            f"the centre policy has not improved: {before.mean():.0f} before training, {after.mean():.0f} after it, on"
+            f" the same {len(gain)} episodes. Train longer (--steps), with a larger --sigma if members all earned the"
+            " same (std_return in metrics.jsonl), or with another --learning-rate"
+        )
 
 
 def episode_limit(settings: Settings) -> int | Callable[[int], int] | None:
