@@ -103,13 +103,25 @@ class TensorBoard(Logger):
             self.histogram("scores", scores_of(trainer), step)
 
     def scalars(self, values: Mapping[str, Any], step: int | None = None, prefix: str = "") -> None:
-        """Add the numbers among some values to the curves; at the present generation, if ``step`` is None."""
+        """Add the numbers among some values to the curves.
+
+        Args:
+            values: Values by name; those that are no numbers are left out.
+            step: Generation that it belongs to; the present one if None.
+            prefix: Put before each name.
+        """
         for key, value in numbers(values).items():
             if key not in COUNTERS:
                 self._opened().add_scalar(prefix + key, value, self._at(step))
 
     def histogram(self, tag: str, values: Any, step: int | None = None) -> None:
-        """Add a histogram of the finite ones of some values."""
+        """Add a histogram of the finite ones of some values.
+
+        Args:
+            tag: Its name.
+            values: A tensor, an array or a list of numbers; nothing is added for None.
+            step: Generation that it belongs to; the present one if None.
+        """
         if values is None:
             return
         finite = torch.as_tensor(values).detach().double().cpu().flatten()
@@ -119,7 +131,13 @@ class TensorBoard(Logger):
             self._opened().add_histogram(tag, finite.numpy(), self._at(step), bins=60)
 
     def text(self, tag: str, markdown: str, step: int | None = None) -> None:
-        """Add a text."""
+        """Add a text.
+
+        Args:
+            tag: Its name.
+            markdown: The text, in Markdown.
+            step: Generation that it belongs to; the present one if None.
+        """
         self._opened().add_text(tag, markdown, self._at(step))
 
     def image(self, tag: str, image: Any, step: int | None = None) -> None:

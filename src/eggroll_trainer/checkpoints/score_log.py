@@ -106,6 +106,9 @@ class ScoreLog:
     def generations(self) -> Iterator[Generation]:
         """Iterate over the generations that were logged, up to the first line that is damaged.
 
+        Yields:
+            Each generation, in order: its number, settings and scores.
+
         Raises:
             FileNotFoundError: There is no such file.
             ValueError: It is no log, or one of another format.

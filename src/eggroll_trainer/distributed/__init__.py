@@ -34,6 +34,10 @@ def make_engine(engine: str | Engine | None) -> Engine:
         ValueError: There is no engine of that name.
         TypeError: It is neither a name nor an engine.
         ModuleNotFoundError: It is Ray's, and Ray is not installed.
+
+    Example:
+        >>> make_engine("local").size
+        1
     """
     import torch.distributed as dist
 

@@ -55,7 +55,7 @@ class Evaluator(Protocol):
     fitness_fn: Any
 
     def evaluate_chunk(self, chunk: Chunk) -> Outcome:
-        """Evaluate a chunk of the current generation in this process."""
+        """Evaluate a chunk of the current generation in this process, and return what that gave."""
 
     def fingerprint(self) -> dict[str, Any]:
         """Return, by name, what must be the same for all who take part in the current generation."""
@@ -93,6 +93,10 @@ class Engine(ABC):
     @abstractmethod
     def evaluate(self, trainer: Evaluator, chunks: Sequence[Chunk]) -> list[Outcome]:
         """Return the outcomes of all chunks, in their order.
+
+        Args:
+            trainer: Whose generation it is.
+            chunks: All chunks of the population, in order.
 
         Raises:
             TimeoutError: A chunk took longer than ``timeout``, every time.
@@ -162,7 +166,12 @@ class Engine(ABC):
 
 
 class LocalEngine(Engine):
-    """Evaluates all chunks in this process, one after the other."""
+    """Evaluates all chunks in this process, one after the other.
+
+    Args:
+        timeout: Seconds that the evaluation of a chunk may take; no limit if None.
+        retries: How often a chunk is evaluated again whose evaluation took longer.
+    """
 
     def evaluate(self, trainer: Evaluator, chunks: Sequence[Chunk]) -> list[Outcome]:
         """Return the outcomes of all chunks."""

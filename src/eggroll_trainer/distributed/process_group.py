@@ -60,6 +60,21 @@ class ProcessGroupEngine(Engine):
 
     Raises:
         RuntimeError: There is no process group, and the environment does not say how to make one.
+
+    Example:
+        A group of this process alone; ``torchrun`` makes one of several.
+
+        >>> import torch
+        >>> from eggroll_trainer import EGGROLLTrainer
+        >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        >>> trainer = EGGROLLTrainer(
+        ...     model=torch.nn.Linear(3, 1),
+        ...     fitness_fn=lambda m: m(torch.ones(1, 3)).item(),
+        ...     engine=ProcessGroupEngine(exchange="sums"),
+        ... )
+        >>> trainer.step()["generation"]
+        1
+        >>> dist.destroy_process_group()
     """
 
     def __init__(
@@ -117,7 +132,12 @@ class ProcessGroupEngine(Engine):
         return [outcome for report in reports for outcome in report.outcomes()]
 
     def share(self, chunks: Sequence[Chunk], rank: int | None = None) -> Sequence[Chunk]:
-        """Return the consecutive chunks that a process evaluates, this one if ``rank`` is None."""
+        """Return the consecutive chunks that a process evaluates.
+
+        Args:
+            chunks: All chunks, in order.
+            rank: The process; this one if None.
+        """
         rank = self.rank if rank is None else rank
         return chunks[len(chunks) * rank // self.size : len(chunks) * (rank + 1) // self.size]
 
@@ -276,7 +296,12 @@ def _fresh_store(rank: int, size: int) -> dist.Store:
 
 
 def local_device(device: torch.device) -> torch.device:
-    """Return the accelerator that belongs to this process where ``device`` names none in particular."""
+    """Return the accelerator that belongs to this process where ``device`` names none in particular.
+
+    Example:
+        >>> local_device(torch.device("cpu"))
+        device(type='cpu')
+    """
     if device.type != "cpu" and device.index is None and "LOCAL_RANK" in os.environ:
         return torch.device(device.type, int(os.environ["LOCAL_RANK"]))
     return device

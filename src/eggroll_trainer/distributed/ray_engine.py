@@ -42,6 +42,11 @@ class RayEngine(LocalEngine):
     Raises:
         TypeError: An argument is of the wrong type.
         ValueError: An argument is out of range.
+
+    Example:
+        >>> engine = RayEngine(threads=1, timeout=600, worker_options={"num_gpus": 1})  # EGGROLLTrainer(engine=engine)
+        >>> engine.threads, engine.timeout
+        (1, 600.0)
     """
 
     def __init__(

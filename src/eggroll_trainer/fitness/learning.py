@@ -19,6 +19,30 @@ class Learner(Protocol):
     What it keeps elsewhere than in the model it hands out by a ``state_dict()`` of numbers and tensors, and takes back
     by ``load_state_dict``. One that keeps nothing in the model says so by ``changes_model = False``: the model's
     buffers and untrained parameters are then not copied in every generation.
+
+    Example:
+        >>> import torch
+        >>> from eggroll_trainer import EGGROLLTrainer
+        >>> class Counts:
+        ...     seen = 0  # examples, of all generations
+        ...
+        ...     def __call__(self, model):
+        ...         self.now = getattr(self, "now", 0) + 4
+        ...         return model(torch.ones(4, 2)).mean().item()
+        ...
+        ...     def pop_statistics(self):
+        ...         now, self.now = getattr(self, "now", 0), 0
+        ...         return torch.tensor([float(now)])
+        ...
+        ...     def merge_statistics(self, model, statistics):
+        ...         self.seen += int(sum(statistics))
+        >>> fitness = Counts()
+        >>> trainer = EGGROLLTrainer(
+        ...     model=torch.nn.Linear(2, 1), fitness_fn=fitness, population_size=8, coalesce=False, seed=0
+        ... )
+        >>> _ = trainer.step()
+        >>> fitness.seen
+        32
     """
 
     def pop_statistics(self) -> Tensor:

@@ -71,7 +71,12 @@ def antithetic_sign(scores: Tensor) -> Tensor:
 
 
 def raw(scores: Tensor) -> Tensor:
-    """Return the scores as they are."""
+    """Return the scores as they are.
+
+    Example:
+        >>> raw(torch.tensor([1.0, 3.0])).tolist()
+        [1.0, 3.0]
+    """
     return scores
 
 
@@ -152,8 +157,15 @@ def shape(scores: Tensor, shaper: Shaper, group_size: int = 0) -> Tensor:
         shaper: What to apply to each group.
         group_size: Members in a group; 0 for one group of all.
 
+    Returns:
+        ``[N]``.
+
     Raises:
         ValueError: The shaper returned something other than one finite number for each score.
+
+    Example:
+        >>> shape(torch.tensor([1.0, 2.0, 30.0, 40.0]), zscore, group_size=2).tolist()
+        [-1.0, 1.0, -1.0, 1.0]
 
     References:
         "Evolution Strategies at the Hyperscale", arXiv 2511.16652, on language models: the mean of each prompt is

@@ -22,12 +22,30 @@ Evaluate = Callable[[nn.Module], float]
 
 
 def weights_of(trainer: ESTrainer) -> dict[str, Tensor]:
-    """Return the trained parameters by name, in float32 or wider: of a bf16 model these are the masters."""
+    """Return the trained parameters by name, in float32 or wider: of a bf16 model these are the masters.
+
+    Example:
+        >>> from eggroll_trainer import EGGROLLTrainer
+        >>> model = torch.nn.Linear(2, 1)
+        >>> trainer = EGGROLLTrainer(model=model, fitness_fn=lambda m: m(torch.ones(1, 2)).item(), seed=0)
+        >>> _ = trainer.step()
+        >>> torch.equal(weights_of(trainer)["weight"], model.weight)
+        True
+    """
     return _by_name(trainer, trainer.current_params)
 
 
 def changes_of(trainer: ESTrainer) -> dict[str, Tensor]:
-    """Return by how much training has changed each parameter, by name, in float32 or wider."""
+    """Return by how much training has changed each parameter, by name, in float32 or wider.
+
+    Example:
+        >>> from eggroll_trainer import EGGROLLTrainer
+        >>> model = torch.nn.Linear(2, 1)
+        >>> trainer = EGGROLLTrainer(model=model, fitness_fn=lambda m: m(torch.ones(1, 2)).item(), seed=0)
+        >>> _ = trainer.step()
+        >>> {name: list(change.shape) for name, change in changes_of(trainer).items()}
+        {'weight': [1, 2], 'bias': [1]}
+    """
     return _by_name(trainer, trainer.current_params - trainer.initial_params)
 
 
@@ -89,6 +107,17 @@ def save_merged(
     Raises:
         ValueError: The adapters of a PEFT model are on tied weights, which PEFT merges twice, or ``weights`` has a name
             that the model does not have.
+
+    Example:
+        >>> import tempfile
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = dict(
+        ...     vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
+        ... )
+        >>> model = LlamaForCausalLM(LlamaConfig(**sizes, bos_token_id=1, eos_token_id=2))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_merged(model, folder, dtype=torch.bfloat16).dtype
+        torch.bfloat16
     """
     score = None if evaluate is None else float(evaluate(model))
     merged = copy.deepcopy(model)
@@ -186,6 +215,27 @@ def write_update(
     Raises:
         TypeError: ``rank`` is not an integer, or ``model`` a PEFT model.
         ValueError: ``rank`` is less than 1, nothing has changed, or an adapter cannot hold the change of a parameter.
+
+    Example:
+        >>> import tempfile
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from eggroll_trainer import EGGROLLTrainer
+        >>> sizes = dict(
+        ...     vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
+        ... )
+        >>> model = LlamaForCausalLM(LlamaConfig(**sizes, bos_token_id=1, eos_token_id=2))
+        >>> ids = torch.tensor([[1, 5, 7]])
+        >>> trainer = EGGROLLTrainer(
+        ...     model=model,
+        ...     fitness_fn=lambda model: model(ids, use_cache=False).logits.mean().item(),
+        ...     population_size=4,
+        ...     freeze_nonlora=True,
+        ...     seed=0,
+        ... )
+        >>> _ = trainer.step()
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     round(write_update(model, changes_of(trainer), folder, rank=4).total, 3)  # four members: of rank 4
+        1.0
     """
     rank = check_int("rank", rank, 1)
     writer = AdapterWriter(model, base_model, full_rank)

@@ -34,6 +34,22 @@ class LogLikelihood(TeacherForced):
     Raises:
         TypeError: ``dataset`` is no sequence, or the prompt neither a text nor a list of messages.
         ValueError: A column is missing, an answer is empty, or an argument is out of range.
+
+    Example:
+        >>> from tokenizers import Tokenizer, models, pre_tokenizers
+        >>> from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+        >>> from eggroll_trainer import EGGROLLTrainer
+        >>> words = Tokenizer(models.WordLevel({"</s>": 0, "say": 1, "yes": 2, "no": 3}, unk_token="no"))
+        >>> words.pre_tokenizer = pre_tokenizers.Whitespace()
+        >>> tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>")
+        >>> sizes = dict(vocab_size=4, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+        >>> model = LlamaForCausalLM(LlamaConfig(**sizes, bos_token_id=0, eos_token_id=0))
+        >>> fitness = LogLikelihood(
+        ...     tokenizer, [{"prompt": "say", "answer": "yes"}], prompts_per_generation=1
+        ... )
+        >>> trainer = EGGROLLTrainer(model=model, fitness_fn=fitness, population_size=8, noise_reuse=2, seed=0)
+        >>> trainer.train(2, verbose=False)["generation"]
+        2
     """
 
     def __init__(
@@ -125,6 +141,20 @@ class Perplexity(TeacherForced):
     Raises:
         TypeError: ``dataset`` is no sequence, or a text no string.
         ValueError: A column is missing, a text has less than two tokens, or an argument is out of range.
+
+    Example:
+        >>> from tokenizers import Tokenizer, models, pre_tokenizers
+        >>> from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+        >>> from eggroll_trainer import EGGROLLTrainer
+        >>> words = Tokenizer(models.WordLevel({"</s>": 0, "say": 1, "yes": 2, "no": 3}, unk_token="no"))
+        >>> words.pre_tokenizer = pre_tokenizers.Whitespace()
+        >>> tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>")
+        >>> sizes = dict(vocab_size=4, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+        >>> model = LlamaForCausalLM(LlamaConfig(**sizes, bos_token_id=0, eos_token_id=0))
+        >>> fitness = Perplexity(tokenizer, ["say yes", "say no"], texts_per_generation=2)
+        >>> trainer = EGGROLLTrainer(model=model, fitness_fn=fitness, population_size=8, noise_reuse=2, seed=0)
+        >>> trainer.train(2, verbose=False)["generation"]
+        2
     """
 
     def __init__(

@@ -227,6 +227,9 @@ class CompletionReward:
             batch_size: Completions that are generated together, at most; samples of one prompt stay together.
             seed: Of the random numbers; torch's own generators stay as they are.
 
+        Returns:
+            Means over the prompts, and every completion with its rewards.
+
         Raises:
             TypeError: An argument is of the wrong type.
             ValueError: An argument is out of range.
@@ -257,7 +260,12 @@ class CompletionReward:
         return seen
 
     def merge_statistics(self, model: nn.Module, statistics: Sequence[Tensor]) -> None:
-        """Make the metrics of a generation of the sums of its chunks."""
+        """Make the metrics of a generation of the sums of its chunks.
+
+        Args:
+            model: The model that is trained.
+            statistics: What :meth:`pop_statistics` returned for each chunk, in the order of its members.
+        """
         sums = torch.stack(list(statistics)).sum(0)
         self.metrics = self._tally.means(sums)
         self.tokens += int(sums[1])

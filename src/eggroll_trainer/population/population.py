@@ -159,14 +159,24 @@ class Population:
         return clone
 
     def write_member(self, index: int, module: nn.Module) -> None:
-        """Copy one member's parameters into ``module``, a copy of the model."""
+        """Copy one member's parameters into a module.
+
+        Args:
+            index: The member, below ``len(population)``.
+            module: A copy of the model.
+        """
         with torch.no_grad():
             parameters = dict(module.named_parameters(remove_duplicate=False))
             for name, value in self.member_parameters(index).items():
                 parameters[name].copy_(value)
 
     def member_parameters(self, index: int, names: Sequence[str] | None = None) -> dict[str, Tensor]:
-        """Return the perturbed parameters of one member in full, those in ``names`` if given."""
+        """Return the perturbed parameters of one member in full.
+
+        Args:
+            index: The member, below ``len(population)``.
+            names: Names of the parameters to return; all that are perturbed if None.
+        """
         chosen = self._members if names is None else {name: self._members[name] for name in names}
         return {
             name: densify(perturb(self._centres[name], _take(value, index))).detach() for name, value in chosen.items()

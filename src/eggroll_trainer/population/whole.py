@@ -29,6 +29,17 @@ class WholePopulation(Population):
 
     Attributes:
         names: Names of the perturbed parameters.
+
+    Example:
+        >>> import eggroll_trainer
+        >>> trainer = eggroll_trainer.EGGROLLTrainer(
+        ...     model=nn.Linear(3, 2), fitness_fn=lambda model: 0.0, population_size=8, seed=0
+        ... )
+        >>> population = trainer.ask()
+        >>> population(torch.ones(5, 3)).shape  # all members
+        torch.Size([8, 5, 2])
+        >>> population.member(3)(torch.ones(5, 3)).shape  # one, as a module
+        torch.Size([5, 2])
     """
 
     def __init__(

@@ -100,6 +100,13 @@ class MLPPolicy(Policy):
         hidden: Widths of the hidden layers.
         activation: What follows each of them.
         options: ``normalize``, ``sample`` and ``observed`` of :class:`Policy`.
+
+    Example:
+        >>> import gymnasium
+        >>> env = gymnasium.make("CartPole-v1")
+        >>> policy = MLPPolicy(env.observation_space, env.action_space, hidden=(16,))
+        >>> policy(torch.zeros(5, 4)).shape
+        torch.Size([5, 2])
     """
 
     def __init__(
@@ -123,6 +130,18 @@ class MLPPolicy(Policy):
 class LinearPolicy(MLPPolicy):
     """An affine map from observations to actions, as in Mania et al., "Simple random search provides a competitive
     approach to reinforcement learning", 2018.
+
+    Args:
+        observation_space: Of one environment.
+        action_space: Of one environment.
+        options: ``normalize``, ``sample`` and ``observed`` of :class:`Policy`.
+
+    Example:
+        >>> import gymnasium
+        >>> env = gymnasium.make("CartPole-v1")
+        >>> policy = LinearPolicy(env.observation_space, env.action_space)
+        >>> policy(torch.zeros(5, 4)).shape
+        torch.Size([5, 2])
     """  # noqa: D205
 
     def __init__(self, observation_space: spaces.Space[Any], action_space: spaces.Space[Any], **options: Any) -> None:
@@ -137,6 +156,14 @@ class GRUPolicy(Policy):
         action_space: Of one environment.
         hidden: Width of the recurrent state.
         options: ``normalize``, ``sample`` and ``observed`` of :class:`Policy`.
+
+    Example:
+        >>> import gymnasium
+        >>> env = gymnasium.make("CartPole-v1")
+        >>> policy = GRUPolicy(env.observation_space, env.action_space, hidden=8)
+        >>> outputs, state = policy(torch.zeros(5, 4), policy.initial_state(5))
+        >>> outputs.shape
+        torch.Size([5, 2])
     """
 
     def __init__(

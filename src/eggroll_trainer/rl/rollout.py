@@ -57,6 +57,17 @@ class EpisodeReturn:
         ValueError: The environment does not exist, keeps running statistics in a wrapper, or the model's output does
             not fit its actions.
         RuntimeError: It cannot be made, as for want of a package.
+
+    Example:
+        >>> from eggroll_trainer import EGGROLLTrainer
+        >>> from eggroll_trainer.rl.policies import MLPPolicy
+        >>> episodes = EpisodeReturn("CartPole-v1", max_steps=20)
+        >>> policy = MLPPolicy(*episodes.spaces(), hidden=(8,))
+        >>> trainer = EGGROLLTrainer(model=policy, fitness_fn=episodes, population_size=8, noise_reuse=2, seed=0)
+        >>> trainer.step()["best_fitness"] <= 20
+        True
+        >>> episodes.evaluate(policy, episodes=3, seed=0).shape
+        (3,)
     """
 
     def __init__(
@@ -144,7 +155,12 @@ class EpisodeReturn:
         return statistics
 
     def merge_statistics(self, model: nn.Module, statistics: Sequence[Tensor]) -> None:
-        """Take in the steps and observations of a generation."""
+        """Take in the steps and observations of a generation.
+
+        Args:
+            model: The model that is trained.
+            statistics: What :meth:`pop_statistics` returned for each chunk, in the order of its members.
+        """
         self.steps += sum(int(values[0]) for values in statistics)
         normalizer = find_normalizer(model)
         if normalizer is not None:
