@@ -105,7 +105,7 @@ def main(args: Args) -> dict[str, list[float]]:
         axes.plot([position - 0.2, position + 0.2], [np.mean(values)] * 2, color="black")
         print(f"{name}: {np.mean(values):.3f} ± {np.std(values):.3f}")
     axes.set_xticks(range(len(scores)), scores)
-    axes.set(xlim=(-0.6, 1.6), ylabel="F1 of the malignant class, held out", title=f"{args.splits} splits, and the mean")
+    axes.set(xlim=(-0.6, 1.6), ylabel="F1 of malignant, held out", title=f"{args.splits} splits, and the mean")
     axes.grid(alpha=0.3)
     figure.savefig(args.plot, dpi=110)
     plt.close(figure)

@@ -17,7 +17,8 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ["eggroll_trainer", "eggroll_trainer.callbacks", "eggroll_trainer.distributed", "eggroll_trainer.llm"]
 # Methods that a page lists by name besides those that their class defines itself.
 _ENTRY = re.compile(r"^::: (?P<path>[\w.]+)(?P<options>(?:\n {4}.*)*)", re.MULTILINE)
-# What needs a server or a screen has tests of its own. Data, protocols and abstract classes: what they are is said, and used in the examples of others.
+# Data, protocols and abstract classes: what they are is said, and used in the examples of others.
+# What needs a server or a screen has tests of its own.
 WITHOUT_EXAMPLE = {
     "MLflow",
     "WeightsAndBiases",

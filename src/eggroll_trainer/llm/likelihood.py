@@ -44,9 +44,7 @@ class LogLikelihood(TeacherForced):
         >>> tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>")
         >>> sizes = dict(vocab_size=4, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
         >>> model = LlamaForCausalLM(LlamaConfig(**sizes, bos_token_id=0, eos_token_id=0))
-        >>> fitness = LogLikelihood(
-        ...     tokenizer, [{"prompt": "say", "answer": "yes"}], prompts_per_generation=1
-        ... )
+        >>> fitness = LogLikelihood(tokenizer, [{"prompt": "say", "answer": "yes"}], prompts_per_generation=1)
         >>> trainer = EGGROLLTrainer(model=model, fitness_fn=fitness, population_size=8, noise_reuse=2, seed=0)
         >>> trainer.train(2, verbose=False)["generation"]
         2
