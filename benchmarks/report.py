@@ -12,6 +12,8 @@ def markdown(results: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in around["versions"].items())
     where = around["accelerator"] or f"{around['cores']} cores of {around['processor']}, {around['threads']} threads"
     lines = [
+        # For the site: guides come first in its search.
+        *("---", "search:", "  exclude: true", "---", ""),
         f"# Benchmarks of {around['date']}",
         "",
         f"    {around['command']}",

@@ -21,7 +21,9 @@ class _ToMathML(Postprocessor):
 
 def _mathml(match: re.Match[str]) -> str:
     display = "block" if match["tag"] == "div" else "inline"
-    return convert(html.unescape(match["latex"]).strip(), display=display)
+    made = convert(html.unescape(match["latex"]).strip(), display=display)
+    # A long equation scrolls sideways on a phone; whoever has no pointer has to be able to reach it.
+    return made.replace("<math ", '<math tabindex="0" ', 1) if display == "block" else made
 
 
 class MathML(Extension):

@@ -107,7 +107,7 @@ def main(args: Args) -> list[float]:
     for axis, density in zip(axes[1:], (0.3, 0.45, 0.65), strict=True):
         generator = torch.Generator().manual_seed(1)
         state = (torch.rand(1, args.cells, generator=generator) < density).float()
-        axis.imshow(history(rule, state)[:, 0], cmap="binary", interpolation="nearest")
+        axis.imshow(history(rule, state)[:, 0].numpy(), cmap="binary", interpolation="nearest")
         axis.set(title=f"{int(state.sum())} of {args.cells} on", xlabel="cell", ylabel="step")
     figure.savefig(args.plot, dpi=110)
     plt.close(figure)

@@ -50,8 +50,8 @@ class IntegerES(ESTrainer):
         rate: Step size before rounding. (The trainer's own ``learning_rate`` is 1: the update is taken as it is.)
     """
 
-    def __init__(self, *args: Any, rate: float, **options: Any) -> None:
-        super().__init__(*args, learning_rate=1.0, **options)
+    def __init__(self, *, rate: float, **options: Any) -> None:
+        super().__init__(learning_rate=1.0, **options)
         self.rate = rate
 
     def sample_perturbations(self, population_size: int) -> Tensor:
