@@ -42,6 +42,8 @@ class PEPG(ESTrainer):
     better than the others and its perturbation of a weight is larger than usual, the weight's deviation grows.
     """
 
+    deviations: Tensor
+
     def __init__(self, *, deviation_rate: float = 0.2, **options: Any) -> None:
         super().__init__(**options)
         self.deviation_rate = deviation_rate
@@ -68,6 +70,10 @@ class DiagonalCMAES(ESTrainer):
     The better half of the members are averaged, the best with the largest weights. Two paths gather the steps of the
     mean: the length of one adapts sigma, the other one the variances.
     """
+
+    variances: Tensor
+    path: Tensor
+    length_path: Tensor
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)

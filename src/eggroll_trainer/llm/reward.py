@@ -87,14 +87,15 @@ class CompletionReward:
         >>> words.pre_tokenizer = pre_tokenizers.Whitespace()
         >>> tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>")
         >>> sizes = dict(vocab_size=4, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+        >>> _ = torch.manual_seed(0)
         >>> model = LlamaForCausalLM(LlamaConfig(**sizes, bos_token_id=0, eos_token_id=0))
         >>> def says_yes(prompts, completions, **columns):
         ...     return [completion.split().count("yes") for completion in completions]
         >>> reward = CompletionReward(tokenizer, ["say yes"], says_yes, prompts_per_generation=1, max_new_tokens=4)
         >>> trainer = EGGROLLTrainer(
-        ...     model=model, fitness_fn=reward, population_size=32, sigma=0.05, learning_rate=0.2, noise_reuse=2, seed=0
+        ...     model=model, fitness_fn=reward, population_size=32, sigma=0.05, learning_rate=1.0, noise_reuse=2, seed=0
         ... )
-        >>> result = trainer.train(10, verbose=False)
+        >>> result = trainer.train(2, verbose=False)
         >>> sorted(reward.metrics)
         ['completion_length', 'ended', 'reward', 'rewards/says_yes']
         >>> reward.evaluate(model).completions
