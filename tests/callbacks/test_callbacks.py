@@ -382,3 +382,22 @@ say(len(calls), trainer.generation, trainer.sigma, trainer.learning_rate, result
     assert first[0] == "5" and second[0] == "0"
     assert first[1] == "3" and first[3:5] == ["0.5", "Spy"] and first[1:] == second[1:]
     assert [line["generation"] for line in JSONLines(tmp_path / "run.jsonl").read()] == [1, 2, 3]
+
+
+def test_only_the_first_process_needs_callbacks(tmp_path: Path) -> None:
+    said = run_script(
+        2,
+        tmp_path,
+        """
+def change(generation, history):
+    say("called", generation)
+    trainer.sigma *= 0.5
+    return generation == 4
+trainer = make(EGGROLLTrainer, None)
+trainer.train(9, verbose=False, log_every=2, callback=change if trainer.is_main else None)
+trainer.train(2, verbose=False, callback=None if trainer.is_main else change)
+say(trainer.generation, trainer.sigma, trainer.checksum())
+""",
+    )
+    assert said[0][:2] == ["called 2", "called 4"] and len(said[1]) == 1
+    assert said[0][2] == said[1][0] and said[0][2].startswith("6 ")

@@ -94,6 +94,8 @@ class _Watchers:
     def __init__(self, trainer: Any, callbacks: Sequence[Any]) -> None:
         self._trainer, self._callbacks = trainer, callbacks
         self._started = contextlib.ExitStack()
+        # Every how many generations each of the first process's is called; other processes may have been given others.
+        self._periods: list[int] = []
 
     def __enter__(self) -> _Watchers:
         return self
@@ -104,6 +106,10 @@ class _Watchers:
 
     def start(self) -> str | None:
         """Start the callbacks; return the name of the one that wants no generation, if one does."""
+        engine = self._trainer.engine
+        self._periods = engine.from_main(
+            lambda: [one.every if isinstance(one, FunctionCallback) else 1 for one in self._callbacks]
+        )
         return self._call(self._start)
 
     def end(self) -> None:
@@ -125,6 +131,8 @@ class _Watchers:
 
     def after_generation(self, metrics: dict[str, Any], last: bool) -> str | None:
         """Call the callbacks after a generation; return the name of the one that ends training, if one does."""
+        if not last and all(self._trainer.generation % period for period in self._periods):
+            return None
         return self._call(lambda: self._after_generation(metrics, last))
 
     def _start(self) -> str | None:
@@ -159,7 +167,9 @@ class _Watchers:
     def _call(self, function: Any) -> Any:
         """Call a function in the first process, and follow in all what it did to the trainer."""
         trainer = self._trainer
-        if not self._callbacks or trainer.engine.size == 1:
+        if not self._periods:
+            return None
+        if trainer.engine.size == 1:
             return function()
 
         def told() -> tuple[Any, dict[str, Any]]:
