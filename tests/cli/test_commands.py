@@ -200,7 +200,7 @@ def test_a_trainer_and_what_ends_training(factory: str, run: Run, tmp_path: Path
     out = tmp_path / "run"
     shown, _ = run("train", f"{factory}:trainer", "--generations", 10**6, "--time-limit", 1, "--out", out)
     assert "by TimeLimit(1)" in shown
-    errors = run("train", f"{factory}:trainer", "--sigma", 0.2, "--out", tmp_path / "b", status=1)[1]
+    errors = run("train", f"{factory}:trainer", "--sigma", 0.2, "--out", tmp_path / "b", status=2)[1]
     assert "returns a trainer, which has its own settings: leave out --sigma" in errors
     shown, _ = run("train", f"{factory}:make", *SMALL, "--goal", -100, "--out", tmp_path / "c")
     assert "ended after generation 1 by EarlyStopping" in shown
@@ -213,8 +213,8 @@ def test_train_says_what_is_wrong(factory: str, run: Run, tmp_path: Path) -> Non
         ((f"{factory}:none",), 2, "'none' is no function"),
         (("nothing",), 2, "must be MODULE:FUNCTION or FILE.py:FUNCTION, got 'nothing'"),
         ((f"{factory}:make", "--set", "width"), 2, "--set must be NAME=VALUE, got 'width'"),
-        ((f"{factory}:wrong",), 1, "must return a trainer, or a model and its fitness function; got Linear"),
-        ((f"{factory}:make", "--population-size", 0), 1, "population_size must be at least 1"),
+        ((f"{factory}:wrong",), 2, "must return a trainer, or a model and its fitness function; got Linear"),
+        ((f"{factory}:make", "--population-size", 0), 2, "population_size must be at least 1"),
         ((f"{factory}:make", "--resume"), 1, "no run to resume"),
         ((f"{factory}:make", "--optimizer", "lion"), 2, "lion"),
         ((), 2, "MODULE:FACTORY"),

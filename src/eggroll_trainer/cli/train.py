@@ -3,30 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal
 
 import torch
 import tyro
-from torch import nn
 
-from .._utils.importing import function_named
 from .._utils.settings_file import HELP, read_settings, without_config
 from ..callbacks import Callback, Checkpoints, EarlyStopping, JSONLines, TensorBoard, TimeLimit
 from ..callbacks.run_folder import METRICS, RunFolder
 from ..trainers.base import ESTrainer
-from ..trainers.eggroll import EGGROLLTrainer
-from ..trainers.vanilla import VanillaESTrainer
+from .model import FACTORY, ModelSettings, UsageError, make_trainer
 
 DESCRIPTION = f"""Train any model by a fitness function of yours, and leave a folder with all that belongs to the run.
 
-FACTORY is a function that returns a model and its fitness function, or a trainer:
-
-  def make():
-      model = nn.Linear(10, 1)
-      return model, lambda model: -(model(x) - y).square().mean().item()
+{FACTORY}
 
 Examples:
   eggroll train my_model.py:make --generations 200
@@ -38,39 +29,11 @@ Examples:
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class Settings(ModelSettings):
     """How a model is trained."""
 
-    factory: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODULE:FACTORY")]
-    """Function that returns a model and its fitness function, or a trainer; FILE.py:FACTORY as well."""
-    set: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """NAME=VALUE, an argument of the factory: as JSON where VALUE is that, else a text; may be repeated."""
     generations: int = 100
     """Generations to train for, those before a --resume included."""
-    population_size: int = 256
-    """Members in a generation. This and all up to --seed are for factories that return no trainer."""
-    learning_rate: float = 0.03
-    """Step size: about what a weight moves in a generation with adam; in units of sigma with sgd."""
-    sigma: float = 0.1
-    """Standard deviation of the perturbations."""
-    optimizer: Literal["adam", "sgd"] = "adam"
-    """What takes the steps."""
-    rank: int = 1
-    """Rank of the perturbations; 0 for full rank."""
-    antithetic: bool = True
-    """Whether members come in pairs of opposite perturbations."""
-    shaping: str = "zscore"
-    """How scores become weights: zscore, centered_ranks, antithetic_sign or raw."""
-    compile: bool = False
-    """Whether batched forwards are compiled."""
-    chunk_size: int | None = None
-    """Members evaluated at a time; as many as memory allows if left out."""
-    device: str | None = None
-    """Where to train; where the model is if left out."""
-    engine: Literal["local", "torch", "ray"] | None = None
-    """Who evaluates the population; what torchrun has started, else this process, if left out."""
-    seed: int = 0
-    """Of noise, and of torch while the factory runs."""
     patience: int | None = None
     """End after so many generations without a better mean fitness."""
     goal: float | None = None
@@ -89,11 +52,6 @@ class Settings:
 
 # What may differ when a run is resumed.
 _FREE = ("generations", "patience", "goal", "time_limit", "save_every", "tensorboard", "engine")
-# What a trainer brings along.
-_OF_TRAINERS = (
-    *("population_size", "learning_rate", "sigma", "optimizer", "rank", "antithetic", "shaping", "compile"),
-    *("chunk_size", "device", "engine"),
-)
 
 
 def main(arguments: list[str]) -> int:
@@ -107,17 +65,12 @@ def main(arguments: list[str]) -> int:
         return 2
     settings = tyro.cli(Settings, args=arguments, default=default, prog="eggroll train", description=DESCRIPTION)
     try:
-        factory = function_named("MODULE:FACTORY", settings.factory)
-        given = _arguments(settings.set)
-    except ValueError as error:
+        # What a user's function raises needs its traceback.
+        trainer = make_trainer(settings)
+    except UsageError as error:
         print(f"eggroll train: {error}", file=sys.stderr)
         return 2
-    # What a user's function raises needs its traceback.
-    with torch.random.fork_rng():
-        torch.manual_seed(settings.seed)
-        made = factory(**given)
     try:
-        trainer = _trainer(settings, made)
         folder, callbacks, checkpoints = _run(settings, trainer)
     except (TypeError, ValueError, OSError) as error:
         print(f"eggroll train: {error}", file=sys.stderr)
@@ -129,59 +82,6 @@ def main(arguments: list[str]) -> int:
     if trainer.is_main:
         _finish(settings, trainer, folder, result["stopped_by"])
     return 0
-
-
-def _arguments(given: tuple[str, ...]) -> dict[str, Any]:
-    values: dict[str, Any] = {}
-    for text in given:
-        name, equals, value = text.partition("=")
-        if not equals or not name.isidentifier():
-            raise ValueError(f"--set must be NAME=VALUE, got {text!r}")
-        try:
-            values[name] = json.loads(value)
-        except ValueError:
-            values[name] = value
-    return values
-
-
-def _trainer(settings: Settings, made: Any) -> ESTrainer:
-    """Return the trainer that a factory returned, or one for its model and fitness function."""
-    if isinstance(made, ESTrainer):
-        defaults = {field.name: field.default for field in dataclasses.fields(Settings)}
-        changed = [name for name in _OF_TRAINERS if getattr(settings, name) != defaults[name]]
-        if changed:
-            named = ", ".join("--" + name.replace("_", "-") for name in changed)
-            raise ValueError(f"{settings.factory} returns a trainer, which has its own settings: leave out {named}")
-        return made
-    if not (isinstance(made, tuple) and len(made) == 2 and isinstance(made[0], nn.Module) and callable(made[1])):
-        raise TypeError(
-            f"{settings.factory} must return a trainer, or a model and its fitness function; got {_described(made)}"
-        )
-    model, fitness_fn = made
-    options: dict[str, Any] = {
-        "model": model,
-        "fitness_fn": fitness_fn,
-        "population_size": settings.population_size,
-        "learning_rate": settings.learning_rate,
-        "sigma": settings.sigma,
-        "optimizer": {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}[settings.optimizer],
-        "noise_reuse": 2 if settings.antithetic else 0,
-        "shaping": settings.shaping,
-        "compile": settings.compile,
-        "chunk_size": settings.chunk_size,
-        "device": settings.device,
-        "engine": settings.engine,
-        "seed": settings.seed,
-    }
-    if settings.rank == 0:
-        return VanillaESTrainer(**options)
-    return EGGROLLTrainer(rank=settings.rank, **options)
-
-
-def _described(made: Any) -> str:
-    if isinstance(made, tuple):
-        return f"({', '.join(type(one).__name__ for one in made)})"
-    return type(made).__name__
 
 
 def _run(settings: Settings, trainer: ESTrainer) -> tuple[Path, list[Callback], Checkpoints]:

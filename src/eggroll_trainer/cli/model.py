@@ -1,0 +1,143 @@
+"""The model, fitness function and trainer that ``MODULE:FACTORY`` makes, for several commands."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Annotated, Any, Literal
+
+import torch
+import tyro
+from torch import nn
+
+from .._utils.importing import function_named
+from ..trainers.base import ESTrainer
+from ..trainers.eggroll import EGGROLLTrainer
+from ..trainers.vanilla import VanillaESTrainer
+
+FACTORY = """FACTORY is a function that returns a model and its fitness function, or a trainer:
+
+  def make():
+      model = nn.Linear(10, 1)
+      return model, lambda model: -(model(x) - y).square().mean().item()"""
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSettings:
+    """What is trained, and how."""
+
+    factory: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODULE:FACTORY")]
+    """Function that returns a model and its fitness function, or a trainer; FILE.py:FACTORY as well."""
+    set: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """NAME=VALUE, an argument of the factory: as JSON where VALUE is that, else a text; may be repeated."""
+    population_size: int = 256
+    """Members in a generation. This and what follows, up to --engine, is for factories that return no trainer."""
+    learning_rate: float = 0.03
+    """Step size: about what a weight moves in a generation with adam; in units of sigma with sgd."""
+    sigma: float = 0.1
+    """Standard deviation of the perturbations."""
+    optimizer: Literal["adam", "sgd"] = "adam"
+    """What takes the steps."""
+    rank: int = 1
+    """Rank of the perturbations; 0 for full rank."""
+    antithetic: bool = True
+    """Whether members come in pairs of opposite perturbations."""
+    shaping: str = "zscore"
+    """How scores become weights: zscore, centered_ranks, antithetic_sign or raw."""
+    compile: bool = False
+    """Whether batched forwards are compiled."""
+    chunk_size: int | None = None
+    """Members evaluated at a time; as many as memory allows if left out."""
+    device: str | None = None
+    """Where to train; where the model is if left out."""
+    engine: Literal["local", "torch", "ray"] | None = None
+    """Who evaluates the population; what torchrun has started, else this process, if left out."""
+    seed: int = 0
+    """Of noise, and of torch while the factory runs."""
+
+
+# What a trainer brings along.
+_OF_TRAINERS = (
+    *("population_size", "learning_rate", "sigma", "optimizer", "rank", "antithetic", "shaping", "compile"),
+    *("chunk_size", "device", "engine"),
+)
+
+
+class UsageError(Exception):
+    """The command line is wrong; the message says how."""
+
+
+def make_trainer(settings: ModelSettings) -> ESTrainer:
+    """Call the factory, and return its trainer, or one for its model and fitness function.
+
+    What the factory itself raises is passed on as it is.
+
+    Raises:
+        UsageError: There is no such factory, its arguments are not as they should be, it returns something else, or the
+            settings are out of range.
+    """
+    try:
+        factory = function_named("MODULE:FACTORY", settings.factory)
+        given = _arguments(settings.set)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    with torch.random.fork_rng():
+        torch.manual_seed(settings.seed)
+        made = factory(**given)
+    try:
+        return _trainer(settings, made)
+    except (TypeError, ValueError) as error:
+        raise UsageError(str(error)) from error
+
+
+def _arguments(given: tuple[str, ...]) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for text in given:
+        name, equals, value = text.partition("=")
+        if not equals or not name.isidentifier():
+            raise ValueError(f"--set must be NAME=VALUE, got {text!r}")
+        try:
+            values[name] = json.loads(value)
+        except ValueError:
+            values[name] = value
+    return values
+
+
+def _trainer(settings: ModelSettings, made: Any) -> ESTrainer:
+    """Return the trainer that a factory returned, or one for its model and fitness function."""
+    if isinstance(made, ESTrainer):
+        defaults = {field.name: field.default for field in dataclasses.fields(ModelSettings)}
+        changed = [name for name in _OF_TRAINERS if getattr(settings, name) != defaults[name]]
+        if changed:
+            named = ", ".join("--" + name.replace("_", "-") for name in changed)
+            raise ValueError(f"{settings.factory} returns a trainer, which has its own settings: leave out {named}")
+        return made
+    if not (isinstance(made, tuple) and len(made) == 2 and isinstance(made[0], nn.Module) and callable(made[1])):
+        raise TypeError(
+            f"{settings.factory} must return a trainer, or a model and its fitness function; got {_described(made)}"
+        )
+    model, fitness_fn = made
+    options: dict[str, Any] = {
+        "model": model,
+        "fitness_fn": fitness_fn,
+        "population_size": settings.population_size,
+        "learning_rate": settings.learning_rate,
+        "sigma": settings.sigma,
+        "optimizer": {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}[settings.optimizer],
+        "noise_reuse": 2 if settings.antithetic else 0,
+        "shaping": settings.shaping,
+        "compile": settings.compile,
+        "chunk_size": settings.chunk_size,
+        "device": settings.device,
+        "engine": settings.engine,
+        "seed": settings.seed,
+    }
+    if settings.rank == 0:
+        return VanillaESTrainer(**options)
+    return EGGROLLTrainer(rank=settings.rank, **options)
+
+
+def _described(made: Any) -> str:
+    if isinstance(made, tuple):
+        return f"({', '.join(type(one).__name__ for one in made)})"
+    return type(made).__name__
