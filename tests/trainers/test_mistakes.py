@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import inspect
 import re
+import warnings
 from typing import Any
 
 import pytest
 import torch
-from helpers import make
+from helpers import fitness, make
 from torch import nn
+from torch.optim.lr_scheduler import ExponentialLR, ReduceLROnPlateau
 
 from eggroll_trainer import EGGROLLTrainer, ESTrainer, VanillaESTrainer
 
@@ -92,3 +94,43 @@ def test_the_model_as_params(cls: Any) -> None:
 def test_signatures_are_those_that_are_written() -> None:
     for cls in (EGGROLLTrainer, VanillaESTrainer, ESTrainer):
         assert list(inspect.signature(cls).parameters)[:3] == ["params", "model", "fitness_fn"]
+
+
+def run_with_plateau(mode: Any, metric: str, sign: int = 1, **options: Any) -> list[str]:
+    """Return the warnings of a run whose loop steps a scheduler of its own."""
+    trainer = make(optimizer=None, population_size=64, **options)
+    scheduler = ReduceLROnPlateau(trainer, mode=mode, patience=2)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(12):
+            metrics = trainer.step()
+            scheduler.step(sign * metrics[metric])
+    return [str(warning.message) for warning in caught if "ReduceLROnPlateau" in str(warning.message)]
+
+
+@pytest.mark.parametrize("metric", ["mean_fitness", "fitness"])
+def test_a_plateau_that_waits_for_a_rising_fitness_to_fall(metric: str) -> None:
+    (message,) = run_with_plateau("min", metric)
+    assert f"ReduceLROnPlateau gets {metric}, which rises" in message and "make it with mode='max'" in message
+
+
+def test_a_plateau_that_waits_for_a_falling_loss_to_rise() -> None:
+    options: dict[str, Any] = {"fitness_fn": lambda model: -fitness(model), "maximize": False}
+    (message,) = run_with_plateau("max", "mean_fitness", **options)
+    assert "which falls" in message and "make it with mode='min'" in message
+    assert run_with_plateau("min", "mean_fitness", **options) == []
+
+
+def test_a_plateau_that_is_right() -> None:
+    assert run_with_plateau("max", "mean_fitness") == []
+    # Of something else, such as a loss on other data.
+    assert run_with_plateau("min", "mean_fitness", sign=-1) == []
+
+
+def test_other_schedulers_in_ones_own_loop() -> None:
+    trainer = make()
+    scheduler = ExponentialLR(trainer, 0.9)
+    for _ in range(6):
+        trainer.step()
+        scheduler.step()
+    assert trainer.learning_rate < 0.1

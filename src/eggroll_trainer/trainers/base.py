@@ -322,7 +322,7 @@ class ESTrainer(RunState, BestMember, OptimizerFace, torch.optim.Optimizer, ABC)
             if self._in_best_weights:
                 raise RuntimeError("step() inside best_weights(): leave the block first")
             self._check_live()
-            self._extra.note(self)
+            self._notice()
             self._findings.begin_generation(self.generation, self._fitness_fn(), self.model)
             self._method.begin_generation()
 

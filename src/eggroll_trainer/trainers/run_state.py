@@ -28,6 +28,7 @@ from ..update.centre import Centre
 from ..update.schedule import LRSchedulerFactory, Schedules
 from .extra_state import ExtraState, lost_warning
 from .method import Method
+from .plateau import PlateauWatch
 from .retest import Retest
 from .told import Told
 from .trainable import padding_rows, set_frozen
@@ -61,6 +62,7 @@ class RunState(ABC):
     _method: Method
     _extra: ExtraState
     _retest: Retest
+    _plateau: PlateauWatch
     _maximize: bool
     # The settings of the generation that was asked for, and the scores that came in since.
     _asked: dict[str, Any] | None
@@ -173,6 +175,13 @@ class RunState(ABC):
             self._warn_of_lost()
             self._extra.restore(self, self._extra.initial)
             self._forget()
+
+    def _notice(self) -> None:
+        """Notice, at the start of a generation, what the user's own code does."""
+        self._extra.note(self)
+        plateau = self._plateau.warning(self)
+        if plateau is not None:
+            self._warn_once(plateau, "plateau")
 
     def _warn_of_lost(self) -> None:
         """Warn of tensors that a subclass has changed and not registered."""
@@ -443,7 +452,7 @@ class RunState(ABC):
         self.generation, self.last_generation = 0, None
         self.history = {key: [] for key in METRICS}
         self.best_fitness = float("-inf" if self.maximize else "inf")
-        self._retest = Retest()
+        self._retest, self._plateau = Retest(), PlateauWatch()
         self._best, self._best_untrained = None, {}
         self._findings, self._watch = Findings(), Watch()
         self._asked = self._told = None
