@@ -215,6 +215,7 @@ class Fails(gymnasium.Env[Any, Any]):
         return np.zeros(2, np.float32), reward, self.time == 5, False, {}
 
 
+@pytest.mark.filterwarnings("ignore:all 6 members have had the same fitness")
 @pytest.mark.filterwarnings("ignore:Fails, environment 0 of 6, at step 3, gave a reward that is not finite")
 @pytest.mark.parametrize(
     ("what", "message"),

@@ -1,8 +1,8 @@
 """A ``ReduceLROnPlateau`` in a user's own loop that waits for a rising fitness to fall.
 
 It lowers the learning rate for no reason. Only the scheduler knows its mode, and it does not tell its optimizer: it is
-looked for among the objects that refer to the trainer. That takes some milliseconds, and is done only after the learning
-rate has fallen without a schedule of the trainer's own.
+looked for among the objects that refer to the trainer. That takes some milliseconds, and is done only after the
+learning rate has fallen without a schedule of the trainer's own.
 """
 
 from __future__ import annotations
