@@ -14,7 +14,10 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ["eggroll_trainer", "eggroll_trainer.callbacks", "eggroll_trainer.distributed", "eggroll_trainer.llm"]
+PACKAGES = [
+    *("eggroll_trainer", "eggroll_trainer.callbacks", "eggroll_trainer.plotting", "eggroll_trainer.distributed"),
+    "eggroll_trainer.llm",
+]
 # Methods that a page lists by name besides those that their class defines itself.
 _ENTRY = re.compile(r"^::: (?P<path>[\w.]+)(?P<options>(?:\n {4}.*)*)", re.MULTILINE)
 # Data, protocols and abstract classes: what they are is said, and used in the examples of others.

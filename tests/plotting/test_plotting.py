@@ -16,8 +16,8 @@ from launching import environment
 from watching import Spy, make_trainer
 
 from eggroll_trainer.callbacks import CSV, Checkpoints, JSONLines
-from eggroll_trainer.plotting import STYLES, RunCurves, load_run, plot_runs
-from eggroll_trainer.plotting.styles import LINES, LOOKS
+from eggroll_trainer.plotting import RunCurves, load_run, plot_runs
+from eggroll_trainer.plotting.styles import LINES, LOOKS, STYLES
 
 pytest.importorskip("matplotlib")
 

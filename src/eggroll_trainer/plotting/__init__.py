@@ -2,6 +2,5 @@
 
 from .figure import plot_runs
 from .runs import RunCurves, load_run
-from .styles import STYLES, Style
 
-__all__ = ["STYLES", "RunCurves", "Style", "load_run", "plot_runs"]
+__all__ = ["RunCurves", "load_run", "plot_runs"]

@@ -33,6 +33,13 @@ class RunCurves:
     Args:
         name: What the run is called in legends.
         columns: The numbers by name; all of the same length.
+
+    Example:
+        >>> run = RunCurves.of_history(
+        ...     "mine", {"generation": [1, 2], "mean_fitness": [0.5, 0.75], "status": ["ok", "ok"]}
+        ... )
+        >>> len(run), sorted(run.columns)
+        (2, ['generation', 'mean_fitness'])
     """
 
     def __init__(self, name: str, columns: Mapping[str, Sequence[float] | Array]) -> None:
@@ -104,16 +111,26 @@ def mean_of_runs(runs: Sequence[RunCurves], x: str) -> tuple[Array, Array, Array
 
 
 def load_run(path: str | PathLike[str], name: str | None = None) -> RunCurves:
-    """Read the curves of a run.
+    r"""Read the curves of a run.
 
     Args:
         path: A run's folder, with ``metrics.jsonl``, ``metrics.csv`` or checkpoints in it; a file of records,
             ``.jsonl`` or ``.csv``; or a checkpoint, ``.pt``.
         name: What it is called; the name of the folder or file if None.
 
+    Returns:
+        The curves.
+
     Raises:
         FileNotFoundError: There is no such file or folder, or nothing of a run in it.
         ValueError: The file is damaged, or there is no generation in it.
+
+    Example:
+        >>> import tempfile
+        >>> file = Path(tempfile.mkdtemp()) / "metrics.csv"
+        >>> _ = file.write_text("generation,mean_fitness\n1,0.5\n2,0.75\n")
+        >>> load_run(file).columns["mean_fitness"].tolist()
+        [0.5, 0.75]
     """
     path = Path(path)
     file = _file_in(path) if path.is_dir() else path

@@ -22,7 +22,8 @@ from ..distributed.engine import Engine, LocalEngine
 from ..fitness.findings import Findings
 from ..fitness.learning import Learner, changes_model, learner_state, set_learner_state
 from ..fitness.scores import METRICS
-from ..plotting import RunCurves, Style, plot_runs
+from ..plotting import RunCurves, plot_runs
+from ..plotting.styles import Style
 from ..population.untrained import set_untrained, untrained
 from ..update.centre import Centre
 from ..update.schedule import LRSchedulerFactory, Schedules
