@@ -54,6 +54,17 @@ def trainer():
 def wrong():
     return nn.Linear(3, 1)
 
+def constant():
+    return nn.Linear(3, 1), lambda model: float("nan")
+
+def text():
+    return nn.Linear(3, 1), lambda model: "good"
+
+def mine():
+    def fitness(model):
+        raise ValueError("my own bug")
+    return nn.Linear(3, 1), fitness
+
 def broken():
     raise LookupError("my own bug")
 
@@ -221,7 +232,12 @@ def test_train_says_what_is_wrong(factory: str, run: Run, tmp_path: Path) -> Non
     ):
         errors = run("train", *arguments, *out, status=status)[1]
         assert message in errors and "Traceback" not in errors
+    for name, message in (("constant", "finite"), ("text", "must return a float")):
+        errors = run("train", f"{factory}:{name}", *SMALL, "--out", tmp_path / name, status=1)[1]
+        assert message in errors and "Traceback" not in errors
     # What the user's function raises needs its traceback.
+    with pytest.raises(ValueError, match="my own bug"):
+        run("train", f"{factory}:mine", *SMALL, "--out", tmp_path / "mine")
     with pytest.raises(LookupError, match="my own bug"):
         run("train", f"{factory}:broken", *out)
 

@@ -90,6 +90,14 @@ def make_trainer(settings: ModelSettings) -> ESTrainer:
         raise UsageError(str(error)) from error
 
 
+def is_ours(error: BaseException) -> bool:
+    """Return whether the library raised an exception, whose message says it all; a user's own needs its traceback."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and str(trace.tb_frame.f_globals.get("__name__")).split(".")[0] == "eggroll_trainer"
+
+
 def _arguments(given: tuple[str, ...]) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for text in given:

@@ -13,7 +13,7 @@ from .._utils.settings_file import HELP, read_settings, without_config
 from ..callbacks import Callback, Checkpoints, EarlyStopping, JSONLines, TensorBoard, TimeLimit
 from ..callbacks.run_folder import METRICS, RunFolder
 from ..trainers.base import ESTrainer
-from .model import FACTORY, ModelSettings, UsageError, make_trainer
+from .model import FACTORY, ModelSettings, UsageError, is_ours, make_trainer
 
 DESCRIPTION = f"""Train any model by a fitness function of yours, and leave a folder with all that belongs to the run.
 
@@ -78,7 +78,13 @@ def main(arguments: list[str]) -> int:
     if trainer.is_main:
         print(f"run: {folder}")
     left = max(0, settings.generations - trainer.generation)
-    result = trainer.train(left, callback=callbacks, checkpoints=checkpoints)
+    try:
+        result = trainer.train(left, callback=callbacks, checkpoints=checkpoints)
+    except (TypeError, ValueError) as error:
+        if not is_ours(error):
+            raise
+        print(f"eggroll train: {error}", file=sys.stderr)
+        return 1
     if trainer.is_main:
         _finish(settings, trainer, folder, result["stopped_by"])
     return 0
