@@ -28,6 +28,7 @@ class Findings:
         divided: Indices of the global generators that the function draws from: each member has a state of its own.
         sample: Arguments and keyword arguments of a call of the model, unless they are large.
         unjudgeable: Whether the function differs from itself, so that no check can say anything.
+        model_seconds: What forwards that members waited for have taken in this process.
         draws: Whether it draws random numbers, or the model does.
         differs: Whether some process has found one of these: with other random numbers the same weights earn something
             else.
@@ -39,6 +40,7 @@ class Findings:
     divided: set[int] = dataclasses.field(default_factory=set)
     sample: tuple[tuple[Any, ...], dict[str, Any]] | None = None
     unjudgeable: bool = False
+    model_seconds: float = 0.0
     draws: bool = False
     differs: bool = False
     # Generations that this process has taken part in since the checks began, and the last one of them.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from .._utils.interrupts import delayed_interrupt
 from .._utils.memory import freed_memory_kept, is_out_of_memory
+from ..diagnostics.simulators import simulator_advice
 from ..distributed import Chunk, Outcome
 from ..fitness import thread_modes
 from ..fitness.evaluate import SAME_TASKS, Evaluation, Scored
@@ -183,13 +185,18 @@ class Evaluator:
         population = self.population(first, count)
         fitness_fn = trainer._fitness_fn()
         trainer._findings.begin_generation(trainer.generation, fitness_fn, trainer.model)
+        findings = trainer._findings
+        to_check = findings.to_check(trainer.seed, first, count, trainer.population_size)
+        evaluation = Evaluation(
+            population, fitness_fn, trainer.coalesce, findings, to_check, trainer._learner, trainer._warned
+        )
+        before, began = findings.model_seconds, time.perf_counter()
         with thread_modes.autocast_to(trainer.evaluation_dtype, trainer.device):
-            return Evaluation(
-                population,
-                fitness_fn,
-                trainer.coalesce,
-                trainer._findings,
-                trainer._findings.to_check(trainer.seed, first, count, trainer.population_size),
-                trainer._learner,
-                trainer._warned,
-            ).run()
+            scored = evaluation.run()
+        seconds = time.perf_counter() - began
+        # A check takes time of its own.
+        if not to_check:
+            advice = simulator_advice(fitness_fn, count, seconds, findings.model_seconds - before)
+            if advice is not None:
+                trainer._warned.once(advice, "simulator")
+        return scored

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -217,7 +218,9 @@ class _Evaluation:
             collect()
             self._look_around()
             if active:
+                began = time.perf_counter()
                 self._serve()
+                self.findings.model_seconds += time.perf_counter() - began
                 self._note_generators()
 
     def _take_turn(self, member: _Member) -> None:

@@ -1,0 +1,85 @@
+"""Whether the time of an evaluation goes into a simulator, which taking turns cannot make faster."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import sys
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+# Shorter evaluations are not worth a word.
+_SECONDS = 1.0
+# Of an evaluation: with less than this, the model's forwards are worth batching.
+_SHARE = 0.6
+# Functions that call functions that call … of the user's.
+_DEPTH = 3
+
+
+def simulator_advice(function: Callable[..., Any], members: int, seconds: float, in_model: float) -> str | None:
+    """Return what to say of a fitness function whose members take turns, or None.
+
+    Args:
+        function: The user's.
+        members: How many were evaluated.
+        seconds: What that took.
+        in_model: What the model's forwards took of it.
+    """
+    own = seconds - in_model
+    if in_model == 0 or seconds < _SECONDS or own < _SHARE * seconds or not plays_environment(function):
+        return None
+    return (
+        f"the evaluation of {members} members took {seconds:.1f} s. Of these the model's forwards took {in_model:.1f} s;"
+        f" the fitness function's own code took {own:.1f} s, as it runs for one member after the other. It plays a"
+        " Gymnasium environment: the fitness function eggroll_trainer.rl.rollout.EpisodeReturn(ENV_ID) steps the"
+        " environments of all members together; see docs/reinforcement-learning.md"
+    )
+
+
+def plays_environment(function: Callable[..., Any]) -> bool:
+    """Return whether a function, or one that it calls, refers to Gymnasium or holds one of its environments.
+
+    Example:
+        >>> plays_environment(lambda model: model.score())
+        False
+    """
+    gymnasium = sys.modules.get("gymnasium")
+    return gymnasium is not None and any(
+        value is gymnasium or isinstance(value, (gymnasium.Env, gymnasium.vector.VectorEnv))
+        for value in _reached(function, _DEPTH)
+    )
+
+
+def _reached(function: Any, depth: int) -> Iterator[Any]:
+    """Iterate over what a function refers to: its globals, what it holds, and the same of functions among them."""
+    while isinstance(function, functools.partial):
+        yield from (*function.args, *function.keywords.values())
+        function = function.func
+    owner = getattr(function, "__self__", None)
+    function = getattr(function, "__func__", function)
+    if not isinstance(function, types.FunctionType):
+        owner, function = function, type(function).__call__
+    yield from getattr(owner, "__dict__", {}).values()
+    if not isinstance(function, types.FunctionType):
+        return
+    names = {name for part in _parts(function.__code__) for name in part.co_names}
+    values = [function.__globals__[name] for name in names if name in function.__globals__]
+    for cell in function.__closure__ or ():
+        # One that is not filled yet raises.
+        with contextlib.suppress(ValueError):
+            values.append(cell.cell_contents)
+    # An import inside the function.
+    values += [sys.modules[name] for name in names if name == "gymnasium" and name in sys.modules]
+    for value in (*values, *(function.__defaults__ or ())):
+        yield value
+        if depth and (inspect.isfunction(value) or inspect.ismethod(value)):
+            yield from _reached(value, depth - 1)
+
+
+def _parts(code: types.CodeType) -> Iterator[types.CodeType]:
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _parts(constant)
