@@ -68,7 +68,7 @@ def test_functions_that_play() -> None:
 
 def test_when_it_speaks() -> None:
     message = simulator_advice(play, 64, 4.0, 0.5)
-    assert message is not None and "64 members took 4.0 s" in message and "forwards took 0.5 s" in message
+    assert message is not None and "64 members took 4.0 s" in message and "forwards took 0.5 s of it" in message
     assert "own code took 3.5 s" in message and "EpisodeReturn" in message
     # Quick; mostly the model; no turns are taken; no environment.
     for case in ((play, 64, 0.5, 0.1), (play, 64, 4.0, 3.0), (play, 64, 4.0, 0.0), (lambda model: 0.0, 64, 4.0, 0.5)):
