@@ -20,6 +20,7 @@ from .._utils.importing import function_named
 from .._utils.interrupts import delayed_interrupt, exit_on_sigterm
 from .._utils.memory import freed_memory_kept
 from ..callbacks import Checkpoints
+from ..callbacks.logger import record, scores_of
 from ..callbacks.run_folder import METRICS, RunFolder, RunWriter
 from ..distributed import Engine, make_engine
 from ..trainers.keyed import KeyedESTrainer
@@ -100,6 +101,7 @@ class Run:
                     with delayed_interrupt():
                         self.metrics.append(line)
                         writer.metrics(line, line["generation"])
+                        writer.histogram("scores", scores_of(trainer), line["generation"])
                         self.checkpoints.after_generation(trainer)
                     bar.update()
                     self._evaluate(writer, bar)
@@ -116,14 +118,13 @@ class Run:
         result = self.trainer.step()
         seconds = time.perf_counter() - start
         line = {
+            # Diagnostics, whatever there are.
+            **{key: value for key, value in record(result).items() if "fitness" not in key},
             "generation": result["generation"],
             **getattr(fitness, "metrics", {}),
             "mean_fitness": result["mean_fitness"],
             "best_fitness": result["fitness"],
             "std_fitness": result["std_fitness"],
-            "update_norm": result["update_norm"],
-            "num_nonfinite": result["num_nonfinite"],
-            "num_tied": result["num_tied"],
             "seconds": seconds,
         }
         if hasattr(fitness, "tokens"):

@@ -17,6 +17,7 @@ from .. import EGGROLLTrainer, VanillaESTrainer
 from .._utils.interrupts import delayed_interrupt, exit_on_sigterm
 from .._utils.memory import freed_memory_kept
 from ..callbacks import Checkpoints
+from ..callbacks.logger import record, scores_of
 from ..callbacks.run_folder import METRICS, RunFolder
 from ..trainers.keyed import KeyedESTrainer
 from .budget import with_compile
@@ -101,6 +102,7 @@ class Run:
                     with delayed_interrupt():
                         self._evaluate(line)
                         writer.metrics(line, line["steps"])
+                        writer.histogram("returns", scores_of(self.trainer), line["steps"])
                         self.checkpoints.after_generation(self.trainer)
                     # What other processes have taken, too.
                     bar.update(line["steps"] - bar.n)
@@ -125,13 +127,13 @@ class Run:
         result = self.trainer.step()
         seconds = time.perf_counter() - start
         return {
+            # Diagnostics, whatever there are.
+            **{key: value for key, value in record(result).items() if "fitness" not in key},
             "generation": result["generation"],
             "steps": self.steps,
             "mean_return": result["mean_fitness"],
             "best_return": result["fitness"],
             "std_return": result["std_fitness"],
-            "update_norm": result["update_norm"],
-            "num_nonfinite": result["num_nonfinite"],
             "seconds": seconds,
             "steps_per_second": (self.steps - before) / seconds,
         }
