@@ -1,0 +1,92 @@
+"""What a search for settings has found."""
+
+from __future__ import annotations
+
+import dataclasses
+from os import PathLike
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class SigmaTrial:
+    """A generation with one sigma.
+
+    Attributes:
+        sigma: Of the first parameter group.
+        linear_share: The share of the fitness' variance that changes sign with the perturbation: 1 where the fitness
+            is linear over a distance of sigma, less where it is curved, noisy or too coarse.
+        ties: The probability that two different members have the same fitness.
+        mean_fitness: Of the members.
+    """
+
+    sigma: float
+    linear_share: float
+    ties: float
+    mean_fitness: float
+
+
+@dataclasses.dataclass
+class RateTrial:
+    """Some generations with one learning rate.
+
+    Attributes:
+        learning_rate: Of the first parameter group.
+        fitness: The mean fitness of each generation.
+    """
+
+    learning_rate: float
+    fitness: list[float] = dataclasses.field(default_factory=list)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tuning:
+    """Settings that were found, and what was seen on the way.
+
+    Attributes:
+        sigma: The one that was found, of the first parameter group.
+        learning_rate: The one that was found, of the first parameter group.
+        generations: How many the search took.
+        sigmas: One entry for each sigma that was tried.
+        rates: One entry for each learning rate.
+    """
+
+    sigma: float
+    learning_rate: float
+    generations: int
+    sigmas: list[SigmaTrial]
+    rates: list[RateTrial]
+
+    def __str__(self) -> str:
+        """Return a table of what was tried."""
+        lines = [f"sigma={self.sigma:.3g}, learning_rate={self.learning_rate:.3g} ({self.generations} generations)"]
+        if self.sigmas:
+            lines.append("sigma       linear share  ties  mean fitness")
+            lines += [
+                f"{trial.sigma:<10.3g}  {trial.linear_share:12.2f}  {trial.ties:4.0%}  {trial.mean_fitness:.5g}"
+                + ("  ←" if trial.sigma == self.sigma else "")
+                for trial in self.sigmas
+            ]
+        if self.rates:
+            lines.append("learning rate  generations  mean fitness")
+            lines += [
+                f"{trial.learning_rate:<13.3g}  {len(trial.fitness):11d}  {trial.fitness[-1]:.5g}"
+                + ("  ←" if trial.learning_rate == self.learning_rate else "")
+                for trial in self.rates
+            ]
+        return "\n".join(lines)
+
+    def plot(self, path: str | PathLike[str] | None = None) -> Any:
+        """Draw what was seen; needs matplotlib.
+
+        Args:
+            path: Where to save the figure; its ending says how. Not saved if None.
+
+        Returns:
+            The ``matplotlib.figure.Figure``.
+        """
+        from .plot import figure_of
+
+        figure = figure_of(self)
+        if path is not None:
+            figure.savefig(path)
+        return figure

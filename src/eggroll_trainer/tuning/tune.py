@@ -1,0 +1,255 @@
+"""A search for sigma and the learning rate on the user's own trainer: a range test, then a race.
+
+Sigma first. Members come in antithetic pairs, ``f₊`` and ``f₋``. With ``o = (f₊ - f₋)/2`` and ``e = (f₊ + f₋)/2`` the
+*linear share* is ``Var(o)/(Var(o) + Var(e))``: near 1 where the fitness is linear over a distance of sigma, less where
+it is curved (sigma is too large), and a half where it is noise or too coarse (sigma is too small). It takes one
+generation, whatever the number of weights is. The largest sigma is taken that is nearly as linear as the best.
+
+Then the learning rate: rates that move a weight by a hundredth of sigma to three sigmas a generation start from the
+same weights with the same perturbations, and the better half of them goes on, again and again (successive halving,
+Jamieson and Talwalkar, 2016).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from tqdm.auto import tqdm
+
+from .._utils import validation
+from .._utils.warned import Warned
+from ..diagnostics import LearningWarning
+from ..trainers.base import ESTrainer
+from ..trainers.keyed import KeyedESTrainer
+from .result import RateTrial, SigmaTrial, Tuning
+
+# Powers of the square root of ten, relative to the sigma that the trainer has.
+_SIGMAS = range(-4, 5)
+# What a weight moves by in a generation, in units of sigma.
+_STEPS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
+# A sigma may have this share of the best linear share, and so many ties.
+_NEARLY, _TIES = 0.85, 0.3
+
+
+def tune(
+    trainer: ESTrainer,
+    budget: int = 50,
+    *,
+    sigma: bool = True,
+    learning_rate: bool = True,
+    apply: bool = True,
+    verbose: bool = True,
+) -> Tuning:
+    """Find a sigma and a learning rate with which a trainer learns, from where it is now.
+
+    The trainer is tried with other settings and put back each time: weights, history, optimizer and random streams
+    stay as they are. Where parameter groups have settings of their own, their ratios stay.
+
+    Args:
+        trainer: What to tune, with its fitness function, population and optimizer. If it has no antithetic pairs it
+            gets them for the search of sigma.
+        budget: Generations that the search may take, 20 at least; a fifth of what you will train is a fair share.
+        sigma: Whether to look for sigma. A custom :class:`~eggroll_trainer.ESTrainer` keeps its own in any case.
+        learning_rate: Whether to look for the learning rate.
+        apply: Whether to set what was found; else the trainer keeps its settings.
+        verbose: Whether to show a progress bar.
+
+    Returns:
+        What was found; print it for a table, and see :meth:`Tuning.plot`.
+
+    Raises:
+        TypeError: An argument is of the wrong type.
+        ValueError: ``budget`` is less than 20, or the fitness is the same for all members with every sigma.
+
+    Example:
+        >>> import torch
+        >>> from eggroll_trainer import EGGROLLTrainer, tune
+        >>> x = torch.randn(64, 2)
+        >>> model = torch.nn.Sequential(torch.nn.Linear(2, 16), torch.nn.Tanh(), torch.nn.Linear(16, 1))
+        >>> trainer = EGGROLLTrainer(
+        ...     model=model,
+        ...     fitness_fn=lambda m: -(m(x) - x.prod(1, keepdim=True)).square().mean(),
+        ...     population_size=64,
+        ...     sigma=10.0,
+        ...     learning_rate=1e-6,
+        ...     seed=0,
+        ... )
+        >>> found = tune(trainer, budget=30, verbose=False)
+        >>> trainer.sigma == found.sigma < 3.0, trainer.learning_rate == found.learning_rate > 1e-3
+        (True, True)
+        >>> trainer.generation
+        0
+    """
+    if not isinstance(trainer, ESTrainer):
+        raise TypeError(f"tune takes a trainer, got {type(trainer).__name__}")
+    budget = validation.check_int("budget", budget, 20)
+    with tqdm(total=budget, unit="gen", disable=not (verbose and trainer.is_main)) as bar:
+        search = _Search(trainer, budget, bar)
+        with search.restored():
+            sigmas = search.sigmas() if sigma and isinstance(trainer, KeyedESTrainer) else []
+            best_sigma = _chosen(sigmas) if sigmas else trainer.sigma
+            search.set(sigma=best_sigma)
+            rates = search.rates() if learning_rate else []
+            best_rate = _winner(rates) if rates else trainer.learning_rate
+    if apply:
+        search.set(sigma=best_sigma, learning_rate=best_rate)
+    return Tuning(best_sigma, best_rate, search.generations, sigmas, rates)
+
+
+class _Search:
+    """Tries settings of a trainer.
+
+    Args:
+        trainer: The trainer.
+        budget: Generations.
+        bar: Shows how many are over.
+    """
+
+    def __init__(self, trainer: ESTrainer, budget: int, bar: Any) -> None:
+        self.trainer, self.budget, self.bar = trainer, budget, bar
+        self.generations = 0
+        self._start = trainer.state_dict()
+        groups = trainer.param_groups
+        first = groups[0]
+        self._sigmas = [group["sigma"] / first["sigma"] for group in groups]
+        # A first rate of zero has no ratios.
+        self._rates = [group["lr"] / first["lr"] if first["lr"] else 1.0 for group in groups]
+
+    @contextlib.contextmanager
+    def restored(self) -> Iterator[None]:
+        """Put the trainer back at the end of the block."""
+        trainer = self.trainer
+        warned, planned = trainer._warned, trainer._watch.planned
+        # What is wrong with a setting that is tried is no news.
+        trainer._warned = Warned()
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", LearningWarning)
+                yield
+        finally:
+            trainer.load_state_dict(self._start)
+            trainer._warned, trainer._watch.planned = warned, planned
+
+    def set(self, sigma: float | None = None, learning_rate: float | None = None) -> None:
+        """Set what the first parameter group has, and the others in proportion."""
+        groups = self.trainer.param_groups
+        for group, sigma_ratio, rate_ratio in zip(groups, self._sigmas, self._rates, strict=True):
+            if sigma is not None:
+                group["sigma"] = sigma * sigma_ratio
+            if learning_rate is not None:
+                group["lr"] = learning_rate * rate_ratio
+
+    def _step(self) -> dict[str, Any]:
+        self.generations += 1
+        self.bar.update()
+        return self.trainer.step()
+
+    def sigmas(self) -> list[SigmaTrial]:
+        """Run a generation with each of some sigmas."""
+        trainer, centre = self.trainer, self.trainer.sigma
+        assert isinstance(trainer, KeyedESTrainer)
+        reuse = trainer.noise_reuse
+        # Groups of odd size cannot have pairs, nor chunks.
+        pairs = not any(size % 2 for size in (trainer.population_size, trainer.group_size, trainer.chunk_size or 0))
+        trainer.noise_reuse = 2 if pairs else reuse
+        trials = []
+        try:
+            for power in _SIGMAS:
+                self.set(sigma=centre * 10 ** (power / 2))
+                trials.append(self._sigma_trial(pairs))
+                trainer.noise_reuse = reuse
+                trainer.load_state_dict(self._start)
+                trainer.noise_reuse = 2 if pairs else reuse
+        finally:
+            trainer.noise_reuse = reuse
+        if not any(trial.ties < 1 for trial in trials):
+            raise ValueError(
+                f"all members have the same fitness with every sigma from {trials[0].sigma:.2g} to"
+                f" {trials[-1].sigma:.2g}: does the fitness function use the model that it is given?"
+            )
+        return trials
+
+    def _sigma_trial(self, pairs: bool) -> SigmaTrial:
+        trainer = self.trainer
+        sigma = trainer.sigma
+        try:
+            mean = self._step()["mean_fitness"]
+        except ValueError:
+            # No score is finite, or the step leads to weights that are not.
+            return SigmaTrial(sigma, 0.0, 1.0, math.nan)
+        assert trainer.last_generation is not None
+        scores = np.asarray(trainer.last_generation.scores, float).reshape(trainer.population_size, -1)
+        fitness = np.where(np.isfinite(scores), scores, np.nan).mean(1)
+        fitness = np.where(np.isnan(fitness), np.nanmin(fitness), fitness)
+        _, counts = np.unique(fitness, return_counts=True)
+        ties = float((counts * (counts - 1)).sum()) / (len(fitness) * (len(fitness) - 1))
+        return SigmaTrial(sigma, _linear_share(fitness) if pairs else 1 - ties, ties, mean)
+
+    def rates(self) -> list[RateTrial]:
+        """Race learning rates against each other."""
+        trainer = self.trainer
+        state = trainer.state_dict()
+        unit = trainer.learning_rate or 1.0
+        self.set(learning_rate=unit)
+        moved = self._step()["update_norm"] / math.sqrt(max(1, len(trainer.current_params)))
+        trainer.load_state_dict(state)
+        if not moved > 0:
+            # All members tie: there is nothing to choose by.
+            return []
+        trials = [RateTrial(unit * step * trainer.sigma / moved) for step in _STEPS]
+        states: dict[float, dict[str, Any]] = {}
+        running, left = trials, self.budget - self.generations
+        rounds = max(1, math.ceil(math.log2(len(trials))))
+        for round in range(rounds):
+            length = max(2, left // ((rounds - round) * len(running)))
+            for trial in running:
+                trainer.load_state_dict(states.get(trial.learning_rate, state))
+                self.set(learning_rate=trial.learning_rate)
+                self._run(trial, min(length, left // len(running) or 1))
+                states[trial.learning_rate] = trainer.state_dict()
+            left = self.budget - self.generations
+            running = sorted(running, key=_standing, reverse=True)[: (len(running) + 1) // 2]
+            states = {trial.learning_rate: states[trial.learning_rate] for trial in running}
+            if left < len(running):
+                break
+        return trials
+
+    def _run(self, trial: RateTrial, generations: int) -> None:
+        for _ in range(generations):
+            try:
+                trial.fitness.append(self._step()["mean_fitness"])
+            except ValueError:
+                # Scores or weights that are not finite.
+                trial.fitness.append(-math.inf)
+                return
+
+
+def _linear_share(fitness: np.ndarray[Any, Any]) -> float:
+    """Return the share of the variance that changes sign within pairs ``(2k, 2k + 1)``; ``[N]``."""
+    odd, even = (fitness[::2] - fitness[1::2]) / 2, (fitness[::2] + fitness[1::2]) / 2
+    # The odd part has no mean to be taken off.
+    total = float(np.square(odd).mean() + even.var())
+    return float(np.square(odd).mean()) / total if total > 0 else 0.0
+
+
+def _chosen(trials: list[SigmaTrial]) -> float:
+    """Return the largest sigma that is nearly as linear as the best, of those with few ties if there are any."""
+    usable = [trial for trial in trials if trial.ties < _TIES] or [min(trials, key=lambda trial: trial.ties)]
+    best = max(trial.linear_share for trial in usable)
+    return max(trial.sigma for trial in usable if trial.linear_share >= _NEARLY * best)
+
+
+def _standing(trial: RateTrial) -> float:
+    """Return what a rate is judged by: the mean fitness of its last two generations."""
+    return float(np.mean(trial.fitness[-2:]))
+
+
+def _winner(trials: list[RateTrial]) -> float:
+    """Return the rate that came furthest of those that ran longest."""
+    longest = max(len(trial.fitness) for trial in trials)
+    return max((trial for trial in trials if len(trial.fitness) == longest), key=_standing).learning_rate
