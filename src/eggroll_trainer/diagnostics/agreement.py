@@ -1,4 +1,4 @@
-"""Whether one generation's estimate agrees with the last one's, from a sample of the weights."""
+"""Whether an estimate agrees with the last step, from a sample of the weights."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ _SAMPLED = 2**16
 
 
 class Agreement:
-    """Compares estimates of successive generations.
+    """Compares each estimate with the step before it: where that went too far, the cosine is below zero.
 
-    It keeps evenly spaced entries of the last estimate, 65,536 at most, so that it costs next to nothing for a large
-    model.
+    It keeps evenly spaced entries of the last step, 65,536 at most, so that it costs next to nothing for a large model.
 
     Attributes:
-        last: Those entries, or None.
+        step: Those entries, ``[k]``, or None.
     """
 
-    def __init__(self, last: Tensor | None = None) -> None:
-        self.last = last
+    def __init__(self, step: Tensor | None = None) -> None:
+        self.step = step
 
-    def sample(self, gradient: Mapping[str, Tensor]) -> Tensor:
-        """Return evenly spaced entries of a gradient, ``[k]``."""
-        step = max(1, math.ceil(sum(value.numel() for value in gradient.values()) / _SAMPLED))
-        return torch.cat([value.flatten()[::step] for value in gradient.values()]).float()
+    def cosine(self, gradient: Mapping[str, Tensor]) -> float:
+        """Return the cosine between an estimate, the negated gradient, and the last step; 0 if there was none."""
+        sampled = sample(gradient)
+        if self.step is None or self.step.shape != sampled.shape:
+            return 0.0
+        step = self.step.to(sampled.device)
+        product = float(torch.linalg.vector_norm(step) * torch.linalg.vector_norm(sampled))
+        return -float(step @ sampled) / product if product > 0 else 0.0
 
-    def cosine(self, sampled: Tensor) -> float | None:
-        """Return the cosine between a sampled estimate and the last one; None if there is none to compare with."""
-        last = self.last
-        if last is None or last.shape != sampled.shape:
-            return None
-        last = last.to(sampled.device)
-        product = float(torch.linalg.vector_norm(last) * torch.linalg.vector_norm(sampled))
-        return float(last @ sampled) / product if product > 0 else 0.0
+
+def sample(tensors: Mapping[str, Tensor]) -> Tensor:
+    """Return evenly spaced entries of tensors that belong together, ``[k]``."""
+    every = max(1, math.ceil(sum(value.numel() for value in tensors.values()) / _SAMPLED))
+    return torch.cat([value.detach().flatten()[::every] for value in tensors.values()]).float()

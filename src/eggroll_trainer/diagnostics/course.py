@@ -17,7 +17,7 @@ class Probe:
     """A few more evaluations, made where a run is in trouble.
 
     Attributes:
-        centre: The fitness of the model without perturbation, evaluated twice.
+        centre: The fitness of the model without perturbation, evaluated twice; higher is better.
     """
 
     centre: tuple[float, float]
@@ -34,7 +34,8 @@ class Course:
 
     Attributes:
         history: ``trainer.history``, one entry a generation.
-        scores: The members' mean fitness in the last generation, ``[N]``.
+        scores: The members' mean fitness in the last generation, ``[N]``; higher is better.
+        maximize: Whether the fitness in the history is better where it is higher.
         weights: How many are trained, ``D``.
         planned: Generations that :meth:`~eggroll_trainer.ESTrainer.train` was asked for in all; None if unknown.
         signal: The signal in the last estimate, where it is known.
@@ -45,6 +46,7 @@ class Course:
 
     history: Mapping[str, Sequence[Any]]
     scores: np.ndarray[Any, Any]
+    maximize: bool
     weights: int
     planned: int | None
     signal: Signal | None
@@ -56,6 +58,15 @@ class Course:
     def generation(self) -> int:
         """How many generations there were."""
         return len(self.history["mean_fitness"])
+
+    @property
+    def means(self) -> np.ndarray[Any, Any]:
+        """The mean fitness of each generation; higher is better."""
+        return np.asarray(self.history["mean_fitness"], float) * (1.0 if self.maximize else -1.0)
+
+    def shown(self, fitness: float) -> str:
+        """Return a fitness as the user knows it."""
+        return f"{fitness if self.maximize else -fitness:.4g}"
 
     @property
     def members(self) -> int:
@@ -92,7 +103,7 @@ class Course:
         The error is that of the mean of ``N`` members, or what the means fluctuate by from one generation to the
         next, if that is more.
         """
-        means = np.asarray(self.history["mean_fitness"], float)
+        means = self.means
         if len(means) < first + last:
             return 0.0
         spread = float(np.median(self.history["std_fitness"])) / math.sqrt(self.members)

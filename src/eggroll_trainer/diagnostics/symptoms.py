@@ -26,14 +26,14 @@ def constant(course: Course) -> str | None:
     if course.generation < 3 or any(course.last("std_fitness", 3)):
         return None
     told = (
-        f"all {course.members} members have had the same fitness for 3 generations ({course.scores[0]:.4g}), so"
+        f"all {course.members} members have had the same fitness for 3 generations ({course.shown(course.scores[0])}), so"
         " there is"
         " nothing to learn from. "
     )
     probe = None if course.probe is None else course.probe()
     if probe is not None and min(probe.centre) > course.scores[0]:
         return (
-            f"{told}The model without perturbation is better ({probe.centre[0]:.4g}), so that"
+            f"{told}The model without perturbation is better ({course.shown(probe.centre[0])}), so that"
             f" sigma={course.sigma:g} is too large. Lower it"
         )
     return (
@@ -51,7 +51,7 @@ def coarse(course: Course) -> str | None:
     worst = float((course.scores == course.scores.min()).mean())
     if worst > 0.5:
         return (
-            f"{worst:.0%} of the members have the worst fitness, {course.scores.min():.4g}. Either most of them"
+            f"{worst:.0%} of the members have the worst fitness, {course.shown(course.scores.min())}. Either most of them"
             " fail, and"
             f" sigma={course.sigma:g} is too large; or none differs enough, and it is too small. {_ANSWERS}"
         )
@@ -91,9 +91,10 @@ def short_steps(course: Course) -> str | None:
 
 
 def persistent(course: Course) -> str | None:
-    """Successive estimates agree so well that longer steps would do."""
+    """Each estimate agrees so well with the step before that longer steps would do."""
     window = 20
-    if course.signal is None or course.generation <= window or course.step_in_sigmas > 0.05:
+    # Of plain steps it is known how well they can agree with the next estimate.
+    if course.signal is None or course.optimizer != "SGD" or course.generation <= window or course.step_in_sigmas > 0.05:
         return None
     halves = np.asarray(course.last("split_half_cosine", window))
     possible = float((2 * halves / (1 + halves)).mean())
@@ -103,8 +104,8 @@ def persistent(course: Course) -> str | None:
     share = min(1.0, agreement / possible)
     factor = min(10.0, 0.5 / (1 - share)) if share < 1 else 10.0
     return (
-        f"the steps could be longer: the estimates of successive generations point the same way ({share:.0%} of what"
-        f" their noise allows). A learning_rate about {factor:.0f} times as large, {factor:.0f} ×"
+        f"the steps could be longer: each estimate points the same way as the step before ({share:.0%} of what"
+        f" its noise allows). A learning_rate about {factor:.0f} times as large, {factor:.0f} ×"
         f" {course.last('learning_rate')[0]:g}, would learn faster"
     )
 
@@ -113,8 +114,8 @@ def falling(course: Course) -> str | None:
     """In most generations the mean fitness is far below where it began."""
     if course.generation < 10:
         return None
-    first, spread = course.history["mean_fitness"][0], course.history["std_fitness"][0]
-    lately = course.last("mean_fitness", (course.generation + 1) // 2)
+    first, spread = course.means[0], course.history["std_fitness"][0]
+    lately = course.means[-((course.generation + 1) // 2) :]
     if max(lately) >= first - spread:
         return None
     return (
@@ -127,8 +128,8 @@ def falling(course: Course) -> str | None:
 
 def loss_returned(course: Course) -> str | None:
     """The fitness looks like a loss, which training makes larger."""
-    means = course.history["mean_fitness"]
-    if course.generation < 5 or min(course.history["mean_fitness"]) <= 0 or float(course.scores.min()) < 0:
+    means = course.means
+    if not course.maximize or course.generation < 5 or means.min() <= 0 or float(course.scores.min()) < 0:
         return None
     if means[-1] < max(1.0, 1.2 * means[0]) or course.gain(2, 3) < 3:
         return None
@@ -138,7 +139,7 @@ def loss_returned(course: Course) -> str | None:
     return (
         f"the fitness function calls {loss}, its values are positive, and training, which maximises, has raised"
         " them from"
-        f" {means[0]:.4g} to {means[-1]:.4g}. If it is a loss, return its negative, or pass"
+        f" {means[0]:.4g} to {means[-1]:.4g}. If it is a loss, return its negative, or pass maximize=False, or pass"
         " maximize=False to the trainer"
     )
 
@@ -154,8 +155,8 @@ def overshooting(course: Course) -> str | None:
     if possible < 0.05 or agreement > -0.5 * possible or course.gain(3, 3) > 2:
         return None
     return (
-        f"each step undoes the last one: the cosine between successive estimates is {agreement:.2f} over {window}"
-        f" generations, and the fitness does not rise. Lower learning_rate, now {course.last('learning_rate')[0]:g}"
+        f"each step undoes the last one: the cosine between a step and the next estimate is {agreement:.2f} over {window}"
+        f" generations, and the fitness does not improve. Lower learning_rate, now {course.last('learning_rate')[0]:g}"
     )
 
 
@@ -169,22 +170,22 @@ def no_signal(course: Course) -> str | None:
         return None
     found = (
         f"the update is indistinguishable from noise: in {window} generations the split-half cosine was"
-        f" {cosine:.4f} ± {error:.4f}, and the mean fitness has not risen. "
+        f" {cosine:.4f} ± {error:.4f}, and the mean fitness has not improved. "
     )
     spread = course.mean("std_fitness", window)
     probe = None if course.probe is None else course.probe()
     if probe is not None and probe.noise > spread / 4:
         return (
-            f"{found}The fitness itself is noisy: the same model got {probe.centre[0]:.4g} and {probe.centre[1]:.4g},"
+            f"{found}The fitness itself is noisy: the same model got {course.shown(probe.centre[0])} and {course.shown(probe.centre[1])},"
             f" where members differ by {spread:.4g}. Average it over more samples or episodes, give all members"
             " the same"
             f" ones, or raise population_size, now {course.members}"
         )
     centre = None if probe is None else sum(probe.centre) / 2
-    if centre is not None and centre > course.mean("mean_fitness", window) + 2 * spread:
+    if centre is not None and centre > course.means[-window:].mean() + 2 * spread:
         return (
-            f"{found}The model without perturbation is better than most members ({centre:.4g}, and"
-            f" {course.mean('mean_fitness', window):.4g} on average): sigma={course.sigma:g} is too large. Lower it"
+            f"{found}The model without perturbation is better than most members ({course.shown(centre)}, and"
+            f" {course.shown(course.means[-window:].mean())} on average): sigma={course.sigma:g} is too large. Lower it"
         )
     return (
         f"{found}Of {course.members} members and {course.weights:,} weights little can be expected where few of"

@@ -22,12 +22,10 @@ class Measured:
     Attributes:
         metrics: For the metrics of its generation.
         signal: The signal in it, where that is known.
-        sampled: What the next estimate is compared with.
     """
 
     metrics: dict[str, float]
     signal: Signal | None
-    sampled: Tensor
 
 
 class LearningWarning(RuntimeWarning):
@@ -43,29 +41,29 @@ class Watch:
     """Watches a run.
 
     Attributes:
-        agreement: Compares successive estimates.
+        agreement: Compares estimates with steps.
         signal: The signal in the last estimate.
         planned: Generations that the run is to have in all, or None.
     """
 
-    def __init__(self, last: Tensor | None = None) -> None:
-        self.agreement = Agreement(last)
+    def __init__(self, step: Tensor | None = None) -> None:
+        self.agreement = Agreement(step)
         self.signal: Signal | None = None
         self.planned: int | None = None
         self._told: set[str] = set()
 
     def measure(self, estimate: Estimate) -> Measured:
         """Return what an estimate shows, and change nothing."""
-        signal, sampled = signal_of(estimate), self.agreement.sample(estimate.gradient)
-        metrics: dict[str, float] = {"agreement": self.agreement.cosine(sampled) or 0.0}
+        signal = signal_of(estimate)
+        metrics: dict[str, float] = {"agreement": self.agreement.cosine(estimate.gradient)}
         if signal is not None:
             metrics["split_half_cosine"] = signal.split_half_cosine
             metrics["explained_share"] = signal.explained_share
-        return Measured(metrics, signal, sampled)
+        return Measured(metrics, signal)
 
-    def accept(self, measured: Measured) -> None:
-        """Keep what the step has been made of."""
-        self.agreement.last, self.signal = measured.sampled, measured.signal
+    def accept(self, measured: Measured, step: Tensor) -> None:
+        """Keep what the step was made of, and a sample of the step, ``[k]``."""
+        self.signal, self.agreement.step = measured.signal, step
 
     def look(
         self, course: Callable[[], Course], generation: int, tell: Callable[[str, str, type[RuntimeWarning]], Any]

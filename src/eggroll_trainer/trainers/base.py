@@ -21,6 +21,7 @@ from .._utils.warned import Warned
 from ..callbacks import Callbacks, Checkpoints
 from ..checkpoints.generation import Generation, adopted, differences
 from ..diagnostics import Watch
+from ..diagnostics.agreement import sample
 from ..distributed import Chunk, Engine, Outcome, make_engine
 from ..fitness import thread_modes
 from ..fitness.evaluate import Coalesce, is_batched
@@ -360,7 +361,7 @@ class ESTrainer(RunState, BestMember, OptimizerFace, torch.optim.Optimizer, ABC)
             anchor = self._centre.unflatten(self._initial)
             metrics = metrics_of(checked, last.number, best_fitness, self.learning_rate, self.sigma, self.maximize)
             metrics |= measured.metrics | {"relative_update": 0.0}
-            size = self._centre.length()
+            size, before = self._centre.length(), sample(self._centre.masters)
             learnt = None if improved is None else self._learnt()
             appends = [self.history.setdefault(key, []).append for key in metrics]
             # Whatever raises in here, each of these goes back.
@@ -376,7 +377,7 @@ class ESTrainer(RunState, BestMember, OptimizerFace, torch.optim.Optimizer, ABC)
             self._retest.note(last.number, earned, is_best)
             self.generation, self.last_generation = last.number, last
             self._asked = self._told = None
-            self._watch.accept(measured)
+            self._watch.accept(measured, sample(self._centre.masters) - before)
             for append, value in zip(appends, metrics.values(), strict=True):
                 append(value)
         self._watch.look(lambda: course_of(self, checked.means, evaluated), self.generation, self._warn_once)

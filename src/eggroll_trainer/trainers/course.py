@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -30,8 +29,9 @@ def course_of(trainer: Any, means: Tensor, evaluated: bool) -> Course:
         return Probe((sign * one, sign * other))
 
     return Course(
-        history=trainer.history if trainer.maximize else _Negated(trainer.history),
+        history=trainer.history,
         scores=means.numpy(),
+        maximize=trainer.maximize,
         weights=len(trainer._centre),
         planned=trainer._watch.planned,
         signal=trainer._watch.signal,
@@ -39,20 +39,3 @@ def course_of(trainer: Any, means: Tensor, evaluated: bool) -> Course:
         fitness_fn=trainer._fitness_fn(),
         probe=probe if can_probe else None,
     )
-
-
-class _Negated(Mapping[str, list[Any]]):
-    """The history of a run that minimises, as that of one that maximises."""
-
-    def __init__(self, history: Mapping[str, list[Any]]) -> None:
-        self._history = history
-
-    def __getitem__(self, key: str) -> list[Any]:
-        values = self._history[key]
-        return [-value for value in values] if key in ("fitness", "mean_fitness", "best_fitness") else values
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._history)
-
-    def __len__(self) -> int:
-        return len(self._history)

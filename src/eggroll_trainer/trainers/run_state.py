@@ -216,7 +216,7 @@ class RunState(ABC):
             "initial_untrained": self._initial_untrained,
             "learner": learner_state(self._learner),
             "alone": self._findings.alone,
-            "last_estimate": self._watch.agreement.last,
+            "last_step": self._watch.agreement.step,
             "differs": self._findings.differs,
             "retest": self._retest.state(),
             "told": None if self._told is None else self._told.state(),
@@ -442,7 +442,7 @@ class RunState(ABC):
         self._retest = Retest.of(state.get("retest"))
         self._asked, self._told = None, Told.of(state.get("told"))
         self._extra.restore(self, state.get("extra", {}), state.get("initial_extra"))
-        self._watch = Watch(state.get("last_estimate"))
+        self._watch = Watch(state.get("last_step"))
         self.history, self.last_generation = plain_copy(state["history"]), None
         self.best_fitness = state["best_fitness"]
         self._best = None if state["best_params"] is None else state["best_params"].to(self.device, copy=True)

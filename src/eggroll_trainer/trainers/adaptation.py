@@ -1,0 +1,152 @@
+"""``learning_rate="auto"`` and ``sigma="auto"``: settings that are adapted after every generation.
+
+*Learning rate.* The cosine between a step and the next estimate is positive where the step could have been longer,
+zero where it went as far along its direction as pays (an exact line search), and negative where it went too far. The
+rate follows it: up while the cosine is more than 0.4 of the estimate's own squared cosine with the true direction, which
+is what it would be after an infinitely short step, and else down.
+
+*Sigma.* Over antithetic pairs, ``f₊`` and ``f₋``, the linear share ``Var(f₊ - f₋)/(Var(f₊ - f₋) + Var(f₊ + f₋))`` is
+near 1 where the fitness is linear over a distance of sigma. Above 0.85 sigma grows. Below, the fitness is either curved,
+and sigma too large, or noisy or coarse, and it is too small. To tell these apart sigma alternates by ±15 %: where the
+mean fitness is better with the smaller one it is curved, and sigma shrinks; else it grows, up to the size of the
+weights.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from ..fitness.scores import CheckedScores
+
+# What the averages keep of their past: they look back about five generations.
+_MEMORY = 0.8
+# The share of the agreement that a very short step would have, at which the learning rate stays.
+_AGREEMENT = 0.4
+# The natural logarithm of the factor by which the learning rate changes at most.
+_RATE_CHANGE = 0.2
+# The linear share at which sigma stays; what its logarithm changes by for each unit of the share, and at most when blind.
+_LINEAR, _SIGMA_CHANGE, _BLIND_CHANGE = 0.85, 0.4, 0.05
+# The logarithm of the factor by which sigma alternates, and the ties that are too many.
+_ALTERNATION, _TIES = 0.15, 0.05
+
+
+@dataclasses.dataclass(frozen=True)
+class Facts:
+    """What a generation shows.
+
+    Attributes:
+        agreement: The cosine between its estimate and the step before it.
+        possible: The squared cosine between its estimate and the true direction, estimated.
+        weights: How many are trained, ``D``.
+        size: Root mean square of the weights.
+        sigma: Standard deviation of the perturbations.
+        linear_share: Of the pairs, from 0 to 1; None where there are none.
+        mean: The mean fitness, with its standard error.
+        ties: The probability that two members have the same fitness.
+    """
+
+    agreement: float
+    possible: float
+    weights: int
+    size: float
+    sigma: float
+    linear_share: float | None
+    mean: tuple[float, float]
+    ties: float
+
+
+def facts_of(metrics: Mapping[str, Any], scores: CheckedScores, weights: int, pairs: bool) -> Facts:
+    """Return what a generation shows.
+
+    Args:
+        metrics: Of the generation.
+        scores: Of its members.
+        weights: How many are trained.
+        pairs: Whether members ``2k`` and ``2k + 1`` are antithetic.
+    """
+    halves = metrics["split_half_cosine"]
+    size = metrics["update_norm"] / metrics["relative_update"] if metrics["relative_update"] else 0.0
+    fitness = scores.means.numpy()
+    count = len(fitness)
+    _, same = np.unique(fitness, return_counts=True)
+    share, averages = None, fitness
+    if pairs:
+        odd, averages = (fitness[::2] - fitness[1::2]) / 2, (fitness[::2] + fitness[1::2]) / 2
+        total = float(np.square(odd).mean() + averages.var())
+        share = float(np.square(odd).mean()) / total if total > 0 else 0.0
+    return Facts(
+        metrics["agreement"],
+        2 * halves / (1 + halves),
+        weights,
+        size / math.sqrt(max(1, weights)),
+        metrics["sigma"],
+        share,
+        (float(averages.mean()), float(averages.std()) / math.sqrt(len(averages))),
+        float((same * (same - 1)).sum()) / max(1, count * (count - 1)),
+    )
+
+
+def first_state() -> dict[str, Any]:
+    """Return what an :class:`Adaptation` remembers before the first generation."""
+    averages: dict[str, Any] = dict.fromkeys(("agreement", "possible", "ties", "curvature"), 0.0)
+    return {**averages, "linear_share": 1.0, "generations": 0, "means": [], "offset": 0.0}
+
+
+class Adaptation:
+    """Says by what factors settings should change after a generation.
+
+    Args:
+        state: What it remembers, and changes: :func:`first_state`, or that of an earlier one.
+    """
+
+    def __init__(self, state: dict[str, Any]) -> None:
+        self.state = state
+
+    def after(self, facts: Facts, learning_rate: bool, sigma: bool) -> tuple[float, float]:
+        """Return the factors for the learning rate and for sigma; 1 for what is not to be adapted."""
+        self.state["generations"] += 1
+        return self._rate(facts) if learning_rate else 1.0, self._sigma(facts) if sigma else 1.0
+
+    def _average(self, key: str, value: float) -> float:
+        self.state[key] = _MEMORY * self.state[key] + (1 - _MEMORY) * value
+        return float(self.state[key])
+
+    def _rate(self, facts: Facts) -> float:
+        if self.state["generations"] == 1:
+            # There was no step before.
+            return 1.0
+        agreement = self._average("agreement", facts.agreement)
+        possible = self._average("possible", facts.possible)
+        # Two standard deviations of the average of random cosines.
+        least = 2 * math.sqrt((1 - _MEMORY) / (1 + _MEMORY) / max(1, min(facts.weights, 2**16)))
+        excess = (agreement - _AGREEMENT * possible) / max(possible, least)
+        share = excess / (1 - _AGREEMENT) if excess > 0 else excess
+        return math.exp(_RATE_CHANGE * max(-1.0, min(1.0, share)))
+
+    def _sigma(self, facts: Facts) -> float:
+        assert facts.linear_share is not None
+        state = self.state
+        share, ties = self._average("linear_share", facts.linear_share), self._average("ties", facts.ties)
+        larger = state["generations"] % 2 == 1
+        state["means"] = [*state["means"], list(facts.mean)][-3:]
+        if len(state["means"]) == 3:
+            (before, error_before), (mean, error), (after, error_after) = state["means"]
+            # The middle one is of the other sigma; the average of its neighbours is free of a steady rise.
+            difference = ((before + after) / 2 - mean) * (-1 if larger else 1)
+            deviation = math.sqrt(error**2 + (error_before**2 + error_after**2) / 4)
+            score = difference / deviation if deviation > 0 else 0.0
+            self._average("curvature", max(-5.0, min(5.0, score)))
+        small = facts.sigma < facts.size or facts.size == 0
+        if ties > _TIES:
+            change = 2 * _BLIND_CHANGE if small else -2 * _BLIND_CHANGE
+        elif share >= _LINEAR or state["curvature"] > 1:
+            change = _SIGMA_CHANGE * (share - _LINEAR)
+        else:
+            change = _BLIND_CHANGE if small else -_BLIND_CHANGE
+        offset, state["offset"] = state["offset"], -_ALTERNATION if larger else _ALTERNATION
+        return math.exp(change + state["offset"] - offset)
