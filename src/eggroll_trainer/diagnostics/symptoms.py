@@ -94,7 +94,12 @@ def persistent(course: Course) -> str | None:
     """Each estimate agrees so well with the step before that longer steps would do."""
     window = 20
     # Of plain steps it is known how well they can agree with the next estimate.
-    if course.signal is None or course.optimizer != "SGD" or course.generation <= window or course.step_in_sigmas > 0.05:
+    if (
+        course.signal is None
+        or course.optimizer != "SGD"
+        or course.generation <= window
+        or course.step_in_sigmas > 0.05
+    ):
         return None
     halves = np.asarray(course.last("split_half_cosine", window))
     possible = float((2 * halves / (1 + halves)).mean())
@@ -176,7 +181,8 @@ def no_signal(course: Course) -> str | None:
     probe = None if course.probe is None else course.probe()
     if probe is not None and probe.noise > spread / 4:
         return (
-            f"{found}The fitness itself is noisy: the same model got {course.shown(probe.centre[0])} and {course.shown(probe.centre[1])},"
+            f"{found}The fitness itself is noisy: the same model got {course.shown(probe.centre[0])} and"
+            f" {course.shown(probe.centre[1])},"
             f" where members differ by {spread:.4g}. Average it over more samples or episodes, give all members"
             " the same"
             f" ones, or raise population_size, now {course.members}"

@@ -2,14 +2,14 @@
 
 *Learning rate.* The cosine between a step and the next estimate is positive where the step could have been longer,
 zero where it went as far along its direction as pays (an exact line search), and negative where it went too far. The
-rate follows it: up while the cosine is more than 0.4 of the estimate's own squared cosine with the true direction, which
-is what it would be after an infinitely short step, and else down.
+rate follows it: up while the cosine is more than 0.4 of the estimate's own squared cosine with the true direction,
+which is what it would be after an infinitely short step, and else down.
 
 *Sigma.* Over antithetic pairs, ``f₊`` and ``f₋``, the linear share ``Var(f₊ - f₋)/(Var(f₊ - f₋) + Var(f₊ + f₋))`` is
-near 1 where the fitness is linear over a distance of sigma. Above 0.85 sigma grows. Below, the fitness is either curved,
-and sigma too large, or noisy or coarse, and it is too small. To tell these apart sigma alternates by ±15 %: where the
-mean fitness is better with the smaller one it is curved, and sigma shrinks; else it grows, up to the size of the
-weights.
+near 1 where the fitness is linear over a distance of sigma. Above 0.85 sigma grows. Below, the fitness is either
+curved, and sigma too large, or noisy or coarse, and it is too small. To tell these apart sigma alternates by ±15 %:
+where the mean fitness is better with the smaller one it is curved, and sigma shrinks; else it grows, up to the size of
+the weights.
 """
 
 from __future__ import annotations
@@ -17,11 +17,14 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+import torch
 
+from .._utils import validation
 from ..fitness.scores import CheckedScores
+from ..update import OptimizerFactory
 
 # What the averages keep of their past: they look back about five generations.
 _MEMORY = 0.8
@@ -29,10 +32,29 @@ _MEMORY = 0.8
 _AGREEMENT = 0.4
 # The natural logarithm of the factor by which the learning rate changes at most.
 _RATE_CHANGE = 0.2
-# The linear share at which sigma stays; what its logarithm changes by for each unit of the share, and at most when blind.
+# The linear share at which sigma stays; what its logarithm changes by for a unit of the share, and at most when blind.
 _LINEAR, _SIGMA_CHANGE, _BLIND_CHANGE = 0.85, 0.4, 0.05
 # The logarithm of the factor by which sigma alternates, and the ties that are too many.
 _ALTERNATION, _TIES = 0.15, 0.05
+
+
+# A number, or adapted after every generation.
+Setting = float | Literal["auto"]
+
+# What settings that are adapted begin with; the step in units of sigma.
+_FIRST_SIGMA, _FIRST_STEP = 0.1, 0.3
+
+
+def first_settings(learning_rate: Setting, sigma: Setting, optimizer: OptimizerFactory | None) -> tuple[float, float]:
+    """Return the learning rate and sigma of the first generation."""
+    first_sigma = _FIRST_SIGMA if sigma == "auto" else sigma
+    if learning_rate != "auto":
+        return learning_rate, first_sigma
+    plain = optimizer is None or getattr(optimizer, "func", optimizer) is torch.optim.SGD
+    # Plain steps are in units of sigma; those of Adam and most others are not.
+    return _FIRST_STEP if plain else _FIRST_STEP * validation.check_real(
+        "sigma", first_sigma, positive=True
+    ), first_sigma
 
 
 @dataclasses.dataclass(frozen=True)

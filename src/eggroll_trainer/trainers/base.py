@@ -336,13 +336,8 @@ class ESTrainer(RunState, BestMember, OptimizerFace, torch.optim.Optimizer, ABC)
     ) -> dict[str, Any]:
         """End the generation with the members' scores, and return its metrics.
 
-        If anything raises, nothing has changed.
-
-        Args:
-            scores: As the fitness function gave them.
-            statistics: What it has seen, if it learns.
-            again: Returns what the best member earns when it is evaluated again; None if it is not.
-            evaluated: Whether the scores come from an evaluation here.
+        If anything raises, nothing has changed. ``evaluated`` says whether the scores come from an evaluation here, and
+        ``again`` returns what the best member earns when it is evaluated again, or None.
         """
         settings, sign = self.settings(), 1.0 if self.maximize else -1.0
         checked = check_scores(scores if self.maximize else -scores, self.generation + 1, settings.group_size)
@@ -380,6 +375,7 @@ class ESTrainer(RunState, BestMember, OptimizerFace, torch.optim.Optimizer, ABC)
             self._watch.accept(measured, sample(self._centre.masters) - before)
             for append, value in zip(appends, metrics.values(), strict=True):
                 append(value)
+        self._adapt(metrics, checked)
         self._watch.look(lambda: course_of(self, checked.means, evaluated), self.generation, self._warn_once)
         return metrics
 
@@ -451,6 +447,9 @@ class ESTrainer(RunState, BestMember, OptimizerFace, torch.optim.Optimizer, ABC)
         if not is_batched(self.fitness_fn):
             return float(mean_over_tasks(to_score(self.fitness_fn(model))))
         return float(mean_over_tasks(to_scores(self.fitness_fn(Population.of(model)), 1)[0]))
+
+    def _adapt(self, metrics: dict[str, Any], scores: CheckedScores) -> None:
+        """Change what is adapted after every generation."""
 
     def _settings(self) -> dict[str, Any]:
         return settings_of(self)

@@ -16,6 +16,7 @@ from ..fitness.shaping import Shaper
 from ..noise.keys import NoiseKind
 from ..perturbation.sample import matrix_shape
 from ..update import LRSchedulerFactory, OptimizerFactory
+from .adaptation import Setting
 from .keyed import KeyedESTrainer
 
 
@@ -41,9 +42,11 @@ class EGGROLLTrainer(KeyedESTrainer):
             ``group_size``. As many as you can afford: the direction's error falls like ``1/√N`` until ``N`` reaches
             the number of weights. 256 is a fair start for small networks.
         learning_rate: With z-scores, a weight moves by about ``learning_rate·sigma`` a generation. 0.1 with sigma 0.1
-            is a fair start for the plain step; with ``torch.optim.Adam`` it is Adam's own, 0.01 to 0.05.
+            is a fair start for the plain step; with ``torch.optim.Adam`` it is Adam's own, 0.01 to 0.05. ``"auto"``
+            adapts it after every generation, by whether each estimate agrees with the step before.
         sigma: Standard deviation of the perturbations. Too small and members tie, too large and most of them fail:
-            about the size of the weights' own spread, 0.02 to 0.3, is where most models learn.
+            about the size of the weights' own spread, 0.02 to 0.3, is where most models learn. ``"auto"`` adapts it
+            after every generation; it needs ``noise_reuse=2``.
         device: Where to train; the model is moved there. Where the model is, if None.
         seed: Seed of the run. Drawn from the system, and readable as ``trainer.seed``, if None.
         rank: ``R``. 1 is the cheapest, and a good first choice; a higher rank makes perturbations more like full-rank
@@ -115,8 +118,8 @@ class EGGROLLTrainer(KeyedESTrainer):
         model: nn.Module | None = None,
         fitness_fn: Callable[..., Any] | None = None,
         population_size: int = 50,
-        learning_rate: float = 0.01,
-        sigma: float = 0.1,
+        learning_rate: Setting = 0.01,
+        sigma: Setting = 0.1,
         device: torch.device | str | None = None,
         seed: int | None = None,
         rank: int = 1,

@@ -18,6 +18,7 @@ from ..noise.keys import Noise, NoiseKind, check_noise_kind
 from ..perturbation.sample import ParameterSpec, Perturbations, effective_rank, sample
 from ..update import LRSchedulerFactory, OptimizerFactory
 from ..update.estimate import Estimate, weighted_sum
+from .adaptation import Adaptation, Setting, facts_of, first_settings, first_state
 from .base import ESTrainer
 from .method import Method, Sampled
 
@@ -112,6 +113,9 @@ class Keyed(Method):
 class KeyedESTrainer(ESTrainer):
     """A trainer with keyed noise: its options, and its two methods in dense form, for small models and for study."""
 
+    # What is remembered of the run where a setting is "auto".
+    adaptation: dict[str, Any]
+
     @explain_unknown(TRAINER_ALIASES)
     def __init__(
         self,
@@ -119,8 +123,8 @@ class KeyedESTrainer(ESTrainer):
         model: nn.Module | None = None,
         fitness_fn: Callable[..., Any] | None = None,
         population_size: int = 50,
-        learning_rate: float = 0.01,
-        sigma: float = 0.1,
+        learning_rate: Setting = 0.01,
+        sigma: Setting = 0.1,
         device: torch.device | str | None = None,
         seed: int | None = None,
         noise_reuse: int = 0,
@@ -141,6 +145,10 @@ class KeyedESTrainer(ESTrainer):
         maximize: bool = True,
     ) -> None:
         self.noise_reuse, self.group_size = noise_reuse, group_size
+        self._adapted = (learning_rate == "auto", sigma == "auto")
+        if (self._adapted[0] and lr_scheduler is not None) or (self._adapted[1] and sigma_scheduler is not None):
+            raise ValueError('a setting that is "auto" cannot have a scheduler as well')
+        learning_rate, sigma = first_settings(learning_rate, sigma, optimizer)
         self.noise = check_noise_kind(noise)
         self.shaping = shaping
         super().__init__(
@@ -164,6 +172,17 @@ class KeyedESTrainer(ESTrainer):
             engine=engine,
             maximize=maximize,
         )
+        if any(self._adapted):
+            self.register_state("adaptation", first_state())
+
+    def _adapt(self, metrics: dict[str, Any], scores: CheckedScores) -> None:
+        if not any(self._adapted) or "split_half_cosine" not in metrics:
+            return
+        facts = facts_of(metrics, scores, len(self._centre), pairs=self.noise_reuse == 2)
+        factors = Adaptation(self.adaptation).after(facts, *self._adapted)
+        for group in self.param_groups:
+            group["lr"] *= factors[0]
+            group["sigma"] *= factors[1]
 
     def sample_perturbations(self, population_size: int) -> Tensor:
         """Return the current generation's perturbations in full, ``[N, D]``: for small models and for study.
@@ -205,6 +224,10 @@ class KeyedESTrainer(ESTrainer):
         super()._check_sizes()
         self.noise_reuse = validation.check_int("noise_reuse", self.noise_reuse, 0)
         self.group_size = validation.check_int("group_size", self.group_size, 0)
+        if self._adapted[1] and self.noise_reuse != 2:
+            raise ValueError(
+                f'sigma="auto" compares the members of antithetic pairs: set noise_reuse=2, got {self.noise_reuse}'
+            )
         if self.group_size == 1:
             raise ValueError(
                 "group_size must be at least 2, as scores are compared in a group, or 0 for no groups; got 1"

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from .result import Tuning
 
-
-def figure_of(tuning: Tuning) -> Any:
-    """Return a figure of two panels: the linear share over sigma, and the fitness of every learning rate."""
+def figure_of(tuning: Any) -> Any:
+    """Return a figure of a :class:`Tuning` in two panels: the linear share over sigma, the fitness of every rate."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 

@@ -64,7 +64,8 @@ def tune(
 
     Raises:
         TypeError: An argument is of the wrong type.
-        ValueError: ``budget`` is less than 20, or the fitness is the same for all members with every sigma.
+        ValueError: ``budget`` is less than 20, a setting of the trainer is "auto", or all members have the same
+            fitness with every sigma.
 
     Example:
         >>> import torch
@@ -87,6 +88,8 @@ def tune(
     """
     if not isinstance(trainer, ESTrainer):
         raise TypeError(f"tune takes a trainer, got {type(trainer).__name__}")
+    if hasattr(trainer, "adaptation"):
+        raise ValueError('settings that are "auto" are adapted anyway; tune a trainer with settings of numbers')
     budget = validation.check_int("budget", budget, 20)
     with tqdm(total=budget, unit="gen", disable=not (verbose and trainer.is_main)) as bar:
         search = _Search(trainer, budget, bar)
@@ -95,7 +98,7 @@ def tune(
             best_sigma = _chosen(sigmas) if sigmas else trainer.sigma
             search.set(sigma=best_sigma)
             rates = search.rates() if learning_rate else []
-            best_rate = _winner(rates) if rates else trainer.learning_rate
+            best_rate = search.winner(rates) if rates else trainer.learning_rate
     if apply:
         search.set(sigma=best_sigma, learning_rate=best_rate)
     return Tuning(best_sigma, best_rate, search.generations, sigmas, rates)
@@ -113,6 +116,8 @@ class _Search:
     def __init__(self, trainer: ESTrainer, budget: int, bar: Any) -> None:
         self.trainer, self.budget, self.bar = trainer, budget, bar
         self.generations = 0
+        # Inside of the search, higher is better.
+        self._sign = 1.0 if trainer.maximize else -1.0
         self._start = trainer.state_dict()
         groups = trainer.param_groups
         first = groups[0]
@@ -184,7 +189,7 @@ class _Search:
             return SigmaTrial(sigma, 0.0, 1.0, math.nan)
         assert trainer.last_generation is not None
         scores = np.asarray(trainer.last_generation.scores, float).reshape(trainer.population_size, -1)
-        fitness = np.where(np.isfinite(scores), scores, np.nan).mean(1)
+        fitness = self._sign * np.where(np.isfinite(scores), scores, np.nan).mean(1)
         fitness = np.where(np.isnan(fitness), np.nanmin(fitness), fitness)
         _, counts = np.unique(fitness, return_counts=True)
         ties = float((counts * (counts - 1)).sum()) / (len(fitness) * (len(fitness) - 1))
@@ -213,7 +218,7 @@ class _Search:
                 self._run(trial, min(length, left // len(running) or 1))
                 states[trial.learning_rate] = trainer.state_dict()
             left = self.budget - self.generations
-            running = sorted(running, key=_standing, reverse=True)[: (len(running) + 1) // 2]
+            running = sorted(running, key=self._standing, reverse=True)[: (len(running) + 1) // 2]
             states = {trial.learning_rate: states[trial.learning_rate] for trial in running}
             if left < len(running):
                 break
@@ -225,8 +230,17 @@ class _Search:
                 trial.fitness.append(self._step()["mean_fitness"])
             except ValueError:
                 # Scores or weights that are not finite.
-                trial.fitness.append(-math.inf)
+                trial.fitness.append(-self._sign * math.inf)
                 return
+
+    def _standing(self, trial: RateTrial) -> float:
+        """Return what a rate is judged by: the mean fitness of its last two generations; higher is better."""
+        return self._sign * float(np.mean(trial.fitness[-2:]))
+
+    def winner(self, trials: list[RateTrial]) -> float:
+        """Return the rate that came furthest of those that ran longest."""
+        longest = max(len(trial.fitness) for trial in trials)
+        return max((trial for trial in trials if len(trial.fitness) == longest), key=self._standing).learning_rate
 
 
 def _linear_share(fitness: np.ndarray[Any, Any]) -> float:
@@ -242,14 +256,3 @@ def _chosen(trials: list[SigmaTrial]) -> float:
     usable = [trial for trial in trials if trial.ties < _TIES] or [min(trials, key=lambda trial: trial.ties)]
     best = max(trial.linear_share for trial in usable)
     return max(trial.sigma for trial in usable if trial.linear_share >= _NEARLY * best)
-
-
-def _standing(trial: RateTrial) -> float:
-    """Return what a rate is judged by: the mean fitness of its last two generations."""
-    return float(np.mean(trial.fitness[-2:]))
-
-
-def _winner(trials: list[RateTrial]) -> float:
-    """Return the rate that came furthest of those that ran longest."""
-    longest = max(len(trial.fitness) for trial in trials)
-    return max((trial for trial in trials if len(trial.fitness) == longest), key=_standing).learning_rate
