@@ -23,12 +23,11 @@ _ANSWERS = "eggroll_trainer.tune(trainer, budget=…) finds settings that learn"
 
 def constant(course: Course) -> str | None:
     """All members have the same fitness."""
-    if course.generation < 3 or any(course.last("std_fitness", 3)):
+    if course.generation < 3 or any(course.last("std_fitness", 3)) or course.gain(3, 3) > 2:
         return None
     told = (
-        f"all {course.members} members have had the same fitness for 3 generations ({course.shown(course.scores[0])}), so"
-        " there is"
-        " nothing to learn from. "
+        f"all {course.members} members have had the same fitness for 3 generations ({course.shown(course.scores[0])}),"
+        " so there is nothing to learn from. "
     )
     probe = None if course.probe is None else course.probe()
     if probe is not None and min(probe.centre) > course.scores[0]:
@@ -46,14 +45,15 @@ def constant(course: Course) -> str | None:
 def coarse(course: Course) -> str | None:
     """Many members tie."""
     tied = course.tie_probability
-    if course.generation < 3 or tied < 0.3 or not all(course.last("std_fitness", 3)):
+    # Where it has learnt, members may tie because they all do well.
+    if course.generation < 3 or tied < 0.3 or not all(course.last("std_fitness", 3)) or course.gain(3, 3) > 2:
         return None
     worst = float((course.scores == course.scores.min()).mean())
     if worst > 0.5:
         return (
-            f"{worst:.0%} of the members have the worst fitness, {course.shown(course.scores.min())}. Either most of them"
-            " fail, and"
-            f" sigma={course.sigma:g} is too large; or none differs enough, and it is too small. {_ANSWERS}"
+            f"{worst:.0%} of the members have the worst fitness, {course.shown(course.scores.min())}. Either most of"
+            f" them fail, and sigma={course.sigma:g} is too large; or none differs enough, and it is too small."
+            f" {_ANSWERS}"
         )
     return (
         f"the fitness is too coarse for sigma={course.sigma:g}: two members tie with a probability of"
@@ -160,8 +160,9 @@ def overshooting(course: Course) -> str | None:
     if possible < 0.05 or agreement > -0.5 * possible or course.gain(3, 3) > 2:
         return None
     return (
-        f"each step undoes the last one: the cosine between a step and the next estimate is {agreement:.2f} over {window}"
-        f" generations, and the fitness does not improve. Lower learning_rate, now {course.last('learning_rate')[0]:g}"
+        f"each step undoes the last one: the cosine between a step and the next estimate is {agreement:.2f} over"
+        f" {window} generations, and the fitness does not improve. Lower learning_rate, now"
+        f" {course.last('learning_rate')[0]:g}"
     )
 
 
@@ -171,7 +172,7 @@ def no_signal(course: Course) -> str | None:
     if course.signal is None or course.generation < window or not any(course.last("std_fitness", window)):
         return None
     cosine, error = course.mean("split_half_cosine", window), course.signal.split_half_error / math.sqrt(window)
-    if cosine > error or course.gain() > 2:
+    if cosine > error / 2 or course.gain() > 2:
         return None
     found = (
         f"the update is indistinguishable from noise: in {window} generations the split-half cosine was"
