@@ -249,6 +249,31 @@ def test_train_by_several_processes(factory: str, run: Run, tmp_path: Path) -> N
     assert (tmp_path / "one" / "metrics.jsonl").read_text() == (tmp_path / "two" / "metrics.jsonl").read_text()
 
 
+def test_tune(factory: str, run: Run, tmp_path: Path) -> None:
+    files = ("--plot", tmp_path / "tuned.png", "--out", tmp_path / "a" / "tuned.json")
+    shown, _ = run(
+        "tune", f"{factory}:make", "--population-size", 16, "--sigma", 30, "--budget", 20, "--set", "width=3", *files
+    )
+    assert "linear share" in shown and shown.endswith(f"next: eggroll train --config {files[3]}\n")
+    assert (tmp_path / "tuned.png").stat().st_size > 5000
+    # What was found trains, with the rest of the settings.
+    tuned = json.loads((tmp_path / "a" / "tuned.json").read_text())
+    assert tuned["sigma"] < 30 and tuned["population_size"] == 16
+    run("train", "--config", files[3], "--generations", 2, "--no-tensorboard", "--out", tmp_path / "run")
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert {name: config[name] for name in tuned} == tuned
+    # And a run's settings are tuned.
+    shown, _ = run("tune", "--config", tmp_path / "run", "--budget", 20, *files[:2])
+    assert "next: eggroll train" in shown and "--sigma " in shown
+    for arguments, status, message in (
+        ((f"{factory}:make", "--budget", 3), 1, "budget must be at least 20"),
+        ((f"{factory}:constant", "--budget", 20, "--population-size", 8), 1, "same fitness"),
+        ((f"{factory}:wrong",), 2, "must return a trainer"),
+    ):
+        errors = run("tune", *arguments, *files[:2], status=status)[1]
+        assert message in errors and "Traceback" not in errors
+
+
 def test_plot(factory: str, run: Run, tmp_path: Path) -> None:
     for seed in (0, 1):
         run("train", f"{factory}:make", "--generations", 3, *SMALL, "--seed", seed, "--out", tmp_path / f"run-{seed}")

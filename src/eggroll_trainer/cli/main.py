@@ -39,6 +39,9 @@ COMMANDS = {
         True,
     ),
     "train": _Command(".train", "MODULE:FACTORY", "train any model by a fitness function of yours", "cli", True),
+    "tune": _Command(
+        ".tune", "MODULE:FACTORY", "find a sigma and a learning rate for your model and fitness function", "cli"
+    ),
     "plot": _Command(".plot", "RUN…", "plot runs, or compare them", "cli"),
     "bench": _Command(".bench", "", "measure generations a second on this machine", "cli"),
     "info": _Command(".info", "", "show versions, devices, and what is fast on this machine", "cli"),
