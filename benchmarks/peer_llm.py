@@ -35,7 +35,7 @@ def ours(model: Any, score: Callable[[Population], torch.Tensor]) -> Callable[[]
 
 
 def theirs(model: Any, score: Callable[[Any, Any], float], ids: torch.Tensor) -> Callable[[], object]:
-    from eggroll import EggrollConfig, EggrollTrainer  # type: ignore[import-not-found]
+    from eggroll import EggrollConfig, EggrollTrainer
 
     config = EggrollConfig(population_size=MEMBERS, rank=RANK, sigma=SIGMA, generations=1, device="cpu")
     with contextlib.redirect_stdout(io.StringIO()):

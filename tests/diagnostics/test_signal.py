@@ -109,3 +109,16 @@ def test_the_metrics_have_them() -> None:
     assert metrics["relative_update"] == pytest.approx(
         metrics["update_norm"] / (trainer.current_params.norm().item()), rel=0.05
     )
+
+
+def test_the_traffic_light() -> None:
+    x = torch.randn(64, 4, generator=torch.Generator().manual_seed(0))
+    trainer = EGGROLLTrainer(
+        model=network(), fitness_fn=lambda m: -(m(x) - x[:, :2]).square().mean(), population_size=128, seed=0,
+        learning_rate=0.1, noise_reuse=2,
+    )  # fmt: skip
+    assert [trainer.step()["status"] for _ in range(10)][-1] == "green"
+    constant = EGGROLLTrainer(model=network(), fitness_fn=lambda m: 1.0, seed=0)
+    with pytest.warns(RuntimeWarning, match="the same fitness"):
+        assert [constant.step()["status"] for _ in range(4)] == ["yellow", "yellow", "red", "red"]
+    assert "status" not in constant.history

@@ -17,8 +17,8 @@ from .losses import loss_that_it_computes
 Symptom = Callable[[Course], str | None]
 
 # Advice that several symptoms give.
-_START = "A fair start is learning_rate=0.1 with sigma=0.1, or optimizer=torch.optim.Adam with learning_rate=0.03"
-_ANSWERS = "eggroll_trainer.tune(trainer, budget=…) finds settings that learn"
+_START = "A fair start is sigma=0.1 with learning_rate=0.3, or with optimizer=torch.optim.Adam and learning_rate=0.03"
+_ANSWERS = 'eggroll_trainer.tune(trainer) finds settings that learn, and learning_rate="auto" adapts it'
 
 
 def constant(course: Course) -> str | None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -50,7 +51,7 @@ class Watch:
         self.agreement = Agreement(step)
         self.signal: Signal | None = None
         self.planned: int | None = None
-        self._told: set[str] = set()
+        self._told: dict[str, int] = {}
 
     def measure(self, estimate: Estimate) -> Measured:
         """Return what an estimate shows, and change nothing."""
@@ -81,7 +82,21 @@ class Watch:
         for kind, symptom in SYMPTOMS.items():
             message = None if kind in self._told else symptom(facts)
             if message is not None:
-                self._told.add(kind)
+                self._told[kind] = generation
                 tell(message, kind, LearningWarning)
                 # One thing at a time: what else is wrong may follow from it.
                 return
+
+    def status(self, history: Mapping[str, Sequence[float]]) -> str | None:
+        """Return a traffic light: green, yellow or red; None where the signal in the estimates is not known.
+
+        Green where the split-half cosine of the last ten generations is two standard errors above zero, yellow where it
+        cannot be told from noise, and red for twenty generations after a symptom was found.
+        """
+        if self.signal is None:
+            return None
+        cosines = history["split_half_cosine"][-10:]
+        if self._told and len(history["split_half_cosine"]) < max(self._told.values()) + 20:
+            return "red"
+        error = self.signal.split_half_error / math.sqrt(len(cosines))
+        return "green" if sum(cosines) / len(cosines) > 2 * error else "yellow"
