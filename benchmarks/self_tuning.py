@@ -77,8 +77,8 @@ def cancer() -> Any:
 
 
 def cartpole() -> Any:
-    from eggroll_trainer.rl import EpisodeReturn
     from eggroll_trainer.rl.policies import MLPPolicy
+    from eggroll_trainer.rl.rollout import EpisodeReturn
 
     def make() -> tuple[nn.Module, Any, Any]:
         episodes = EpisodeReturn("CartPole-v1", share=2)

@@ -156,6 +156,7 @@ def test_language_models_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert all(Path(folder).exists() for folder in ("merged", "adapter", "trained-adapter"))
 
 
+@pytest.mark.slow
 def test_many_machines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     group_engine, checkpoints, log, _ = blocks(GUIDE + "many-machines.md")
@@ -172,6 +173,7 @@ def test_many_machines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_many_machines_by_ray(cluster: Cluster, tmp_path: Path) -> None:
     *_, ray_engine = blocks(GUIDE + "many-machines.md")
     assert cluster.run(tmp_path, ray_engine + "print(engine.threads, engine.timeout)") == ["1 600.0"]

@@ -189,6 +189,7 @@ def interrupt(case: str, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     assert_same(trainer.state_dict(), twin.state_dict())
 
 
+@pytest.mark.filterwarnings("ignore::eggroll_trainer.diagnostics.LearningWarning")
 @pytest.mark.parametrize(
     "case", [pytest.param("compiled", marks=NEEDS_COMPILER), *(c for c in CASES if c != "compiled")]
 )

@@ -29,7 +29,7 @@ from eggroll_trainer.distributed import LocalEngine
 from eggroll_trainer.fitness.together import deadlock
 from eggroll_trainer.noise import bits
 
-PAGE = Path(__file__).parents[2] / "docs" / "side-effects.md"
+PAGE = Path(__file__).parents[2] / "docs" / "user-guide" / "side-effects.md"
 
 
 class Effect(NamedTuple):

@@ -74,6 +74,7 @@ def test_the_documented_defaults_move_too_little() -> None:
     assert "the steps are very short" in message and "0.011 of sigma" in message and "Raise learning_rate" in message
 
 
+@pytest.mark.slow
 def test_steps_that_could_be_longer() -> None:
     messages = warned(300, population_size=256, learning_rate=0.01, sigma=0.05, noise_reuse=2)
     assert any("the steps could be longer" in message for message in messages)

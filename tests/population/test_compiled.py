@@ -142,6 +142,7 @@ class TestCompiled:
             trainer.train(2, verbose=False)
         assert [str(w.message).split(":")[0] for w in warned] == ["the model is run once for each member, not batched"]
 
+    @pytest.mark.slow
     def test_an_endless_number_of_kinds(self, eager_backend: list[Any]) -> None:
         members = population(Several(), 4, compile=True)
         with pytest.warns(RuntimeWarning, match="called in more than 16 ways") as warned:
@@ -194,6 +195,7 @@ class TestCompiled:
         # Twice as many at first; then the factor doubles.
         assert [run(count) for count in (8, 16, 31, 256, 8, 255)] == [[8], [], [], [256], [], []]
 
+    @pytest.mark.slow
     def test_what_is_remembered_is_bounded(self, eager_backend: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(forward, "_MAX_KINDS", 4)
         with warnings.catch_warnings():

@@ -4,7 +4,13 @@ import re
 import sys
 from pathlib import Path
 
-blocks = re.findall(r"^```python\n(.*?)^```", Path(sys.argv[1]).read_text(), re.DOTALL | re.MULTILINE)
-assert blocks
-for block in blocks:
-    exec(compile(block, sys.argv[1], "exec"), {})
+
+def main(page: str) -> None:
+    blocks = re.findall(r"^```python\n(.*?)^```", Path(page).read_text(), re.DOTALL | re.MULTILINE)
+    assert blocks
+    for block in blocks:
+        exec(compile(block, page, "exec"), {})
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

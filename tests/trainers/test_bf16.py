@@ -105,6 +105,7 @@ def float32_errors() -> list[float]:
     return errors_after(torch.float32, 80, range(10))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", HALF)
 def test_learns_as_well_as_in_float32(dtype: torch.dtype) -> None:
     full, half = float32_errors(), errors_after(dtype, 80, range(10))

@@ -32,8 +32,9 @@ def make(cls: Any = EGGROLLTrainer, **options: Any) -> Any:
     return cls(model=network(), **settings)
 
 
-@pytest.mark.parametrize("sigma, rate", [(3.0, 1e-3), (3.0, 3.0), (0.003, 1e-3), (0.003, 3.0)])
-@pytest.mark.parametrize("optimizer", [None, torch.optim.Adam])
+@pytest.mark.parametrize(
+    "sigma, rate, optimizer", [(3.0, 1e-3, None), (3.0, 3.0, torch.optim.Adam), (0.003, 3.0, None)]
+)
 def test_settings_that_are_far_off(sigma: float, rate: float, optimizer: Any) -> None:
     trainer = make(sigma=sigma, learning_rate=rate, optimizer=optimizer)
     before = trainer.evaluate_fitness(trainer.model)

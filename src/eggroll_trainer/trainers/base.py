@@ -244,7 +244,7 @@ class ESTrainer(RunState, BestMember, OptimizerFace, torch.optim.Optimizer, ABC)
             Metrics: ``generation`` (counted from 1), ``fitness`` (of the generation's best member),
             ``mean_fitness``, ``std_fitness``, ``best_fitness`` (so far), ``update_norm`` (length of the step),
             ``num_nonfinite`` (scores that were NaN or inf and counted as the worst finite one), ``num_tied`` (members
-            who share their fitness), ``learning_rate``, ``sigma``, ``status`` (green, yellow or red), and diagnostics.
+            who share their fitness), ``learning_rate``, ``sigma``, and what :mod:`eggroll_trainer.diagnostics` adds.
             A member's fitness is its mean over the tasks, where it has a score for each of several.
 
         Raises:
@@ -377,7 +377,7 @@ class ESTrainer(RunState, BestMember, OptimizerFace, torch.optim.Optimizer, ABC)
                 append(value)
         self._adapt(metrics, checked)
         self._watch.look(lambda: course_of(self, checked.means, evaluated), self.generation, self._warn_once)
-        return {**metrics, "status": self._watch.status(self.history)}
+        return metrics
 
     def repeat(self, generation: Generation) -> dict[str, Any]:
         """Make the step of a generation that was logged, without evaluating its members; returns what it returned.

@@ -61,7 +61,7 @@ def run(
                     after.callback(_keep, trainer, keeper, trainer.generation)
                 metrics = watchers.stepped()
                 stopped_by = watchers.after_generation(metrics, last=i == num_generations - 1)
-                progress.update(metrics)
+                progress.update({**metrics, "status": trainer.status})
         watchers.end()
     last = {key: values[-1] for key, values in trainer.history.items() if values}
     return Result(

@@ -96,6 +96,11 @@ class RunState(ABC):
         return self._schedules.lr_scheduler
 
     @property
+    def status(self) -> str | None:
+        """Traffic light: green while it learns, yellow where that cannot be told from noise, red after a warning."""
+        return self._watch.status(self.history)
+
+    @property
     def current_params(self) -> Tensor:
         """A copy of the centre's trained parameters, ``[D]``, in float32 or wider."""
         return self._centre.flat()

@@ -17,6 +17,10 @@ class SigmaTrial:
             is linear over a distance of sigma, less where it is curved, noisy or too coarse.
         ties: The probability that two different members have the same fitness.
         mean_fitness: Of the members.
+
+    Example:
+        >>> SigmaTrial(sigma=0.1, linear_share=0.93, ties=0.0, mean_fitness=-1.2).linear_share
+        0.93
     """
 
     sigma: float
@@ -32,6 +36,10 @@ class RateTrial:
     Attributes:
         learning_rate: Of the first parameter group.
         fitness: The mean fitness of each generation.
+
+    Example:
+        >>> RateTrial(0.1, [-1.2, -1.1]).fitness[-1]
+        -1.1
     """
 
     learning_rate: float
@@ -48,6 +56,14 @@ class Tuning:
         generations: How many the search took.
         sigmas: One entry for each sigma that was tried.
         rates: One entry for each learning rate.
+
+    Example:
+        >>> print(Tuning(0.1, 0.3, 12, [SigmaTrial(0.1, 0.93, 0.0, -1.2)], [RateTrial(0.3, [-1.2, -0.9])]))
+        sigma=0.1, learning_rate=0.3 (12 generations)
+        sigma       linear share  ties  mean fitness
+        0.1                 0.93    0%  -1.2  ←
+        learning rate  generations  mean fitness
+        0.3                      2  -0.9  ←
     """
 
     sigma: float
