@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from .signal import Signal
+from .spread import tie_probability
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,8 +95,7 @@ class Course:
     @property
     def tie_probability(self) -> float:
         """The probability that two different members have the same fitness."""
-        _, counts = np.unique(self.scores, return_counts=True)
-        return float((counts * (counts - 1)).sum()) / max(1, self.members * (self.members - 1))
+        return tie_probability(self.scores)
 
     def gain(self, first: int = 3, last: int = 10) -> float:
         """Return how far the mean fitness has come, from the first to the last few generations, in standard errors.

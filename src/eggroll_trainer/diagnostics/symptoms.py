@@ -17,7 +17,7 @@ from .losses import loss_that_it_computes
 Symptom = Callable[[Course], str | None]
 
 # Advice that several symptoms give.
-_START = "A fair start is sigma=0.1 with learning_rate=0.3, or with optimizer=torch.optim.Adam and learning_rate=0.03"
+_START = "A fair start is sigma=0.1 with learning_rate=0.1, or with optimizer=torch.optim.Adam and learning_rate=0.03"
 _ANSWERS = 'eggroll_trainer.tune(trainer) finds settings that learn, and learning_rate="auto" adapts it'
 
 
@@ -86,7 +86,7 @@ def short_steps(course: Course) -> str | None:
         f"the steps are very short: a generation moves a weight by {step * course.sigma:.2g} on average, {step:.2g} of"
         f" sigma, so that {needed} generations in the same direction would be needed to move the weights by their own"
         f" size, and {course.planned} are planned. Raise learning_rate, now"
-        f" {course.last('learning_rate')[0]:g}. {_START}; {_ANSWERS}"
+        f" {course.last('learning_rate')[0]:g}: {_ANSWERS}. {_START}"
     )
 
 

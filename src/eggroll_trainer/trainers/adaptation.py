@@ -19,10 +19,10 @@ import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
-import numpy as np
 import torch
 
 from .._utils import validation
+from ..diagnostics.spread import linear_share, odd_and_even, tie_probability
 from ..fitness.scores import CheckedScores
 from ..update import OptimizerFactory
 
@@ -94,22 +94,16 @@ def facts_of(metrics: Mapping[str, Any], scores: CheckedScores, weights: int, pa
     halves = metrics["split_half_cosine"]
     size = metrics["update_norm"] / metrics["relative_update"] if metrics["relative_update"] else 0.0
     fitness = scores.means.numpy()
-    count = len(fitness)
-    _, same = np.unique(fitness, return_counts=True)
-    share, averages = None, fitness
-    if pairs:
-        odd, averages = (fitness[::2] - fitness[1::2]) / 2, (fitness[::2] + fitness[1::2]) / 2
-        total = float(np.square(odd).mean() + averages.var())
-        share = float(np.square(odd).mean()) / total if total > 0 else 0.0
+    averages = odd_and_even(fitness)[1] if pairs else fitness
     return Facts(
         metrics["agreement"],
         2 * halves / (1 + halves),
         weights,
         size / math.sqrt(max(1, weights)),
         metrics["sigma"],
-        share,
+        linear_share(fitness) if pairs else None,
         (float(averages.mean()), float(averages.std()) / math.sqrt(len(averages))),
-        float((same * (same - 1)).sum()) / max(1, count * (count - 1)),
+        tie_probability(fitness),
     )
 
 

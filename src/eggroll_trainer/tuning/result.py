@@ -36,6 +36,7 @@ class RateTrial:
     Attributes:
         learning_rate: Of the first parameter group.
         fitness: The mean fitness of each generation.
+        agreement: The cosine between each generation's estimate and the step before it; below 0 steps went too far.
 
     Example:
         >>> RateTrial(0.1, [-1.2, -1.1]).fitness[-1]
@@ -44,6 +45,7 @@ class RateTrial:
 
     learning_rate: float
     fitness: list[float] = dataclasses.field(default_factory=list)
+    agreement: list[float] = dataclasses.field(default_factory=list)
 
 
 @dataclasses.dataclass(frozen=True)

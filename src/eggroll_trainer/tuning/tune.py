@@ -7,7 +7,8 @@ generation, whatever the number of weights is. The largest sigma is taken that i
 
 Then the learning rate: rates that move a weight by a hundredth of sigma to three sigmas a generation start from the
 same weights with the same perturbations, and the better half of them goes on, again and again (successive halving,
-Jamieson and Talwalkar, 2016).
+Jamieson and Talwalkar, 2016). A short race favours long steps: if the winner's last estimates point back along its
+steps, the next lower rate is taken.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from tqdm.auto import tqdm
 from .._utils import validation
 from .._utils.warned import Warned
 from ..diagnostics import LearningWarning
+from ..diagnostics.spread import linear_share, tie_probability
 from ..trainers.base import ESTrainer
 from ..trainers.keyed import KeyedESTrainer
 from .result import RateTrial, SigmaTrial, Tuning
@@ -191,9 +193,8 @@ class _Search:
         scores = np.asarray(trainer.last_generation.scores, float).reshape(trainer.population_size, -1)
         fitness = self._sign * np.where(np.isfinite(scores), scores, np.nan).mean(1)
         fitness = np.where(np.isnan(fitness), np.nanmin(fitness), fitness)
-        _, counts = np.unique(fitness, return_counts=True)
-        ties = float((counts * (counts - 1)).sum()) / (len(fitness) * (len(fitness) - 1))
-        return SigmaTrial(sigma, _linear_share(fitness) if pairs else 1 - ties, ties, mean)
+        ties = tie_probability(fitness)
+        return SigmaTrial(sigma, linear_share(fitness) if pairs else 1 - ties, ties, mean)
 
     def rates(self) -> list[RateTrial]:
         """Race learning rates against each other."""
@@ -227,7 +228,9 @@ class _Search:
     def _run(self, trial: RateTrial, generations: int) -> None:
         for _ in range(generations):
             try:
-                trial.fitness.append(self._step()["mean_fitness"])
+                metrics = self._step()
+                trial.fitness.append(metrics["mean_fitness"])
+                trial.agreement.append(metrics["agreement"])
             except ValueError:
                 # Scores or weights that are not finite.
                 trial.fitness.append(-self._sign * math.inf)
@@ -238,17 +241,19 @@ class _Search:
         return self._sign * float(np.mean(trial.fitness[-2:]))
 
     def winner(self, trials: list[RateTrial]) -> float:
-        """Return the rate that came furthest of those that ran longest."""
+        """Return the rate that came furthest of those that ran longest, or a lower one if its steps went too far."""
         longest = max(len(trial.fitness) for trial in trials)
-        return max((trial for trial in trials if len(trial.fitness) == longest), key=self._standing).learning_rate
+        best = max((trial for trial in trials if len(trial.fitness) == longest), key=self._standing)
+        for trial in reversed(trials[: trials.index(best) + 1]):
+            if not self._overshoots(trial):
+                return trial.learning_rate
+        return trials[0].learning_rate
 
-
-def _linear_share(fitness: np.ndarray[Any, Any]) -> float:
-    """Return the share of the variance that changes sign within pairs ``(2k, 2k + 1)``; ``[N]``."""
-    odd, even = (fitness[::2] - fitness[1::2]) / 2, (fitness[::2] + fitness[1::2]) / 2
-    # The odd part has no mean to be taken off.
-    total = float(np.square(odd).mean() + even.var())
-    return float(np.square(odd).mean()) / total if total > 0 else 0.0
+    def _overshoots(self, trial: RateTrial) -> bool:
+        """Return whether the last estimates point back, by more than the standard error of random directions."""
+        lately = trial.agreement[len(trial.agreement) // 2 :]
+        error = 1 / math.sqrt(max(1, len(lately)) * max(1, min(2**16, len(self.trainer.current_params))))
+        return bool(lately) and float(np.mean(lately)) < -error
 
 
 def _chosen(trials: list[SigmaTrial]) -> float:
