@@ -3,6 +3,7 @@
 The reward of a completion is 1 if it is the larger number and nothing else. ``--method es`` trains all weights by
 evolution strategies; ``--method grpo`` is a gradient method to compare with: LoRA adapters, trained by the policy
 gradient with rewards normalised within each prompt (GRPO without a KL penalty), with as many completions a step.
+``--method best-of-8`` trains nothing: it samples eight completions of each prompt of the test.
 
     python examples/larger_number.py FOLDER --out run.jsonl     # FOLDER: a causal model of transformers
 """
@@ -34,7 +35,7 @@ class Options:
 
     Attributes:
         model: Folder or name of a causal language model.
-        method: Evolution strategies, or a policy gradient on LoRA adapters.
+        method: Evolution strategies, a policy gradient on LoRA adapters, or samples of the model as it is.
         generations: Updates.
         population: Members, or completions of each prompt where gradients are used.
         prompts: Prompts in a generation.
@@ -48,7 +49,7 @@ class Options:
     """
 
     model: tyro.conf.Positional[str]
-    method: Literal["es", "grpo"] = "es"
+    method: Literal["es", "grpo", "best-of-8"] = "es"
     generations: int = 30
     population: int = 32
     prompts: int = 8
@@ -99,6 +100,9 @@ def main(options: Options) -> None:
         # A line is an answer.
         generation_kwargs={"eos_token_id": tokenizer("\n")["input_ids"]},
     )
+    if options.method == "best-of-8":
+        best_of_eight(model, reward, examples(held_out))
+        return
     step = evolution(model, reward, options) if options.method == "es" else policy_gradient(model, reward, options)
     lines = [json.dumps(dataclasses.asdict(options), default=str)]
     start, used = time.perf_counter(), time.process_time()
@@ -115,6 +119,23 @@ def main(options: Options) -> None:
                 options.out.write_text("\n".join(lines) + "\n")
             start, used = time.perf_counter() - spent[0], time.process_time() - spent[1]
     print(f"exact on {options.test} held-out prompts: {json.loads(lines[1])['exact']:.3f} → {result.reward:.3f}")
+
+
+@torch.no_grad()
+def best_of_eight(model: Any, reward: CompletionReward, test: list[dict[str, str]]) -> None:
+    """Print what eight samples of the untrained model earn: their mean, the best of them, and the majority."""
+    torch.manual_seed(0)
+    completer = type(reward.completer)(reward.completer.tokenizer, reward.completer.decoding.at(1.0))
+    earned: list[float] = []
+    for first in tqdm(range(0, len(test), 25)):
+        rows = [example for example in test[first : first + 25] for _ in range(8)]
+        completions = completer.by_model(model, [reward.encoder(example["prompt"]) for example in rows], 1)
+        earned += exact([c.text for c in completions], [example["answer"] for example in rows])
+    table = torch.tensor(earned).view(-1, 8)
+    majority = (table.mean(1) > 0.5).float().mean()
+    print(
+        f"one sample: {table.mean():.3f}, the best of eight: {table.amax(1).mean():.3f}, the majority: {majority:.3f}"
+    )
 
 
 def evolution(model: Any, reward: CompletionReward, options: Options) -> Any:
