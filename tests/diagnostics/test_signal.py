@@ -122,3 +122,17 @@ def test_the_traffic_light() -> None:
     with pytest.warns(RuntimeWarning, match="the same fitness"):
         lights = [(constant.step(), constant.status)[1] for _ in range(4)]
     assert lights == ["yellow", "yellow", "red", "red"]
+
+
+def test_steps_are_compared_after_a_parameter_was_frozen() -> None:
+    x = torch.randn(64, 4, generator=torch.Generator().manual_seed(0))
+    model = network()
+    trainer = EGGROLLTrainer(
+        model=model, fitness_fn=lambda m: -(m(x) - x[:, :2]).square().mean(), population_size=256, seed=0,
+        learning_rate=0.1, noise_reuse=2,
+    )  # fmt: skip
+    trainer.train(2, verbose=False)
+    next(model.parameters()).requires_grad_(False)
+    # The step before had more parameters.
+    assert trainer.step()["agreement"] == 0.0
+    assert trainer.step()["agreement"] > 0.1

@@ -297,7 +297,7 @@ from test_faults import Hangs
 folder = Path({str(tmp_path)!r})
 (folder / "once").mkdir(), (folder / "always").mkdir()
 # A new worker imports the tests in that time.
-ENGINE.timeout = 3
+ENGINE.timeout = 5
 trainer = make(EGGROLLTrainer, ENGINE, fitness_fn=Hangs(folder / "once", 1))
 trainer.train(4, verbose=False)
 print("checksum", trainer.checksum())

@@ -356,7 +356,8 @@ class ESTrainer(RunState, BestMember, OptimizerFace, torch.optim.Optimizer, ABC)
             anchor = self._centre.unflatten(self._initial)
             metrics = metrics_of(checked, last.number, best_fitness, self.learning_rate, self.sigma, self.maximize)
             metrics |= measured.metrics | {"relative_update": 0.0}
-            size, before = self._centre.length(), sample(self._centre.masters)
+            stepped = {name: self._centre.masters[name] for name in estimate.gradient}
+            size, before = self._centre.length(), sample(stepped)
             learnt = None if improved is None else self._learnt()
             appends = [self.history.setdefault(key, []).append for key in metrics]
             # Whatever raises in here, each of these goes back.
@@ -372,7 +373,7 @@ class ESTrainer(RunState, BestMember, OptimizerFace, torch.optim.Optimizer, ABC)
             self._retest.note(last.number, earned, is_best)
             self.generation, self.last_generation = last.number, last
             self._asked = self._told = None
-            self._watch.accept(measured, sample(self._centre.masters) - before)
+            self._watch.accept(measured, sample(stepped) - before)
             for append, value in zip(appends, metrics.values(), strict=True):
                 append(value)
         self._adapt(metrics, checked)
