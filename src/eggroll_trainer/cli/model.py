@@ -12,8 +12,7 @@ from torch import nn
 
 from .._utils.importing import function_named
 from ..trainers.base import ESTrainer
-from ..trainers.eggroll import EGGROLLTrainer
-from ..trainers.vanilla import VanillaESTrainer
+from ..trainers.from_settings import trainer_from
 
 FACTORY = """FACTORY is a function that returns a model and its fitness function, or a trainer:
 
@@ -125,24 +124,7 @@ def _trainer(settings: ModelSettings, made: Any) -> ESTrainer:
             f"{settings.factory} must return a trainer, or a model and its fitness function; got {_described(made)}"
         )
     model, fitness_fn = made
-    options: dict[str, Any] = {
-        "model": model,
-        "fitness_fn": fitness_fn,
-        "population_size": settings.population_size,
-        "learning_rate": settings.learning_rate,
-        "sigma": settings.sigma,
-        "optimizer": {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}[settings.optimizer],
-        "noise_reuse": 2 if settings.antithetic else 0,
-        "shaping": settings.shaping,
-        "compile": settings.compile,
-        "chunk_size": settings.chunk_size,
-        "device": settings.device,
-        "engine": settings.engine,
-        "seed": settings.seed,
-    }
-    if settings.rank == 0:
-        return VanillaESTrainer(**options)
-    return EGGROLLTrainer(rank=settings.rank, **options)
+    return trainer_from(settings, model=model, fitness_fn=fitness_fn, compile=settings.compile, device=settings.device)
 
 
 def _described(made: Any) -> str:

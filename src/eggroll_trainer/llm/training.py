@@ -11,11 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 from tqdm import tqdm
 
-from .. import EGGROLLTrainer, VanillaESTrainer
 from .._utils.importing import function_named
 from .._utils.interrupts import delayed_interrupt, exit_on_sigterm
 from .._utils.memory import freed_memory_kept
@@ -23,6 +21,7 @@ from ..callbacks import Checkpoints
 from ..callbacks.logger import record, scores_of
 from ..callbacks.run_folder import METRICS, RunFolder, RunWriter
 from ..distributed import Engine, make_engine
+from ..trainers.from_settings import trainer_from
 from ..trainers.keyed import KeyedESTrainer
 from .inputs import check_rewards, check_settings, examples_of
 from .loading import load
@@ -164,24 +163,10 @@ class Run:
 
 def make_trainer(settings: Settings, model: nn.Module, fitness: Any, engine: Engine) -> KeyedESTrainer:
     """Return the trainer that the settings describe."""
-    options: dict[str, Any] = {
-        "params": trained_parameters(settings, model),
-        "model": model,
-        "fitness_fn": fitness,
-        "population_size": settings.population_size,
-        "learning_rate": settings.learning_rate,
-        "sigma": settings.sigma,
-        "noise_reuse": 2 if settings.antithetic else 0,
-        "shaping": settings.shaping,
-        "optimizer": {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}[settings.optimizer],
-        "anchor_decay": settings.anchor_decay,
-        "seed": settings.seed,
-        "chunk_size": settings.chunk_size,
-        "engine": engine,
-    }
-    if settings.rank == 0:
-        return VanillaESTrainer(**options)
-    return EGGROLLTrainer(rank=settings.rank, **options)
+    params = trained_parameters(settings, model)
+    return trainer_from(
+        settings, params=params, model=model, fitness_fn=fitness, anchor_decay=settings.anchor_decay, engine=engine
+    )
 
 
 def trained_parameters(settings: Settings, model: nn.Module) -> list[nn.Parameter]:

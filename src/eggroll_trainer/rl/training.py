@@ -13,12 +13,12 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from .. import EGGROLLTrainer, VanillaESTrainer
 from .._utils.interrupts import delayed_interrupt, exit_on_sigterm
 from .._utils.memory import freed_memory_kept
 from ..callbacks import Checkpoints
 from ..callbacks.logger import record, scores_of
 from ..callbacks.run_folder import METRICS, RunFolder
+from ..trainers.from_settings import trainer_from
 from ..trainers.keyed import KeyedESTrainer
 from .budget import with_compile
 from .policies import GRUPolicy, LinearPolicy, MLPPolicy, Policy
@@ -218,23 +218,7 @@ def make_policy(settings: Settings, observation_space: Any, action_space: Any) -
 
 def make_trainer(settings: Settings, policy: nn.Module, fitness: EpisodeReturn) -> KeyedESTrainer:
     """Return the trainer that the settings describe."""
-    options: dict[str, Any] = {
-        "model": policy,
-        "fitness_fn": fitness,
-        "population_size": settings.population_size,
-        "learning_rate": settings.learning_rate,
-        "sigma": settings.sigma,
-        "noise_reuse": 2 if settings.antithetic else 0,
-        "shaping": settings.shaping,
-        "optimizer": {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}[settings.optimizer],
-        "seed": settings.seed,
-        "compile": settings.compile,
-        "chunk_size": settings.chunk_size,
-        "engine": settings.engine,
-    }
-    if settings.rank == 0:
-        return VanillaESTrainer(**options)
-    return EGGROLLTrainer(rank=settings.rank, **options)
+    return trainer_from(settings, model=policy, fitness_fn=fitness, compile=settings.compile)
 
 
 def plot(run: Run) -> Path:
