@@ -12,6 +12,16 @@ from torch import Tensor
 _SAMPLED = 2**16
 
 
+def random_cosine(weights: int) -> float:
+    """Return the standard deviation of the cosine between random directions, of which so many entries are sampled.
+
+    Example:
+        >>> random_cosine(100), random_cosine(10**9)
+        (0.1, 0.00390625)
+    """
+    return 1 / math.sqrt(max(1, min(_SAMPLED, weights)))
+
+
 class Agreement:
     """Compares each estimate with the step before it: where that went too far, the cosine is below zero.
 

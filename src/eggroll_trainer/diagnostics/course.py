@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from .signal import Signal
+from .signal import Signal, squared_cosine_of
 from .spread import tie_probability
 
 
@@ -81,6 +81,10 @@ class Course:
     def mean(self, key: str, count: int = 1) -> float:
         """Return the mean of a metric over the last generations."""
         return float(np.mean(self.last(key, count)))
+
+    def possible_agreement(self, count: int) -> float:
+        """Return what the mean ``agreement`` of the last generations would be after very short plain steps."""
+        return float(np.mean([squared_cosine_of(halves) for halves in self.last("split_half_cosine", count)]))
 
     @property
     def sigma(self) -> float:

@@ -108,6 +108,18 @@ class Signal:
         return total / (self.members * self.spread)
 
 
+def squared_cosine_of(split_half_cosine: float) -> float:
+    """Return the :attr:`Signal.squared_cosine` that goes with a :attr:`Signal.split_half_cosine`.
+
+    It is also the cosine to expect between a very short plain step and the next estimate.
+
+    Example:
+        >>> round(squared_cosine_of(3 / 13), 3)
+        0.375
+    """
+    return 2 * split_half_cosine / (1 + split_half_cosine)
+
+
 def signal_of(estimate: Estimate) -> Signal | None:
     """Return the signal in an estimate; None where its terms are not known, or it is not finite.
 

@@ -9,8 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-import numpy as np
-
 from .course import Course
 from .losses import loss_that_it_computes
 
@@ -101,8 +99,7 @@ def persistent(course: Course) -> str | None:
         or course.step_in_sigmas > 0.05
     ):
         return None
-    halves = np.asarray(course.last("split_half_cosine", window))
-    possible = float((2 * halves / (1 + halves)).mean())
+    possible = course.possible_agreement(window)
     agreement = course.mean("agreement", window)
     if possible < 6 * course.signal.split_half_error / math.sqrt(window) or agreement < 0.9 * possible:
         return None
@@ -155,8 +152,7 @@ def overshooting(course: Course) -> str | None:
     if course.signal is None or course.generation <= window:
         return None
     agreement = course.mean("agreement", window)
-    halves = np.asarray(course.last("split_half_cosine", window))
-    possible = float((2 * halves / (1 + halves)).mean())
+    possible = course.possible_agreement(window)
     if possible < 0.05 or agreement > -0.5 * possible or course.gain(3, 3) > 2:
         return None
     return (

@@ -22,6 +22,8 @@ from typing import Any, Literal
 import torch
 
 from .._utils import validation
+from ..diagnostics.agreement import random_cosine
+from ..diagnostics.signal import squared_cosine_of
 from ..diagnostics.spread import linear_share, odd_and_even, tie_probability
 from ..fitness.scores import CheckedScores
 from ..update import OptimizerFactory
@@ -52,9 +54,8 @@ def first_settings(learning_rate: Setting, sigma: Setting, optimizer: OptimizerF
         return learning_rate, first_sigma
     plain = optimizer is None or getattr(optimizer, "func", optimizer) is torch.optim.SGD
     # Plain steps are in units of sigma; those of Adam and most others are not.
-    return _FIRST_STEP if plain else _FIRST_STEP * validation.check_real(
-        "sigma", first_sigma, positive=True
-    ), first_sigma
+    unit = 1.0 if plain else validation.check_real("sigma", first_sigma, positive=True)
+    return _FIRST_STEP * unit, first_sigma
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,13 +92,12 @@ def facts_of(metrics: Mapping[str, Any], scores: CheckedScores, weights: int, pa
         weights: How many are trained.
         pairs: Whether members ``2k`` and ``2k + 1`` are antithetic.
     """
-    halves = metrics["split_half_cosine"]
     size = metrics["update_norm"] / metrics["relative_update"] if metrics["relative_update"] else 0.0
     fitness = scores.means.numpy()
     averages = odd_and_even(fitness)[1] if pairs else fitness
     return Facts(
         metrics["agreement"],
-        2 * halves / (1 + halves),
+        squared_cosine_of(metrics["split_half_cosine"]),
         weights,
         size / math.sqrt(max(1, weights)),
         metrics["sigma"],
@@ -139,7 +139,7 @@ class Adaptation:
         agreement = self._average("agreement", facts.agreement)
         possible = self._average("possible", facts.possible)
         # Two standard deviations of the average of random cosines.
-        least = 2 * math.sqrt((1 - _MEMORY) / (1 + _MEMORY) / max(1, min(facts.weights, 2**16)))
+        least = 2 * math.sqrt((1 - _MEMORY) / (1 + _MEMORY)) * random_cosine(facts.weights)
         excess = (agreement - _AGREEMENT * possible) / max(possible, least)
         share = excess / (1 - _AGREEMENT) if excess > 0 else excess
         return math.exp(_RATE_CHANGE * max(-1.0, min(1.0, share)))

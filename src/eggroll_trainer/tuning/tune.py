@@ -25,6 +25,7 @@ from tqdm.auto import tqdm
 from .._utils import validation
 from .._utils.warned import Warned
 from ..diagnostics import LearningWarning
+from ..diagnostics.agreement import random_cosine
 from ..diagnostics.spread import linear_share, tie_probability
 from ..trainers.base import ESTrainer
 from ..trainers.keyed import KeyedESTrainer
@@ -163,17 +164,15 @@ class _Search:
         reuse = trainer.noise_reuse
         # Groups of odd size cannot have pairs, nor chunks.
         pairs = not any(size % 2 for size in (trainer.population_size, trainer.group_size, trainer.chunk_size or 0))
-        trainer.noise_reuse = 2 if pairs else reuse
         trials = []
-        try:
-            for power in _SIGMAS:
-                self.set(sigma=centre * 10 ** (power / 2))
+        for power in _SIGMAS:
+            self.set(sigma=centre * 10 ** (power / 2))
+            trainer.noise_reuse = 2 if pairs else reuse
+            try:
                 trials.append(self._sigma_trial(pairs))
+            finally:
                 trainer.noise_reuse = reuse
-                trainer.load_state_dict(self._start)
-                trainer.noise_reuse = 2 if pairs else reuse
-        finally:
-            trainer.noise_reuse = reuse
+            trainer.load_state_dict(self._start)
         if not any(trial.ties < 1 for trial in trials):
             raise ValueError(
                 f"all members have the same fitness with every sigma from {trials[0].sigma:.2g} to"
@@ -252,8 +251,9 @@ class _Search:
     def _overshoots(self, trial: RateTrial) -> bool:
         """Return whether the last estimates point back, by more than the standard error of random directions."""
         lately = trial.agreement[len(trial.agreement) // 2 :]
-        error = 1 / math.sqrt(max(1, len(lately)) * max(1, min(2**16, len(self.trainer.current_params))))
-        return bool(lately) and float(np.mean(lately)) < -error
+        if not lately:
+            return False
+        return float(np.mean(lately)) < -random_cosine(len(self.trainer.current_params)) / math.sqrt(len(lately))
 
 
 def _chosen(trials: list[SigmaTrial]) -> float:
