@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -84,6 +85,13 @@ def test_steps_that_could_be_longer() -> None:
 def test_steps_that_are_too_long(learning_rate: float) -> None:
     messages = warned(20, learning_rate=learning_rate)
     assert any("the mean fitness has fallen from" in m and "Lower learning_rate" in m for m in messages)
+
+
+def test_a_loss_that_is_minimised_is_told_in_its_own_sign() -> None:
+    messages = warned(20, lambda model: -regression(model), learning_rate=50, maximize=False)
+    (message,) = [one for one in messages if "the mean fitness has" in one]
+    # It begins at about 1, and ends far above.
+    assert re.match(r"the mean fitness has risen from \d\S* to \d", message)
 
 
 def test_steps_that_undo_each_other() -> None:

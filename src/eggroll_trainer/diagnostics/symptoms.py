@@ -121,9 +121,9 @@ def falling(course: Course) -> str | None:
     if max(lately) >= first - spread:
         return None
     return (
-        f"the mean fitness has fallen from {first:.4g} to {lately[-1]:.4g} in {course.generation} generations."
-        " The steps"
-        f" are too long: one moves a weight by {course.step_in_sigmas:.2g} sigma on average. Lower learning_rate, now"
+        f"the mean fitness has {'fallen' if course.maximize else 'risen'} from {course.shown(first)} to"
+        f" {course.shown(lately[-1])} in {course.generation} generations. The steps are too long: one"
+        f" moves a weight by {course.step_in_sigmas:.2g} sigma on average. Lower learning_rate, now"
         f" {course.last('learning_rate')[0]:g}. {_START}"
     )
 
@@ -139,10 +139,8 @@ def loss_returned(course: Course) -> str | None:
     if loss is None:
         return None
     return (
-        f"the fitness function calls {loss}, its values are positive, and training, which maximises, has raised"
-        " them from"
-        f" {means[0]:.4g} to {means[-1]:.4g}. If it is a loss, return its negative, or pass maximize=False, or pass"
-        " maximize=False to the trainer"
+        f"the fitness function calls {loss}, its values are positive, and training, which maximises, has raised them"
+        f" from {means[0]:.4g} to {means[-1]:.4g}. If it is a loss, return its negative, or pass maximize=False"
     )
 
 
