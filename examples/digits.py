@@ -39,7 +39,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 class Args:
     fitness: Literal["cross_entropy", "accuracy"] = "cross_entropy"
     """What a member is scored by, on a batch of training images."""
-    generations: int = 300
+    generations: int = 240
     population_size: int = 1024
     """Members in a generation."""
     batch_size: int = 400

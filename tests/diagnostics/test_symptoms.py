@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import re
@@ -59,6 +60,12 @@ def test_a_run_that_learns_hears_nothing() -> None:
     assert warned(60, **settings) == []
     adam: dict[str, Any] = {**settings, "optimizer": torch.optim.Adam, "learning_rate": 0.02}
     assert warned(60, **adam) == []
+
+
+def test_short_steps_at_the_end_of_a_schedule_are_no_symptom() -> None:
+    falls_to_zero = functools.partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=100)
+    settings: dict[str, Any] = {"population_size": 128, "sigma": 0.05, "optimizer": torch.optim.Adam}
+    assert warned(100, learning_rate=0.03, lr_scheduler=falls_to_zero, **settings) == []
 
 
 def test_one_that_has_learnt_all_there_is_hears_nothing() -> None:

@@ -97,6 +97,11 @@ class Course:
         return self.mean("update_norm", 3) / math.sqrt(max(1, self.weights)) / self.sigma
 
     @property
+    def path_in_sigmas(self) -> float:
+        """The root mean square moves of a weight in all generations added up, in units of sigma."""
+        return sum(self.history["update_norm"]) / math.sqrt(max(1, self.weights)) / self.sigma
+
+    @property
     def tie_probability(self) -> float:
         """The probability that two different members have the same fitness."""
         return tie_probability(self.scores)

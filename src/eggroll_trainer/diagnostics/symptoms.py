@@ -76,7 +76,8 @@ def short_steps(course: Course) -> str | None:
     if course.generation < 3 or course.planned is None or course.planned < 30 or not any(course.last("update_norm", 3)):
         return None
     step = course.step_in_sigmas
-    if step * course.planned >= 2:
+    # A schedule may end in short steps: what counts is how far the weights have come by then.
+    if course.path_in_sigmas + step * (course.planned - course.generation) >= 2:
         return None
     size = course.last("relative_update")[0]
     needed = f"{1 / size:,.0f}" if size > 0 else "infinitely many"
