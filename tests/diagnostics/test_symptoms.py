@@ -153,7 +153,7 @@ def test_a_sigma_that_is_too_large() -> None:
 
 def test_a_fitness_without_a_slope() -> None:
     messages = warned(50, lambda m: math.sin(1e6 * float(m(X[:1]))), learning_rate=0.1)
-    assert "Of 50 members and 257 weights little can be expected" in messages[0]
+    assert "There are 50 members for 257 weights" in messages[0]
 
 
 @pytest.mark.filterwarnings("ignore:a fitness that is not finite")

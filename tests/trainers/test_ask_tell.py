@@ -13,7 +13,7 @@ from helpers import POPULATION, Custom, X, assert_same, goes_on, make, network, 
 from torch import nn
 
 from eggroll_trainer import Population, VanillaESTrainer
-from eggroll_trainer.trainers.told import Told
+from eggroll_trainer.trainers.told import ToldScores
 
 KINDS: dict[str, dict[str, Any]] = {
     "low rank": {"noise_reuse": 2},
@@ -78,7 +78,7 @@ def test_a_generation_survives_save_and_load(tmp_path: Path) -> None:
     trainer.save(tmp_path / "run.pt")
     other = make(coalesce=False)
     other.load(tmp_path / "run.pt")
-    with pytest.raises(RuntimeError, match="ask for the members"):
+    with pytest.raises(RuntimeError, match=r"call ask\(\) first"):
         other.tell(scores)
     other.ask()
     assert other.tell(scores[3:], members=range(3, POPULATION)) == twin.step()
@@ -180,7 +180,7 @@ def test_no_finite_score_leaves_the_generation_to_be_told_again() -> None:
 
 
 def test_told_scores_do_not_change_in_place() -> None:
-    told = Told(4, {})
+    told = ToldScores(4, {})
     later = told.with_scores([1.0], [2])
     assert not told.known.any() and later.known.tolist() == [False, False, True, False] and not later.complete
 

@@ -177,7 +177,7 @@ ARGUMENTS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "optimizer of others": (
         {"optimizer": lambda params, lr: torch.optim.SGD([torch.zeros(1)], lr=lr)},
         ValueError,
-        "optimizer must be made over the parameter groups that it is given",
+        "optimizer must be made from the parameter groups that the factory is given",
     ),
     "optimizer that evaluates a loss": (
         {"optimizer": torch.optim.LBFGS},
@@ -187,7 +187,7 @@ ARGUMENTS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "optimizer for sparse gradients": (
         {"optimizer": torch.optim.SparseAdam},
         ValueError,
-        "Use one that needs nothing else, such as torch.optim.SGD, Adam or AdamW",
+        "Use another one, such as torch.optim.SGD, Adam or AdamW",
     ),
     "optimizer that wants a closure": (
         {"optimizer": Closing},

@@ -247,7 +247,7 @@ def test_scores_too_large_to_shape(shaping: str) -> None:
     # Their sum overflows float64.
     trainer, twin, faulty = pair("coalesced", shaping=shaping)
     faulty.strike(lambda score: 1.7e308 * math.exp(score / 1000))
-    with pytest.raises(ValueError, match="the update is not finite, and the parameters were not changed"):
+    with pytest.raises(ValueError, match="the update is not finite; the parameters were not changed"):
         trainer.step()
     faulty.mend()
     goes_on(trainer, twin)

@@ -140,7 +140,7 @@ def test_nothing_left_to_train() -> None:
     run, twin = trainer(), trainer()
     goes_on(run, twin)
     run.model.requires_grad_(False)
-    with pytest.raises(ValueError, match="every parameter is frozen .* free some with requires_grad_"):
+    with pytest.raises(ValueError, match="every parameter is frozen .* unfreeze some with requires_grad_"):
         run.step()
     run.model.requires_grad_(True)
     goes_on(run, twin)

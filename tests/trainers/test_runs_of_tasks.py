@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from eggroll_trainer import EGGROLLTrainer, ESTrainer, Population, VanillaESTrainer, batched
 from eggroll_trainer.callbacks import ScoreLog
-from eggroll_trainer.trainers.told import Told
+from eggroll_trainer.trainers.told import ToldScores
 
 TASKS = 6
 WORST = "counts as the worst finite one of its generation and task"
@@ -119,9 +119,9 @@ def test_told_numbers_of_tasks_must_agree() -> None:
     trainer = run()
     trainer.ask()
     trainer.tell(torch.zeros(2, 3), members=[0, 1])
-    with pytest.raises(ValueError, match="got 2 scores for each member, and others were told 3 scores each"):
+    with pytest.raises(ValueError, match="got 2 scores for each member, but other members have 3 scores each"):
         trainer.tell(torch.zeros(2, 2), members=[0, 2])
-    with pytest.raises(ValueError, match="got a single score for each member, and others were told 3 scores each"):
+    with pytest.raises(ValueError, match="got a single score for each member, but other members have 3 scores each"):
         trainer.tell([NAN], members=[2])
     # Nothing of them was kept, and whoever is told of again is not among the others.
     assert trainer.tell(torch.ones(2, 2).cumsum(0), members=[0, 1]) is None
@@ -132,7 +132,7 @@ def test_told_numbers_of_tasks_must_agree() -> None:
 
 
 def test_a_column_that_is_told_is_none() -> None:
-    one, none = Told(3, {}).with_scores([[1.0], [2.0]], [2, 0]), Told(3, {}).with_scores([1.0, 2.0], [2, 0])
+    one, none = ToldScores(3, {}).with_scores([[1.0], [2.0]], [2, 0]), ToldScores(3, {}).with_scores([1.0, 2.0], [2, 0])
     assert_same(one.with_scores([3.0], [1]).state(), none.with_scores([[3.0]], [1]).state())
 
 

@@ -1,4 +1,4 @@
-"""Diagnostics: is it signal or noise, and what to do where it does not learn."""
+"""Diagnostics: whether an update is signal or noise, and what to change if a run does not learn."""
 
 from .course import Course, Probe
 from .signal import Signal, signal_of

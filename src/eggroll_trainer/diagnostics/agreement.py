@@ -1,4 +1,4 @@
-"""Whether an estimate agrees with the last step, from a sample of the weights."""
+"""The cosine between an estimate and the last step, from a sample of the weights."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-# Weights that are sampled, at most. Random directions have a cosine of about 1/√k, 0.004.
+# Largest number k of sampled weights. The cosine of random directions is about 1/√k, 0.004.
 _SAMPLED = 2**16
 
 
 def random_cosine(weights: int) -> float:
-    """Return the standard deviation of the cosine between random directions, of which so many entries are sampled.
+    """Return the standard deviation of the cosine between random directions of so many weights, when sampled.
 
     Example:
         >>> random_cosine(100), random_cosine(10**9)
@@ -23,12 +23,12 @@ def random_cosine(weights: int) -> float:
 
 
 class Agreement:
-    """Compares each estimate with the step before it: where that went too far, the cosine is below zero.
+    """Compares each estimate with the step before it. If that step went too far, the cosine is below zero.
 
-    It keeps evenly spaced entries of the last step, 65,536 at most, so that it costs next to nothing for a large model.
+    It compares evenly spaced entries, at most 65,536, so that it costs little for a large model.
 
     Attributes:
-        step: Those entries, ``[k]``, or None.
+        step: These entries of the last step, ``[k]``; None before the first step.
     """
 
     def __init__(self, step: Tensor | None = None) -> None:
@@ -45,6 +45,6 @@ class Agreement:
 
 
 def sample(tensors: Mapping[str, Tensor]) -> Tensor:
-    """Return evenly spaced entries of tensors that belong together, ``[k]``."""
+    """Return evenly spaced entries of tensors, taken as one vector, in float32, ``[k]``."""
     every = max(1, math.ceil(sum(value.numel() for value in tensors.values()) / _SAMPLED))
     return torch.cat([value.detach().flatten()[::every] for value in tensors.values()]).float()

@@ -1,4 +1,4 @@
-"""What is known of a run: the facts that symptoms are found in."""
+"""The course of a run: the data in which symptoms are found."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .spread import tie_probability
 
 @dataclasses.dataclass(frozen=True)
 class Probe:
-    """A few more evaluations, made where a run is in trouble.
+    """Further evaluations, made if a run is in trouble.
 
     Attributes:
         centre: The fitness of the model without perturbation, evaluated twice; higher is better.
@@ -25,7 +25,7 @@ class Probe:
 
     @property
     def noise(self) -> float:
-        """How far apart two evaluations of the same model are."""
+        """Absolute difference between two evaluations of the same model."""
         return abs(self.centre[0] - self.centre[1])
 
 
@@ -36,13 +36,13 @@ class Course:
     Attributes:
         history: ``trainer.history``, one entry a generation.
         scores: The members' mean fitness in the last generation, ``[N]``; higher is better.
-        maximize: Whether the fitness in the history is better where it is higher.
-        weights: How many are trained, ``D``.
-        planned: Generations that :meth:`~eggroll_trainer.ESTrainer.train` was asked for in all; None if unknown.
-        signal: The signal in the last estimate, where it is known.
+        maximize: Whether higher is better for the fitness in the history.
+        weights: Number of trained weights, ``D``.
+        planned: Number of generations that the run is to have in all; None if unknown.
+        signal: The signal in the last estimate; None if unknown.
         optimizer: Name of the optimizer's class.
         fitness_fn: The user's function.
-        probe: Evaluates the centre; None where it cannot.
+        probe: Evaluates the centre; None if that is not possible.
     """
 
     history: Mapping[str, Sequence[Any]]
@@ -57,7 +57,7 @@ class Course:
 
     @property
     def generation(self) -> int:
-        """How many generations there were."""
+        """Number of generations so far."""
         return len(self.history["mean_fitness"])
 
     @property
@@ -66,16 +66,16 @@ class Course:
         return np.asarray(self.history["mean_fitness"], float) * (1.0 if self.maximize else -1.0)
 
     def shown(self, fitness: float) -> str:
-        """Return a fitness as the user knows it."""
+        """Return a fitness as text, in the sign of the user's function."""
         return f"{fitness if self.maximize else -fitness:.4g}"
 
     @property
     def members(self) -> int:
-        """``N``."""
+        """Number of members, ``N``."""
         return len(self.scores)
 
     def last(self, key: str, count: int = 1) -> list[float]:
-        """Return a metric of the last generations; of fewer where there were not so many."""
+        """Return a metric of the last ``count`` generations, or of all if there are fewer."""
         return list(self.history.get(key, ())[-count:])
 
     def mean(self, key: str, count: int = 1) -> float:
@@ -83,17 +83,17 @@ class Course:
         return float(np.mean(self.last(key, count)))
 
     def possible_agreement(self, count: int) -> float:
-        """Return what the mean ``agreement`` of the last generations would be after very short plain steps."""
+        """Return the mean ``agreement`` that the last generations would have after very short plain steps."""
         return float(np.mean([squared_cosine_of(halves) for halves in self.last("split_half_cosine", count)]))
 
     @property
     def sigma(self) -> float:
-        """Standard deviation of the perturbations now."""
+        """Standard deviation of the perturbations in the last generation."""
         return self.last("sigma")[0]
 
     @property
     def step_in_sigmas(self) -> float:
-        """The root mean square of what a weight has moved by in the last three generations, in units of sigma."""
+        """Root mean square step of a weight, averaged over the last three generations, in units of sigma."""
         return self.mean("update_norm", 3) / math.sqrt(max(1, self.weights)) / self.sigma
 
     @property
@@ -107,16 +107,16 @@ class Course:
         return tie_probability(self.scores)
 
     def gain(self, first: int = 3, last: int = 10) -> float:
-        """Return how far the mean fitness has come, from the first to the last few generations, in standard errors.
+        """Return the gain in mean fitness from the first to the last few generations, in standard errors.
 
-        The error is that of the mean of ``N`` members, or what the means fluctuate by from one generation to the
-        next, if that is more.
+        The error is that of the mean of ``N`` members or the fluctuation of the means from one generation to the next,
+        whichever is larger.
         """
         means = self.means
         if len(means) < first + last:
             return 0.0
         spread = float(np.median(self.history["std_fitness"])) / math.sqrt(self.members)
-        # Of the second differences, so that a steady rise is not taken for fluctuation.
+        # From second differences, which are zero for a steady rise.
         error = max(spread, float(np.median(np.abs(np.diff(means, 2))))) * math.sqrt(1 / first + 1 / last)
         difference = float(means[-last:].mean() - means[:first].mean())
         return difference / error if error > 0 else 0.0

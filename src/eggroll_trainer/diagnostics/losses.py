@@ -1,4 +1,4 @@
-"""Whether a fitness function computes a loss, as far as its code tells."""
+"""Guesses from its code whether a fitness function computes a loss."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _LOSSES = (
 
 
 def loss_that_it_computes(function: Callable[..., Any]) -> str | None:
-    """Return the name of a loss that the function's code calls or the class of one that it holds, or None.
+    """Return the name of a loss function that the code calls, or the class of a loss module that it uses, or None.
 
     Example:
         >>> import torch.nn.functional as F
@@ -34,7 +34,7 @@ def loss_that_it_computes(function: Callable[..., Any]) -> str | None:
             return name
     held = [getattr(function, "__globals__", {}).get(name) for name in names]
     for cell in getattr(function, "__closure__", None) or ():
-        # One that is not filled yet raises.
+        # Empty cells raise.
         with contextlib.suppress(ValueError):
             held.append(cell.cell_contents)
     for value in held:

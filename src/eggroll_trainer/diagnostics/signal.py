@@ -1,11 +1,11 @@
-"""How much of an estimate is signal, and how much noise.
+"""Measures how much of an estimate is signal, and how much is noise.
 
 An estimate is a sum ``g = Σ_d x_d`` of ``n`` independent terms, one for each draw. If ``μ`` is their mean,
 
     E‖g‖² = n²‖μ‖² + Σ_d Var(x_d),      E Σ_d ‖x_d‖² = n‖μ‖² + Σ_d Var(x_d),
 
 so that ``S = n/(n - 1) · (‖g‖² - Σ_d ‖x_d‖²)`` is an unbiased estimate of the squared length of the signal ``nμ``. It
-takes no more than two numbers a parameter. If the scores are random, ``S/‖g‖²`` is zero on average, with a standard
+needs only two numbers for each parameter. If the scores are random, ``S/‖g‖²`` is zero on average, with a standard
 deviation of about ``√(2/D)`` for ``D`` weights.
 """
 
@@ -26,9 +26,9 @@ class Part:
 
     Attributes:
         length: Squared length of the estimate, ``‖g‖²``.
-        noise: The sum of the squared lengths of its terms.
+        noise: Sum of the squared lengths of its terms, ``Σ_d ‖x_d‖²``.
         sigma: Standard deviation of the perturbations.
-        numel: How many weights.
+        numel: Number of weights.
     """
 
     length: float
@@ -42,8 +42,8 @@ class Signal:
     """The signal in an estimate.
 
     Attributes:
-        parts: Of each parameter, by its name.
-        draws: ``n``, how many terms the estimate is the sum of.
+        parts: The part of each parameter, by name.
+        draws: ``n``, the number of terms of the estimate.
         members: ``N``.
         spread: The variance of the members' weights, times ``N``.
 
@@ -69,7 +69,7 @@ class Signal:
 
     @property
     def squared_cosine(self) -> float:
-        """Estimate of the squared cosine between the estimate and the true direction; below zero by chance."""
+        """Estimated squared cosine between the estimate and the true direction; may be below zero by chance."""
         length = self.length
         return math.fsum(map(self.of, self.parts.values())) / length if length > 0 else 0.0
 
@@ -109,7 +109,7 @@ class Signal:
 
 
 def squared_cosine_of(split_half_cosine: float) -> float:
-    """Return the :attr:`Signal.squared_cosine` that goes with a :attr:`Signal.split_half_cosine`.
+    """Return the :attr:`Signal.squared_cosine` that corresponds to a :attr:`Signal.split_half_cosine`.
 
     It is also the cosine to expect between a very short plain step and the next estimate.
 
@@ -121,10 +121,10 @@ def squared_cosine_of(split_half_cosine: float) -> float:
 
 
 def signal_of(estimate: Estimate) -> Signal | None:
-    """Return the signal in an estimate; None where its terms are not known, or it is not finite.
+    """Return the signal in an estimate; None if its terms are not known, or it is not finite.
 
     Args:
-        estimate: As a trainer makes it of the scores of a generation.
+        estimate: The estimate of a generation.
 
     Example:
         >>> signal_of(Estimate({"w": torch.ones(3)})) is None

@@ -1,4 +1,4 @@
-"""Whether the time of an evaluation goes into a simulator, which taking turns cannot make faster."""
+"""Finds out whether a simulator takes most of an evaluation's time, which batching the model cannot reduce."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
-# Shorter evaluations are not worth a word.
+# Shorter evaluations get no advice.
 _SECONDS = 1.0
-# Of an evaluation: with less than this, the model's forwards are worth batching.
+# Smallest share of the time outside of the model's forwards for which there is advice.
 _SHARE = 0.6
-# Functions that call functions that call … of the user's.
+# Depth to which functions that the fitness function refers to are searched.
 _DEPTH = 3
 
 
 def simulator_advice(function: Callable[..., Any], members: int, seconds: float, in_model: float) -> str | None:
-    """Return what to say of a fitness function whose members take turns, or None.
+    """Return advice on a fitness function whose simulator runs for one member after the other, or None.
 
     Args:
-        function: The user's.
-        members: How many were evaluated.
-        seconds: What that took.
-        in_model: What the model's forwards took of it.
+        function: The fitness function.
+        members: Number of members that were evaluated.
+        seconds: Time that this took.
+        in_model: Seconds of it that were spent in the model's forwards.
     """
     own = seconds - in_model
     if in_model == 0 or seconds < _SECONDS or own < _SHARE * seconds or not plays_environment(function):
@@ -53,7 +53,7 @@ def plays_environment(function: Callable[..., Any]) -> bool:
 
 
 def _reached(function: Any, depth: int) -> Iterator[Any]:
-    """Iterate over what a function refers to: its globals, what it holds, and the same of functions among them."""
+    """Iterate over the globals, attributes, closure and defaults of a function, and of functions among these."""
     while isinstance(function, functools.partial):
         yield from (*function.args, *function.keywords.values())
         function = function.func
@@ -67,7 +67,7 @@ def _reached(function: Any, depth: int) -> Iterator[Any]:
     names = {name for part in _parts(function.__code__) for name in part.co_names}
     values = [function.__globals__[name] for name in names if name in function.__globals__]
     for cell in function.__closure__ or ():
-        # One that is not filled yet raises.
+        # Empty cells raise.
         with contextlib.suppress(ValueError):
             values.append(cell.cell_contents)
     # An import inside the function.

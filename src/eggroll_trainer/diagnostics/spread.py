@@ -29,14 +29,14 @@ def odd_and_even(fitness: Fitness) -> tuple[Fitness, Fitness]:
 def linear_share(fitness: Fitness) -> float:
     """Return the share of the variance that changes sign within antithetic pairs.
 
-    It is 1 where the fitness is linear over a distance of sigma, a half where it is noise, and less where it is curved.
+    It is 1 if the fitness is linear over a distance of sigma, about a half if it is noise, and less if it is curved.
 
     Example:
         >>> linear_share(np.array([1.0, -1.0, 2.0, -2.0])), linear_share(np.array([1.0, 1.0, 2.0, 2.0]))
         (1.0, 0.0)
     """
     odd, even = odd_and_even(fitness)
-    # The odd part has no mean to be taken off.
+    # The odd part has mean zero by symmetry.
     of_odd = float(np.square(odd).mean())
     total = of_odd + float(even.var())
     return of_odd / total if total > 0 else 0.0

@@ -1,7 +1,7 @@
-"""Symptoms of runs that don't learn, each with the figure that shows it and what to do about it.
+"""Symptoms of runs that don't learn. Each message gives the evidence and what to change.
 
-A symptom is a function from the :class:`Course` of a run to a message, or None where it is not there. All are looked
-for now and then while a run goes on, and each is told once.
+A symptom is a function that takes the :class:`Course` of a run and returns a message, or None without the symptom. A
+trainer looks for all of them now and then, and warns about each only once.
 """
 
 from __future__ import annotations
@@ -34,16 +34,15 @@ def constant(course: Course) -> str | None:
             f" sigma={course.sigma:g} is too large. Lower it"
         )
     return (
-        f"{told}Raise sigma, now {course.sigma:g}; or let the fitness tell members apart, a loss rather than an"
-        " accuracy,"
-        " say; or see whether it uses the model that it is given"
+        f"{told}Raise sigma, now {course.sigma:g}; or return a finer fitness, such as a loss instead of an accuracy; or"
+        " check that the fitness function uses the model that it gets"
     )
 
 
 def coarse(course: Course) -> str | None:
     """Many members tie."""
     tied = course.tie_probability
-    # Where it has learnt, members may tie because they all do well.
+    # After it has learnt, members may tie because they are all good.
     if course.generation < 3 or tied < 0.3 or not all(course.last("std_fitness", 3)) or course.gain(3, 3) > 2:
         return None
     worst = float((course.scores == course.scores.min()).mean())
@@ -54,9 +53,8 @@ def coarse(course: Course) -> str | None:
             f" {_ANSWERS}"
         )
     return (
-        f"the fitness is too coarse for sigma={course.sigma:g}: two members tie with a probability of"
-        f" {tied:.0%}, and ties"
-        " say nothing. Raise sigma, or let the fitness tell members apart, a loss rather than an accuracy, say"
+        f"the fitness is too coarse for sigma={course.sigma:g}: two members tie with a probability of {tied:.0%}, and"
+        " ties carry no information. Raise sigma, or return a finer fitness, such as a loss instead of an accuracy"
     )
 
 
@@ -67,7 +65,7 @@ def failing(course: Course) -> str | None:
         return None
     return (
         f"{share:.0%} of the scores were not finite in the last 3 generations. Lower sigma, now {course.sigma:g}, or"
-        " mend the fitness function"
+        " fix the fitness function"
     )
 
 
@@ -83,8 +81,8 @@ def short_steps(course: Course) -> str | None:
     needed = f"{1 / size:,.0f}" if size > 0 else "infinitely many"
     return (
         f"the steps are very short: a generation moves a weight by {step * course.sigma:.2g} on average, {step:.2g} of"
-        f" sigma, so that {needed} generations in the same direction would be needed to move the weights by their own"
-        f" size, and {course.planned} are planned. Raise learning_rate, now"
+        f" sigma. To move the weights by their own size, it would take {needed} generations in the same direction, but"
+        f" {course.planned} are planned. Raise learning_rate, now"
         f" {course.last('learning_rate')[0]:g}: {_ANSWERS}. {_START}"
     )
 
@@ -92,7 +90,7 @@ def short_steps(course: Course) -> str | None:
 def persistent(course: Course) -> str | None:
     """Each estimate agrees so well with the step before that longer steps would do."""
     window = 20
-    # Of plain steps it is known how well they can agree with the next estimate.
+    # Only for plain steps do we know how well they can agree with the next estimate.
     if (
         course.signal is None
         or course.optimizer != "SGD"
@@ -178,10 +176,8 @@ def no_signal(course: Course) -> str | None:
     if probe is not None and probe.noise > spread / 4:
         return (
             f"{found}The fitness itself is noisy: the same model got {course.shown(probe.centre[0])} and"
-            f" {course.shown(probe.centre[1])},"
-            f" where members differ by {spread:.4g}. Average it over more samples or episodes, give all members"
-            " the same"
-            f" ones, or raise population_size, now {course.members}"
+            f" {course.shown(probe.centre[1])}, while members differ by {spread:.4g}. Average over more samples or"
+            f" episodes, use the same ones for all members, or raise population_size, now {course.members}"
         )
     centre = None if probe is None else sum(probe.centre) / 2
     if centre is not None and centre > course.means[-window:].mean() + 2 * spread:
@@ -190,9 +186,8 @@ def no_signal(course: Course) -> str | None:
             f" {course.shown(course.means[-window:].mean())} on average): sigma={course.sigma:g} is too large. Lower it"
         )
     return (
-        f"{found}Of {course.members} members and {course.weights:,} weights little can be expected where few of"
-        " them matter:"
-        " raise population_size, take antithetic pairs (noise_reuse=2), train fewer weights, or change sigma, now"
+        f"{found}There are {course.members} members for {course.weights:,} weights, of which few may matter. Raise"
+        " population_size, take antithetic pairs (noise_reuse=2), train fewer weights, or change sigma, now"
         f" {course.sigma:g}. {_ANSWERS}"
     )
 
@@ -211,5 +206,5 @@ SYMPTOMS: dict[str, Symptom] = {
 
 
 def is_time(generation: int) -> bool:
-    """Return whether symptoms are looked for after this generation: often in the beginning, then every tenth."""
+    """Return whether we look for symptoms after this generation: after the 3rd, the 5th, and every tenth."""
     return generation in (3, 5) or generation % 10 == 0

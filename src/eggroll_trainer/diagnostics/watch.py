@@ -1,4 +1,4 @@
-"""What a trainer keeps to see whether it learns: it adds to the metrics, and tells symptoms."""
+"""Monitors whether a trainer learns: adds metrics, and warns about symptoms."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from .symptoms import SYMPTOMS, is_time
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """What an estimate shows.
+    """Measurements of an estimate.
 
     Attributes:
-        metrics: For the metrics of its generation.
-        signal: The signal in it, where that is known.
+        metrics: Entries for the metrics of its generation.
+        signal: The signal in it; None if that is not known.
     """
 
     metrics: dict[str, float]
@@ -30,21 +30,24 @@ class Measured:
 
 
 class LearningWarning(RuntimeWarning):
-    """A run does not learn, or learns more slowly than it could; the message says what shows it and what to change.
+    """A run does not learn, or learns more slowly than it could. The message gives the evidence and what to change.
 
     Example:
         >>> import warnings
-        >>> warnings.filterwarnings("ignore", category=LearningWarning)  # for whoever knows
+        >>> warnings.filterwarnings("ignore", category=LearningWarning)  # to silence them
     """
 
 
 class Watch:
-    """Watches a run.
+    """Monitors a run.
+
+    Args:
+        step: A sample of the last step of the run, ``[k]``, to go on from; None for a new run.
 
     Attributes:
         agreement: Compares estimates with steps.
-        signal: The signal in the last estimate.
-        planned: Generations that the run is to have in all, or None.
+        signal: The signal in the last estimate, or None.
+        planned: Number of generations that the run is to have in all, or None.
     """
 
     def __init__(self, step: Tensor | None = None) -> None:
@@ -54,7 +57,7 @@ class Watch:
         self._told: dict[str, int] = {}
 
     def measure(self, estimate: Estimate) -> Measured:
-        """Return what an estimate shows, and change nothing."""
+        """Return the measurements of an estimate, and change nothing."""
         signal = signal_of(estimate)
         metrics: dict[str, float] = {"agreement": self.agreement.cosine(estimate.gradient)}
         if signal is not None:
@@ -63,18 +66,18 @@ class Watch:
         return Measured(metrics, signal)
 
     def accept(self, measured: Measured, step: Tensor) -> None:
-        """Keep what the step was made of, and a sample of the step, ``[k]``."""
+        """Record the measurements of the estimate that the step was made from, and a sample of the step, ``[k]``."""
         self.signal, self.agreement.step = measured.signal, step
 
     def look(
         self, course: Callable[[], Course], generation: int, tell: Callable[[str, str, type[RuntimeWarning]], Any]
     ) -> None:
-        """Look for symptoms, if it is time.
+        """Look for symptoms in some of the generations, and warn about at most one.
 
         Args:
-            course: Makes the course of the run.
-            generation: The last one, counted from 1.
-            tell: Gets a message, its kind and the class of the warning; each kind is told once.
+            course: Returns the course of the run.
+            generation: Number of the last generation, counted from 1.
+            tell: Called with a message, its kind and the class of the warning, once for each kind.
         """
         if not is_time(generation):
             return
@@ -84,14 +87,14 @@ class Watch:
             if message is not None:
                 self._told[kind] = generation
                 tell(message, kind, LearningWarning)
-                # One thing at a time: what else is wrong may follow from it.
+                # One warning at a time: other symptoms may have the same cause.
                 return
 
     def status(self, history: Mapping[str, Sequence[float]]) -> str | None:
-        """Return a traffic light: green, yellow or red; None where the signal in the estimates is not known.
+        """Return ``"green"``, ``"yellow"`` or ``"red"``; None if the signal in the estimates is not known.
 
-        Green where the split-half cosine of the last ten generations is two standard errors above zero, yellow where it
-        cannot be told from noise, and red for twenty generations after a symptom was found.
+        Red for twenty generations after a symptom was found; else green if the mean split-half cosine of the last ten
+        generations is two standard errors above zero; else yellow.
         """
         if self.signal is None:
             return None

@@ -1,1 +1,1 @@
-"""Trainers: the generation loop, and the algorithms."""
+"""Trainers: the generation loop and the algorithms."""

@@ -1,15 +1,15 @@
 """``learning_rate="auto"`` and ``sigma="auto"``: settings that are adapted after every generation.
 
-*Learning rate.* The cosine between a step and the next estimate is positive where the step could have been longer,
-zero where it went as far along its direction as pays (an exact line search), and negative where it went too far. The
-rate follows it: up while the cosine is more than 0.4 of the estimate's own squared cosine with the true direction,
-which is what it would be after an infinitely short step, and else down.
+*Learning rate.* The cosine between a step and the next estimate is positive if the step was too short, zero after an
+exact line search, and negative if the step went too far. After an infinitely short step it would be the estimate's
+squared cosine with the true direction. The learning rate grows while the cosine is above 0.4 of that, and shrinks
+otherwise.
 
 *Sigma.* Over antithetic pairs, ``f₊`` and ``f₋``, the linear share ``Var(f₊ - f₋)/(Var(f₊ - f₋) + Var(f₊ + f₋))`` is
-near 1 where the fitness is linear over a distance of sigma. Above 0.85 sigma grows. Below, the fitness is either
-curved, and sigma too large, or noisy or coarse, and it is too small. To tell these apart sigma alternates by ±15 %:
-where the mean fitness is better with the smaller one it is curved, and sigma shrinks; else it grows, up to the size of
-the weights.
+near 1 if the fitness is linear over a distance of sigma. Above 0.85, sigma grows. Below, either the fitness is curved
+and sigma is too large, or the fitness is noisy or coarse and sigma is too small. To tell these apart, sigma alternates
+by ±15 %. If the mean fitness is better with the smaller sigma, the fitness is curved and sigma shrinks. Otherwise sigma
+grows, up to the size of the weights.
 """
 
 from __future__ import annotations
@@ -28,22 +28,22 @@ from ..diagnostics.spread import linear_share, odd_and_even, tie_probability
 from ..fitness.scores import CheckedScores
 from ..update import OptimizerFactory
 
-# What the averages keep of their past: they look back about five generations.
+# Decay of the exponential averages, which cover about five generations.
 _MEMORY = 0.8
-# The share of the agreement that a very short step would have, at which the learning rate stays.
+# The learning rate stays at this share of the agreement after a very short step.
 _AGREEMENT = 0.4
-# The natural logarithm of the factor by which the learning rate changes at most.
+# Largest change of the learning rate's natural logarithm in a generation.
 _RATE_CHANGE = 0.2
-# The linear share at which sigma stays; what its logarithm changes by for a unit of the share, and at most when blind.
+# The linear share at which sigma stays; change of log(sigma) per unit of the share; change if the share says nothing.
 _LINEAR, _SIGMA_CHANGE, _BLIND_CHANGE = 0.85, 0.4, 0.05
-# The logarithm of the factor by which sigma alternates, and the ties that are too many.
+# Amplitude of the alternation of log(sigma); the tie probability above which sigma changes.
 _ALTERNATION, _TIES = 0.15, 0.05
 
 
-# A number, or adapted after every generation.
+# A number, or "auto": adapted after every generation.
 Setting = float | Literal["auto"]
 
-# What settings that are adapted begin with; the step in units of sigma.
+# Initial values of adapted settings; the step is in units of sigma.
 _FIRST_SIGMA, _FIRST_STEP = 0.1, 0.3
 
 
@@ -53,22 +53,22 @@ def first_settings(learning_rate: Setting, sigma: Setting, optimizer: OptimizerF
     if learning_rate != "auto":
         return learning_rate, first_sigma
     plain = optimizer is None or getattr(optimizer, "func", optimizer) is torch.optim.SGD
-    # Plain steps are in units of sigma; those of Adam and most others are not.
+    # The plain step is in units of sigma. Steps of Adam and most others are not.
     unit = 1.0 if plain else validation.check_real("sigma", first_sigma, positive=True)
     return _FIRST_STEP * unit, first_sigma
 
 
 @dataclasses.dataclass(frozen=True)
 class Facts:
-    """What a generation shows.
+    """Measurements of a generation, from which settings are adapted.
 
     Attributes:
         agreement: The cosine between its estimate and the step before it.
-        possible: The squared cosine between its estimate and the true direction, estimated.
-        weights: How many are trained, ``D``.
+        possible: Estimate of the squared cosine between its estimate and the true direction.
+        weights: Number of trained weights, ``D``.
         size: Root mean square of the weights.
         sigma: Standard deviation of the perturbations.
-        linear_share: Of the pairs, from 0 to 1; None where there are none.
+        linear_share: Linear share of the pairs' variance, from 0 to 1; None if there are no pairs.
         mean: The mean fitness, with its standard error.
         ties: The probability that two members have the same fitness.
     """
@@ -84,12 +84,12 @@ class Facts:
 
 
 def facts_of(metrics: Mapping[str, Any], scores: CheckedScores, weights: int, pairs: bool) -> Facts:
-    """Return what a generation shows.
+    """Return the measurements of a generation.
 
     Args:
-        metrics: Of the generation.
-        scores: Of its members.
-        weights: How many are trained.
+        metrics: Metrics of the generation.
+        scores: Scores of its members.
+        weights: Number of trained weights, ``D``.
         pairs: Whether members ``2k`` and ``2k + 1`` are antithetic.
     """
     size = metrics["update_norm"] / metrics["relative_update"] if metrics["relative_update"] else 0.0
@@ -108,23 +108,23 @@ def facts_of(metrics: Mapping[str, Any], scores: CheckedScores, weights: int, pa
 
 
 def first_state() -> dict[str, Any]:
-    """Return what an :class:`Adaptation` remembers before the first generation."""
+    """Return the state of an :class:`Adaptation` before the first generation."""
     averages: dict[str, Any] = dict.fromkeys(("agreement", "possible", "ties", "curvature"), 0.0)
     return {**averages, "linear_share": 1.0, "generations": 0, "means": [], "offset": 0.0}
 
 
 class Adaptation:
-    """Says by what factors settings should change after a generation.
+    """Computes the factors by which settings change after a generation.
 
     Args:
-        state: What it remembers, and changes: :func:`first_state`, or that of an earlier one.
+        state: Averages over past generations, which are updated in place; see :func:`first_state`.
     """
 
     def __init__(self, state: dict[str, Any]) -> None:
         self.state = state
 
     def after(self, facts: Facts, learning_rate: bool, sigma: bool) -> tuple[float, float]:
-        """Return the factors for the learning rate and for sigma; 1 for what is not to be adapted."""
+        """Return the factors for the learning rate and for sigma; 1 for a setting that is not adapted."""
         self.state["generations"] += 1
         return self._rate(facts) if learning_rate else 1.0, self._sigma(facts) if sigma else 1.0
 
@@ -134,7 +134,7 @@ class Adaptation:
 
     def _rate(self, facts: Facts) -> float:
         if self.state["generations"] == 1:
-            # There was no step before.
+            # There is no step to compare with.
             return 1.0
         agreement = self._average("agreement", facts.agreement)
         possible = self._average("possible", facts.possible)
@@ -152,7 +152,7 @@ class Adaptation:
         state["means"] = [*state["means"], list(facts.mean)][-3:]
         if len(state["means"]) == 3:
             (before, error_before), (mean, error), (after, error_after) = state["means"]
-            # The middle one is of the other sigma; the average of its neighbours is free of a steady rise.
+            # The middle one has the other sigma. Comparing it with both neighbours cancels a steady rise.
             difference = ((before + after) / 2 - mean) * (-1 if larger else 1)
             deviation = math.sqrt(error**2 + (error_before**2 + error_after**2) / 4)
             score = difference / deviation if deviation > 0 else 0.0

@@ -1,4 +1,4 @@
-"""ESTrainer: the generation loop, the history, and the face of a ``torch.optim.Optimizer``."""
+"""ESTrainer: the base class of trainers, a ``torch.optim.Optimizer`` whose ``step`` is one generation."""
 
 from __future__ import annotations
 
@@ -46,64 +46,64 @@ from .evaluator import Evaluator
 from .extra_state import ExtraState
 from .loop import run
 from .method import Method, Sampled
-from .optimizer_face import OptimizerFace
+from .optimizer_interface import OptimizerInterface
 from .retest import best_of, earned_again
 from .run_state import RunState
 from .settings import settings_of, settings_of_members
-from .told import Told
+from .told import ToldScores
 from .trainable import parameter_groups
 
 
-class ESTrainer(RunState, BestMember, OptimizerFace, torch.optim.Optimizer, ABC):
+class ESTrainer(RunState, BestMember, OptimizerInterface, torch.optim.Optimizer, ABC):
     """Base class of evolution-strategy trainers.
 
     One generation evaluates ``N = population_size`` perturbed copies of the model and moves its parameters ``θ``, in
-    place, to ``θ + learning_rate·Δθ``. A subclass says how members are perturbed and how ``Δθ`` follows from their
-    fitness, with two methods over flat tensors. Everything else, among it running a plain fitness function for the
-    whole population at once, is inherited.
+    place, to ``θ + learning_rate·Δθ``. A subclass defines how members are perturbed and how ``Δθ`` follows from their
+    fitness, in two methods over flat tensors. Everything else is inherited, including the evaluation of a plain fitness
+    function for the whole population at once.
 
     Args:
         params: Parameters to train, as ``torch.optim`` takes them: an iterable such as ``model.parameters()``, or
-            groups with their own ``lr`` and ``sigma``. All of the model's if None; those left out stay frozen. One
-            with ``requires_grad=False`` is neither perturbed nor updated, until it is freed; what is set between two
-            generations holds from the next one on.
+            groups with their own ``lr`` and ``sigma``. All parameters of the model if None. Parameters that are left
+            out, or have ``requires_grad=False``, are neither perturbed nor updated. You may change ``requires_grad``
+            between generations.
         model: The module to train.
-        fitness_fn: From a module to its fitness, higher is better: a float, a 0-d tensor or a NumPy scalar; or a tensor
-            or array ``[K]``, ``K ≥ 2``, with a score for each of several tasks, such as prompts or episodes. If marked
-            with :func:`eggroll_trainer.batched`, from a :class:`~eggroll_trainer.Population` to ``[N]`` or ``[N, K]``.
-        population_size: ``N``, how many models are evaluated in a generation.
+        fitness_fn: Takes a module and returns its fitness, higher is better: a float, a 0-d tensor or a NumPy scalar;
+            or a tensor or array ``[K]``, ``K ≥ 2``, with a score for each of several tasks, such as prompts or
+            episodes. If it is marked with :func:`eggroll_trainer.batched`, it takes a
+            :class:`~eggroll_trainer.Population` and returns ``[N]`` or ``[N, K]``.
+        population_size: ``N``, the number of models evaluated in a generation.
         learning_rate: Step size; ``param_groups[i]["lr"]``.
         sigma: Standard deviation of the perturbations; ``param_groups[i]["sigma"]``.
-        device: Where to train; the model is moved there. Where the model is, if None.
-        seed: Seed of the run. Drawn from the system, and readable as ``trainer.seed``, if None.
-        optimizer: What takes the step: a ``torch.optim`` class or another factory ``(params, lr=…)`` of a
+        device: Device to train on; the model is moved there. If None, the model's own device.
+        seed: Seed of the run. If None, it is drawn from the operating system; read it as ``trainer.seed``.
+        optimizer: Optimizer that takes the step: a ``torch.optim`` class or another factory ``(params, lr=…)`` of a
             ``torch.optim.Optimizer``. It gets ``-Δθ`` as gradient. ``torch.optim.SGD`` if None.
-        lr_scheduler: Factory of a ``torch.optim.lr_scheduler`` from the trainer, stepped after every generation. One
-            that you make and step yourself works as well. ``ReduceLROnPlateau`` gets the mean fitness: make it with
-            ``mode="max"``, and ``threshold_mode="abs"`` where fitness is negative.
+        lr_scheduler: Factory of a ``torch.optim.lr_scheduler`` from the trainer, stepped after every generation. A
+            scheduler that you make and step yourself works as well. ``ReduceLROnPlateau`` gets the mean fitness: make
+            it with ``mode="max"``, and with ``threshold_mode="abs"`` if fitness is negative.
         sigma_scheduler: Factory of a ``torch.optim.lr_scheduler`` that drives ``sigma`` instead.
         anchor_decay: Pulls the weights back to the initial ones ``θ₀``, as weight decay pulls them to zero: before each
-            step ``θ ← θ - learning_rate·anchor_decay·(θ - θ₀)``; ``param_groups[i]["anchor_decay"]``. For fine-tuning
-            that should not go far.
-        chunk_size: How many members are evaluated at a time; bounds memory, and is what an engine shares out. If None,
-            as many as fit in ``memory_budget``, up to 1024 on a CPU; where an accelerator runs out of memory, half as
-            many from then on.
-        coalesce: Whether a plain ``fitness_fn`` is run for the members of a chunk together. If True, that is checked
-            now and then: some members are evaluated alone as well, on the model that you passed, and if anything
-            differs, all members run alone from then on, with a warning. ``"unchecked"`` goes without; with False they
-            run alone.
-        compile: Whether to run the model's batched forwards with ``torch.compile``. What cannot be compiled runs as it
-            would without, and one warning says why.
-        memory_budget: Bytes that an evaluation may take besides the model; a share of the device's memory if None. A
-            forward for many members is cut up so that its own tensors fit, whatever ``chunk_size`` is.
+            step ``θ ← θ - learning_rate·anchor_decay·(θ - θ₀)``; ``param_groups[i]["anchor_decay"]``. Use it for
+            fine-tuning that should stay close to ``θ₀``.
+        chunk_size: Number of members evaluated at a time. It bounds memory, and chunks are what an engine distributes.
+            If None, as many as fit in ``memory_budget``, up to 1024 on a CPU; halved if an accelerator runs out of it.
+        coalesce: Whether to evaluate the members of a chunk together if ``fitness_fn`` is a plain function. If True,
+            this is checked now and then: some members are also evaluated alone, on the model that you passed. If
+            anything differs, you get a warning, and all members are evaluated alone from then on. ``"unchecked"``
+            skips the checks. False evaluates every member alone.
+        compile: Whether to run the model's batched forwards with ``torch.compile``. A model that cannot be compiled
+            runs without it, and one warning says why.
+        memory_budget: Bytes that an evaluation may use in addition to the model. If None, a share of the device's
+            memory. A batched forward is split so that its intermediate tensors fit, whatever ``chunk_size`` is.
         evaluation_dtype: ``torch.bfloat16`` or ``torch.float16`` to run the fitness function under ``torch.autocast``
             to that type. Weights, noise and update stay as they are.
-        engine: Who evaluates the chunks of a population: ``"local"`` for this process, ``"torch"`` for the processes
+        engine: What evaluates the chunks of a population: ``"local"`` for this process, ``"torch"`` for the processes
             of ``torch.distributed``, ``"ray"`` for a Ray cluster, or an :class:`~eggroll_trainer.distributed.Engine`.
-            If None, ``"torch"`` in a script that ``torchrun`` started in several processes, else ``"local"``. The
-            numbers are the same.
-        maximize: Whether higher fitness is better. False for a loss: ``history``, ``best_fitness`` and whatever
-            callbacks get are then losses too, the best one the lowest. ``compute_update`` gets their negative.
+            If None, ``"torch"`` in a script that ``torchrun`` started in several processes, else ``"local"``. Results
+            do not depend on the engine.
+        maximize: Whether higher fitness is better. Pass False for a loss: ``history``, ``best_fitness`` and what
+            callbacks get are then losses too, and the lowest is the best. ``compute_update`` gets negative losses.
 
     Raises:
         TypeError: An argument is of the wrong type.
@@ -149,7 +149,7 @@ class ESTrainer(RunState, BestMember, OptimizerFace, torch.optim.Optimizer, ABC)
         maximize: bool = True,
     ) -> None:
         inherited = set(vars(self))
-        # The user's parameter names are those of the module inside.
+        # torch.compile prefixes parameter names; the user's names are those of the original module.
         self.model = model = uncompiled(validation.check_module(model, params))
         self.fitness_fn = fitness_fn = validation.check_fitness_fn(fitness_fn)
         optimizer = validation.check_optimizer(optimizer)
@@ -173,7 +173,7 @@ class ESTrainer(RunState, BestMember, OptimizerFace, torch.optim.Optimizer, ABC)
             **self._group_defaults(),
         }
         groups = parameter_groups(params, model, defaults, device)
-        # Scripts that don't seed torch make another model in every process.
+        # Without a seed, each process initialises its own model: all take the first process's.
         self.engine.copy_main([*model.parameters(), *model.buffers()])
         self.device = next(p.device for group in groups for p in group["params"] if p.requires_grad)
         super().__init__(groups, defaults)
@@ -181,7 +181,7 @@ class ESTrainer(RunState, BestMember, OptimizerFace, torch.optim.Optimizer, ABC)
 
         self._centre = Centre(self.param_groups, optimizer)
         self._learner = learner(fitness_fn)
-        self._note_beginning()
+        self._record_initial_state()
         self._schedulers = (lr_scheduler, sigma_scheduler)
         self._schedules = Schedules(self, *self._schedulers)
         self._follow_frozen()
@@ -193,13 +193,13 @@ class ESTrainer(RunState, BestMember, OptimizerFace, torch.optim.Optimizer, ABC)
         self._forget()
         self._extra = ExtraState(vars(self).keys() - inherited)
 
-    # What a subclass writes.
+    # The two methods that a subclass must implement.
 
     @abstractmethod
     def sample_perturbations(self, population_size: int) -> Tensor:
         """Return a perturbation for every member, scaled by sigma.
 
-        torch's global generators are seeded from ``seed`` and the generation meanwhile.
+        During the call, torch's global generators are seeded from ``seed`` and the generation.
 
         Args:
             population_size: ``N``.
@@ -214,8 +214,8 @@ class ESTrainer(RunState, BestMember, OptimizerFace, torch.optim.Optimizer, ABC)
 
         Args:
             perturbations: ``[N, D]``, as they were sampled.
-            fitnesses: ``[N]`` in float64, finite, higher is better (losses are negated); means over tasks where members
-                have several scores. Products with tensors of another dtype are taken in the wider one.
+            fitnesses: ``[N]`` in float64, finite, higher is better (losses are negated). If members have a score for
+                each of several tasks, the means. Products with tensors of another dtype use the wider dtype.
 
         Returns:
             ``[D]``.
@@ -244,8 +244,8 @@ class ESTrainer(RunState, BestMember, OptimizerFace, torch.optim.Optimizer, ABC)
             Metrics: ``generation`` (counted from 1), ``fitness`` (of the generation's best member),
             ``mean_fitness``, ``std_fitness``, ``best_fitness`` (so far), ``update_norm`` (length of the step),
             ``num_nonfinite`` (scores that were NaN or inf and counted as the worst finite one), ``num_tied`` (members
-            who share their fitness), ``learning_rate``, ``sigma``, and what :mod:`eggroll_trainer.diagnostics` adds.
-            A member's fitness is its mean over the tasks, where it has a score for each of several.
+            that share their fitness), ``learning_rate``, ``sigma``, and what :mod:`eggroll_trainer.diagnostics` adds.
+            If members have a score for each of several tasks, their fitness is the mean of these.
 
         Raises:
             ValueError: No member has a finite fitness.
@@ -253,7 +253,7 @@ class ESTrainer(RunState, BestMember, OptimizerFace, torch.optim.Optimizer, ABC)
         """
         self._start_generation()
         self._asked = self._told = None
-        # The fitness function runs under the caller's modes.
+        # The fitness function runs under the caller's grad, inference and autocast modes.
         with interruptible(), restored_thread_state(), thread_modes.kept():
             scores, statistics = self._evaluator.evaluate_all()
         return self._advance(scores, statistics, functools.partial(earned_again, self), evaluated=True)
@@ -261,12 +261,12 @@ class ESTrainer(RunState, BestMember, OptimizerFace, torch.optim.Optimizer, ABC)
     def ask(self) -> WholePopulation:
         """Begin a generation and return its members, for evaluation elsewhere; :meth:`tell` makes the step.
 
-        Asked again before it is told, it returns the same members; it does so after :meth:`save` and :meth:`load` too.
-        :meth:`step` evaluates the same members by the trainer's own fitness function.
+        Until :meth:`tell` has completed the generation, further calls return the same members, also after :meth:`save`
+        and :meth:`load`. :meth:`step` evaluates the same members with the trainer's own fitness function.
 
         Returns:
             The population of ``N`` members: ``chunks()``, ``member(i)`` (a dense copy), ``lora(i)`` (as an adapter),
-            ``population(x)``, ``each(xs)``. It is of use until the generation is told.
+            ``population(x)``, ``each(xs)``. It is valid until the generation ends.
 
         Example:
             >>> from eggroll_trainer import EGGROLLTrainer
@@ -281,49 +281,49 @@ class ESTrainer(RunState, BestMember, OptimizerFace, torch.optim.Optimizer, ABC)
         self._start_generation()
         self._asked = settings_of_members(self.settings().plain())
         if self._told is not None and self._told.settings != self._asked:
-            # Scores of other members.
+            # The settings have changed since, so these are scores of other members.
             self._told = None
         return self._evaluator.whole_population()
 
     def tell(self, scores: Any, members: Sequence[int] | None = None) -> dict[str, Any] | None:
-        """Give the members that were asked for their fitness, and make the step once all have theirs.
+        """Report the fitness of members that :meth:`ask` returned; the step is made once all members have a score.
 
-        Of several processes all must be told the same.
+        With several processes, call it in each of them with the same scores.
 
         Args:
-            scores: ``[N]``, or ``[N, K]`` with a column for each of ``K`` tasks; higher is better. NaN for what failed,
-                which counts as the worst of its task. With ``members``, one or a row for each of them.
-            members: Indices of the members that the scores are of, in any order; all if None. What was told of others
-                is kept, also by :meth:`save`.
+            scores: ``[N]``, or ``[N, K]`` with a column for each of ``K`` tasks; higher is better. NaN marks a failed
+                evaluation, which counts as the worst of its task. With ``members``, one score or row for each of them.
+            members: Indices of the members that the scores are of, in any order; all if None. Scores of other members
+                from earlier calls are kept, also by :meth:`save`.
 
         Returns:
             What :meth:`step` returns, or None while members are missing.
 
         Raises:
-            RuntimeError: The generation was not asked for.
-            ValueError: A score or member too many, scores of different numbers of tasks, or settings that members
-                depend on have changed since :meth:`ask`.
+            RuntimeError: :meth:`ask` was not called in this generation.
+            ValueError: The numbers of scores and members differ, there is no such member, numbers of tasks differ, or
+                settings that members depend on have changed since :meth:`ask`.
         """
         if self._asked is None:
-            raise RuntimeError("tell() without ask(): ask for the members of the generation first")
+            raise RuntimeError("tell() without ask(): call ask() first, and score the members that it returns")
         changed = differences(settings_of_members(self.settings().plain()), self._asked)
         if changed:
             raise ValueError(f"{', '.join(changed.values())} since ask(): the scores are of other members; ask() again")
-        told = Told(self.population_size, self._asked) if self._told is None else self._told
+        told = ToldScores(self.population_size, self._asked) if self._told is None else self._told
         told = told.with_scores(scores, members)
         if not told.complete:
             self._told = told
             return None
-        # What torch notes when ``step`` is called, and its schedulers look for.
+        # torch sets this when ``step`` is called; schedulers warn without it.
         self._opt_called = True
         return self._advance(told.scores, [])
 
     def _start_generation(self) -> None:
         with delayed_interrupt(), thread_modes.neutral():
             if self._in_best_weights:
-                raise RuntimeError("step() inside best_weights(): leave the block first")
+                raise RuntimeError("a generation cannot begin inside best_weights(): leave the block first")
             self._check_live()
-            self._notice()
+            self._check_user_code()
             self._findings.begin_generation(self.generation, self._fitness_fn(), self.model)
             self._method.begin_generation()
 
@@ -336,8 +336,8 @@ class ESTrainer(RunState, BestMember, OptimizerFace, torch.optim.Optimizer, ABC)
     ) -> dict[str, Any]:
         """End the generation with the members' scores, and return its metrics.
 
-        If anything raises, nothing has changed. ``evaluated`` says whether the scores come from an evaluation here, and
-        ``again`` returns what the best member earns when it is evaluated again, or None.
+        If anything raises, nothing has changed. ``evaluated`` is True if the scores are those of the trainer's fitness
+        function. ``again`` evaluates the best member again and returns its fitness, or None.
         """
         settings, sign = self.settings(), 1.0 if self.maximize else -1.0
         checked = check_scores(scores if self.maximize else -scores, self.generation + 1, settings.group_size)
@@ -360,7 +360,7 @@ class ESTrainer(RunState, BestMember, OptimizerFace, torch.optim.Optimizer, ABC)
             size, before = self._centre.length(), sample(stepped)
             learnt = None if improved is None else self._learnt()
             appends = [self.history.setdefault(key, []).append for key in metrics]
-            # Whatever raises in here, each of these goes back.
+            # If anything raises in here, all three are rolled back.
             with (
                 self._schedules.stepped(metrics["mean_fitness"]),
                 self._centre.stepped(estimate.gradient, learning_rates, anchor) as metrics["update_norm"],
@@ -381,21 +381,21 @@ class ESTrainer(RunState, BestMember, OptimizerFace, torch.optim.Optimizer, ABC)
         return metrics
 
     def repeat(self, generation: Generation) -> dict[str, Any]:
-        """Make the step of a generation that was logged, without evaluating its members; returns what it returned.
+        """Repeat the step of a logged generation without evaluating its members; return the same metrics.
 
         The trainer's settings become those of that generation. If anything raises, nothing has changed.
 
         Args:
-            generation: The one after the last that the trainer has made, or repeated.
+            generation: The one after the trainer's last generation.
 
         Raises:
-            ValueError: It is another one, or was shaped by another function of the user's.
+            ValueError: It is another generation, or it was shaped with another user-defined function.
         """
         if generation.number != self.generation + 1:
             raise ValueError(f"the next generation is {self.generation + 1}, got {generation.number}")
         with adopted(self, generation.settings):
             self._start_generation()
-            # What torch notes when ``step`` is called, and its schedulers look for.
+            # torch sets this when ``step`` is called; schedulers warn without it.
             self._opt_called = True
             return self._advance(generation.scores, generation.statistics, lambda _: generation.again)
 
@@ -411,35 +411,35 @@ class ESTrainer(RunState, BestMember, OptimizerFace, torch.optim.Optimizer, ABC)
         """Run generations, going on from where the trainer is.
 
         Args:
-            num_generations: How many.
+            num_generations: Number of generations to run.
             verbose: Whether to show a progress bar with the mean and best fitness.
-            log_every: Call a ``callback`` that is a function every so many generations; it is called after the last in
-                any case.
+            log_every: How often a ``callback`` that is a function is called, in generations. It is also called after
+                the last one.
             callback: A function, called with the generation, counted from 1, and the list of mean fitnesses up to it;
-                or a :class:`~eggroll_trainer.callbacks.Callback`, which sees every generation; or a list of both. One
-                that returns True, or raises ``StopIteration``, ends training after the generation. Of several processes
-                the first one calls it, and what it does to the trainer's arguments and parameter groups, and to
-                ``requires_grad`` of the parameters, reaches all.
-            checkpoints: Where to keep the run: every so many generations, and in the end, whatever ends it, a Ctrl-C or
-                an exception too. A SIGTERM, as schedulers send it, then abandons the generation under way and leaves
-                the script by ``SystemExit(143)``.
+                or a :class:`~eggroll_trainer.callbacks.Callback`, which sees every generation; or a list of both. A
+                callback that returns True, or raises ``StopIteration``, ends training after the generation. With
+                several processes, the first one calls it. Changes that it makes to the trainer's arguments, parameter
+                groups or ``requires_grad`` of parameters then reach all processes.
+            checkpoints: Where and how often to save the run. It is also saved when training ends, even by Ctrl-C or an
+                exception. With checkpoints, a SIGTERM, as job schedulers send it, abandons the current generation and
+                ends the script with ``SystemExit(143)``.
 
         Returns:
             The metrics of the last generation; ``stopped_by``, the name of the callback that ended training, or None;
-            and ``fitness_history``, the list of mean fitnesses. It is a dictionary of which only a part is printed.
+            and ``fitness_history``, the list of mean fitnesses. Printing the dictionary shortens long lists.
 
         Raises:
             TypeError: An argument is of the wrong type.
             ValueError: ``num_generations`` is negative or ``log_every`` less than 1.
-            FileExistsError: The folder of ``checkpoints`` holds a run that the trainer does not go on with.
+            FileExistsError: The folder of ``checkpoints`` holds another run, which this trainer does not continue.
         """
         return run(self, num_generations, verbose, log_every, callback, checkpoints)
 
     def evaluate_fitness(self, model: nn.Module) -> float:
         """Return the fitness of one model, such as ``trainer.model`` or ``trainer.get_best_model()``.
 
-        Where it has a score for each of several tasks, this is their mean. A subclass may override it; members are then
-        scored by the subclass's.
+        If the fitness function returns a score for each of several tasks, this is their mean. A subclass may override
+        this method; members are then evaluated with it.
 
         Raises:
             TypeError: The fitness function does not return a number.
@@ -450,13 +450,13 @@ class ESTrainer(RunState, BestMember, OptimizerFace, torch.optim.Optimizer, ABC)
         return float(mean_over_tasks(to_scores(self.fitness_fn(Population.of(model)), 1)[0]))
 
     def _adapt(self, metrics: dict[str, Any], scores: CheckedScores) -> None:
-        """Change what is adapted after every generation."""
+        """Adapt ``learning_rate`` and ``sigma`` after a generation, if they are ``"auto"``."""
 
     def _settings(self) -> dict[str, Any]:
         return settings_of(self)
 
     def _check_sizes(self) -> None:
-        """Check the attributes that say how large a population is, which may change at any time."""
+        """Check ``population_size`` and ``chunk_size``, which the user may change between generations."""
         self.population_size = validation.check_int("population_size", self.population_size, 1)
         if self.chunk_size is not None:
             self.chunk_size = validation.check_int("chunk_size", self.chunk_size, 1)
@@ -468,7 +468,7 @@ class ESTrainer(RunState, BestMember, OptimizerFace, torch.optim.Optimizer, ABC)
         self._follow_frozen()
         if not any(self._centre.parameters[name].numel() for name in self._trained):
             raise ValueError(
-                "every parameter is frozen (requires_grad=False), so there is nothing to train; free some with"
+                "every parameter is frozen (requires_grad=False), so there is nothing to train; unfreeze some with"
                 " requires_grad_(True)"
             )
         for group in self.param_groups:
@@ -477,7 +477,7 @@ class ESTrainer(RunState, BestMember, OptimizerFace, torch.optim.Optimizer, ABC)
             validation.check_anchor_decay(group["anchor_decay"], group["lr"])
         self._centre.check_model(self.model)
 
-    # The parts that a generation is made by.
+    # Hooks of subclasses and engines.
 
     def _group_defaults(self) -> dict[str, Any]:
         """Return further options of parameter groups with their defaults."""
@@ -491,10 +491,10 @@ class ESTrainer(RunState, BestMember, OptimizerFace, torch.optim.Optimizer, ABC)
         self._forwards = Forwards(compile=self.compile, budget=self._budget)
 
     def evaluate_chunk(self, chunk: Chunk) -> Outcome:
-        """Evaluate some members of the current generation in this process: for engines."""
+        """Evaluate some members of the current generation in this process; engines call it."""
         return self._evaluator.evaluate_chunk(chunk)
 
     def _fitness_fn(self) -> Callable[..., Any]:
-        """Return the fitness function, or the method of a subclass in its place."""
+        """Return the fitness function, or :meth:`evaluate_fitness` if a subclass overrides it."""
         overridden = type(self).evaluate_fitness is not ESTrainer.evaluate_fitness
         return self.evaluate_fitness if overridden else self.fitness_fn

@@ -1,4 +1,4 @@
-"""The best member: its weights in the user's own model for a while, or in a copy that computes the same."""
+"""The best member's weights in the user's own model for a while, or in a copy that computes the same."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..population.copying import copy_of
 from ..population.module_state import ModuleState
 from ..population.untrained import set_untrained
 
-# Arguments of a call of the model, and its keyword arguments.
+# The positional and the keyword arguments of a call of the model.
 Sample = tuple[tuple[Any, ...], dict[str, Any]]
 
 
@@ -60,8 +60,8 @@ def copy_with(model: nn.Module, values: Mapping[str, Tensor], sample: Sample | N
     if difference is not None:
         raise RuntimeError(
             "get_best_model() cannot copy this model: the copy does not compute what the model itself does with the"
-            f" best weights ({difference}); something in it, such as a closure, refers to the original. Use the model"
-            " itself: with trainer.best_weights() as model: …"
+            f" best weights ({difference}). Something in it, such as a closure, refers to the original. Use the model"
+            " itself instead: with trainer.best_weights() as model: …"
         )
     return copy
 
@@ -74,10 +74,10 @@ def _difference(model: nn.Module, copy: nn.Module, values: Mapping[str, Tensor],
             with holding(model, values):
                 model(*args, **kwargs)
         except Exception:
-            # The call depended on what the fitness function had done before.
+            # The recorded call depends on state of the fitness function, and cannot be repeated.
             return None
         try:
-            # While the model holds other weights, which the copy must not look at.
+            # The model holds other weights here, so a copy that reads them gives another result.
             result = copy(*args, **kwargs)
         except Exception as error:
             return f"it raises {type(error).__name__}: {error}"

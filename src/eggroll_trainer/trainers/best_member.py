@@ -1,4 +1,4 @@
-"""What a trainer offers of the best member: a copy, and its weights in the model for a while."""
+"""Access to the best member of a run: as a copy, or temporarily in the user's model."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from .best import copy_with, holding
 
 
 class BestMember:
-    """For a trainer, which keeps the weights of the best member seen so far."""
+    """Mixin for trainers, which keep the weights of the best member seen so far."""
 
     model: nn.Module
     _findings: Findings
     _centre: Centre
     _best: Tensor | None
     _best_untrained: dict[str, Tensor]
-    # Blocks that are inside best_weights() now.
+    # Number of open best_weights() blocks.
     _in_best_weights: int = 0
 
     def _best_values(self) -> dict[str, Tensor]:
@@ -32,26 +32,27 @@ class BestMember:
         return {**self._centre.unflatten(self._best), **kept}
 
     def get_best_model(self) -> nn.Module:
-        """Return a new module with the weights of the best member seen so far, the ones that earned its score.
+        """Return a new module with the perturbed weights of the best member seen so far.
 
-        Before the first generation these are the model's own. ``trainer.model`` is the centre, the mean of all members:
-        where scores are noisy or training has converged, it is often the better model; compare both on data of their
-        own. A noisy fitness function (one that draws random numbers, differs from itself, or has an attribute
-        ``noisy = True``) evaluates a member again before it counts as the best, and ``best_fitness`` is what it
-        earned then. Members that :meth:`tell` was told of are not evaluated again.
+        Before the first generation these are the model's own. ``trainer.model`` holds the centre, the mean of all
+        members. It is often the better model if scores are noisy or training has converged: compare both on held-out
+        data.
+
+        A noisy fitness function draws random numbers, returns different values for the same weights, or has an
+        attribute ``noisy = True``. With one, a member is evaluated again before it counts as the best, and
+        ``best_fitness`` is the result of that. Members scored by :meth:`tell` are not evaluated again.
 
         Raises:
-            RuntimeError: A deep copy of the model does not compute what the model itself does; see
-                :meth:`best_weights`.
+            RuntimeError: A deep copy of the model computes something else than the model; use :meth:`best_weights`.
         """
         return copy_with(self.model, self._best_values(), self._findings.sample)
 
     @contextlib.contextmanager
     def best_weights(self) -> Iterator[nn.Module]:
-        """Put the weights of the best member seen so far into the model itself, inside the block.
+        """Inside the block, give the model itself the weights of the best member seen so far.
 
-        Unlike the copy that :meth:`get_best_model` returns, it is the model that you know: closures over it, hooks and
-        lists of its modules are right as well. Don't take a step inside the block.
+        Unlike with the copy that :meth:`get_best_model` returns, closures, hooks and lists that refer to the model see
+        these weights too. Don't take a step inside the block.
 
         Yields:
             ``trainer.model``.

@@ -16,9 +16,9 @@ def course_of(trainer: Any, means: Tensor, evaluated: bool) -> Course:
     Args:
         trainer: The trainer. (Of type Any, as its module imports this one.)
         means: ``[N]``, the fitness of the last generation's members, higher is better.
-        evaluated: Whether that is what the trainer's own fitness function gave.
+        evaluated: Whether the trainer's own fitness function gave these scores.
     """
-    # Scores that the trainer has been told are another function's, and one that learns would learn from it.
+    # Scores passed to ``tell`` come from another function, and a probe would add to the statistics of a learner.
     can_probe = evaluated and trainer._learner is None and trainer.is_main
 
     sign = 1.0 if trainer.maximize else -1.0

@@ -31,56 +31,60 @@ class EGGROLLTrainer(KeyedESTrainer):
 
     Args:
         params: Parameters to train, as ``torch.optim`` takes them: ``model.parameters()``, or groups with their own
-            ``lr``, ``sigma`` and ``rank``. All of the model's if None; those left out stay frozen.
+            ``lr``, ``sigma`` and ``rank``. All parameters of the model if None. Parameters that are left out stay
+            frozen.
         model: The module to train.
-        fitness_fn: From a module to its fitness, higher is better: a float, a 0-d tensor or a NumPy scalar; or a tensor
-            or array ``[K]``, ``K ≥ 2``, with a score for each of several tasks, such as prompts or episodes. If marked
-            with :func:`eggroll_trainer.batched`, from a :class:`~eggroll_trainer.Population` to ``[N]`` or ``[N, K]``.
-            Return tasks apart, rather than their mean, with shapings by rank or sign, and where a task may fail: each
-            task is then compared among the members by itself.
-        population_size: ``N``, how many models are evaluated in a generation; divisible by ``noise_reuse`` and
-            ``group_size``. As many as you can afford: the direction's error falls like ``1/√N`` until ``N`` reaches
-            the number of weights. 256 is a fair start for small networks.
+        fitness_fn: Takes a module and returns its fitness, higher is better: a float, a 0-d tensor or a NumPy scalar;
+            or a tensor or array ``[K]``, ``K ≥ 2``, with a score for each of several tasks, such as prompts or
+            episodes. If it is marked with :func:`eggroll_trainer.batched`, it takes a
+            :class:`~eggroll_trainer.Population` and returns ``[N]`` or ``[N, K]``. Return one score a task, rather
+            than their mean, if shaping is by rank or sign, or if a task may fail: members are then compared on each
+            task separately.
+        population_size: ``N``, the number of models evaluated in a generation; divisible by ``noise_reuse`` and
+            ``group_size``. Take as many as you can afford: the direction's error falls like ``1/√N`` until ``N``
+            reaches the number of weights. 256 is a fair start for small networks.
         learning_rate: With z-scores, a weight moves by about ``learning_rate·sigma`` a generation. 0.1 with sigma 0.1
             is a fair start for the plain step; with ``torch.optim.Adam`` it is Adam's own, 0.01 to 0.05. ``"auto"``
             adapts it after every generation, by whether each estimate agrees with the step before.
-        sigma: Standard deviation of the perturbations. Too small and members tie, too large and most of them fail:
-            about the size of the weights' own spread, 0.02 to 0.3, is where most models learn. ``"auto"`` adapts it
+        sigma: Standard deviation of the perturbations. If it is too small, members tie; if it is too large, most of
+            them fail. Most models learn with about the spread of their weights, 0.02 to 0.3. ``"auto"`` adapts it
             after every generation; it needs ``noise_reuse=2``.
-        device: Where to train; the model is moved there. Where the model is, if None.
-        seed: Seed of the run. Drawn from the system, and readable as ``trainer.seed``, if None.
+        device: Device to train on; the model is moved there. If None, the model's own device.
+        seed: Seed of the run. If None, it is drawn from the operating system; read it as ``trainer.seed``.
         rank: ``R``. 1 is the cheapest, and a good first choice; a higher rank makes perturbations more like full-rank
-            ones. Matrices that are smaller than their factors would be are perturbed
-            at full rank, and so are those that cannot have this rank.
+            ones. A matrix is perturbed at full rank if it is smaller than its factors would be, or cannot have this
+            rank.
         noise_reuse: How many evaluations each noise draw serves, with signs ``+ - + - …``: 2 is antithetic sampling,
-            which most runs gain by; 0 and 1 mean no reuse.
-        group_size: Scores are shaped within consecutive groups of so many members; 0 for all together.
+            which helps most runs; 0 and 1 mean no reuse.
+        group_size: Number of consecutive members within which scores are shaped; 0 for all members together.
         freeze_nonlora: Perturb and update matrices only; biases and other vectors stay as they are.
-        shaping: ``"zscore"``; ``"centered_ranks"`` where scores have outliers; ``"antithetic_sign"`` with
-            ``noise_reuse=2``, where only the better of a pair counts; ``"raw"``; or a callable from the scores of a
-            group, ``[n]`` in float64, to their weights. Tasks are shaped one by one, and their weights averaged;
+        shaping: ``"zscore"``; ``"centered_ranks"`` if scores have outliers; ``"antithetic_sign"``, with
+            ``noise_reuse=2``, which only looks at the better one of a pair; ``"raw"``; or a callable from the scores
+            of a group, ``[n]`` in float64, to their weights. Tasks are shaped one by one, and their weights averaged;
             z-scores share one standard deviation.
         noise: Distribution of the factors, ``"gaussian"`` or ``"rademacher"`` (±1), which is quicker to draw.
-        optimizer: What takes the step: a ``torch.optim`` class or another factory ``(params, lr=…)`` of a
+        optimizer: Optimizer that takes the step: a ``torch.optim`` class or another factory ``(params, lr=…)`` of a
             ``torch.optim.Optimizer``. It gets ``-Δθ`` as gradient. ``torch.optim.SGD`` if None.
         lr_scheduler: Factory of a ``torch.optim.lr_scheduler`` from the trainer, stepped after every generation.
         sigma_scheduler: Factory of a ``torch.optim.lr_scheduler`` that drives ``sigma`` instead.
         anchor_decay: Pulls the weights back to the initial ones ``θ₀``, as weight decay pulls them to zero: before each
-            step ``θ ← θ - learning_rate·anchor_decay·(θ - θ₀)``. For fine-tuning that should not go far; each
-            generation it takes back the share ``learning_rate·anchor_decay`` of what was learnt.
-        chunk_size: How many members are evaluated at a time; bounds memory, and is what an engine shares out. If None,
-            as many as fit in ``memory_budget``, up to 1024 on a CPU.
-        coalesce: Whether a plain ``fitness_fn`` is run for the members of a chunk together, which is checked now and
-            then; ``"unchecked"`` goes without, with False members run one after the other.
-        compile: Whether to run the model's batched forwards with ``torch.compile``. Pays where a run takes minutes.
-        memory_budget: Bytes that an evaluation may take besides the model; a share of the device's memory if None.
+            step ``θ ← θ - learning_rate·anchor_decay·(θ - θ₀)``. Use it for fine-tuning that should stay close to
+            ``θ₀``. Each generation undoes the share ``learning_rate·anchor_decay`` of what was learnt.
+        chunk_size: Number of members evaluated at a time. It bounds memory, and chunks are what an engine distributes.
+            If None, as many as fit in ``memory_budget``, up to 1024 on a CPU.
+        coalesce: Whether to evaluate the members of a chunk together if ``fitness_fn`` is a plain function. True checks
+            now and then that this gives the same scores; ``"unchecked"`` skips the checks. False evaluates one member
+            after the other.
+        compile: Whether to run the model's batched forwards with ``torch.compile``. Use it for runs that take minutes.
+        memory_budget: Bytes that an evaluation may use in addition to the model. If None, a share of the device's
+            memory.
         evaluation_dtype: ``torch.bfloat16`` or ``torch.float16`` to run the fitness function under ``torch.autocast``
-            to that type; on processors with units for it.
-        engine: Who evaluates the chunks of a population: ``"local"``, ``"torch"`` for the processes of
+            to that type. It is faster only on processors with instructions for the type.
+        engine: What evaluates the chunks of a population: ``"local"``, ``"torch"`` for the processes of
             ``torch.distributed``, ``"ray"`` for a Ray cluster, or an
             :class:`~eggroll_trainer.distributed.Engine`. If None, ``"torch"`` under ``torchrun``, else ``"local"``.
-        maximize: Whether higher fitness is better. False for a loss: ``history`` and ``best_fitness`` are then losses
-            too.
+        maximize: Whether higher fitness is better. Pass False if ``fitness_fn`` returns a loss: ``history`` and
+            ``best_fitness`` are then losses too.
 
     Raises:
         TypeError: An argument is of the wrong type.
@@ -204,5 +208,7 @@ def _matrices_of(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
         if matrices:
             kept.append({**{k: v for k, v in group.items() if k != "names"}, "params": matrices})
     if not kept:
-        raise ValueError("freeze_nonlora=True leaves nothing to train: no parameter is a matrix")
+        raise ValueError(
+            "freeze_nonlora=True leaves nothing to train: no parameter is a matrix; pass freeze_nonlora=False"
+        )
     return kept

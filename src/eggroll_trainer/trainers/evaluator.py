@@ -1,4 +1,4 @@
-"""The evaluation of a generation: its members in chunks, which an engine shares out, until all have a score."""
+"""The evaluation of a generation: an engine distributes chunks of members until all have a score."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ..perturbation.sample import wide_dtype
 from ..population import Population, WholePopulation
 from .trainable import kept_frozen
 
-# Members evaluated at a time, at most, where the user sets no chunk size: more gain nothing.
+# The largest default chunk sizes. Larger chunks are not faster.
 _CHUNK_MEMBERS_CPU, _CHUNK_MEMBERS = 1024, 8192
 
 
@@ -33,7 +33,7 @@ class Evaluator:
         trainer: The trainer that holds it. (Of type Any, as its module imports this one.)
 
     Attributes:
-        most_members: What has turned out to fit in memory, where something did not.
+        most_members: Limit of the chunk size after memory has run out; None before.
     """
 
     def __init__(self, trainer: Any) -> None:
@@ -41,7 +41,7 @@ class Evaluator:
         self.most_members: int | None = None
 
     def chunk_members(self) -> int:
-        """Return how many members are evaluated at a time."""
+        """Return the chunk size: how many members are evaluated at a time."""
         trainer = self.trainer
         if trainer.chunk_size is not None:
             return trainer.chunk_size
@@ -66,9 +66,10 @@ class Evaluator:
         ]
 
     def evaluate_all(self) -> tuple[Tensor, list[Tensor]]:
-        """Return the scores of all members, ``[N]`` or ``[N, K]``, and what a fitness function that learns has seen.
+        """Return the scores of all members, ``[N]`` or ``[N, K]``, and the statistics that a learner has collected.
 
-        If memory runs out, the chunks become smaller; if members turn out to have to be evaluated alone, all are.
+        If memory runs out, all are evaluated again in smaller chunks. If a check finds that members must be evaluated
+        alone, all are evaluated again, alone.
         """
         trainer = self.trainer
         while True:
@@ -94,7 +95,9 @@ class Evaluator:
                 )
             else:
                 self.most_members = size // 2
-                trainer._warn_once(f"memory ran out with {size} members at a time: half as many from now on", "memory")
+                trainer._warn_once(
+                    f"memory ran out with {size} members at a time: chunks are half as large from now on", "memory"
+                )
             with delayed_interrupt(), thread_modes.neutral():
                 trainer._method.begin_generation()
 
@@ -109,11 +112,11 @@ class Evaluator:
         return torch.cat(list(scores))
 
     def evaluate_chunk(self, chunk: Chunk) -> Outcome:
-        """Evaluate some members of the current generation in this process: for engines."""
+        """Evaluate some members of the current generation in this process; engines call it."""
         trainer = self.trainer
         trainer._warned.quiet = not trainer.is_main
         if trainer._findings.reason is not None:
-            # Found out in another chunk: this one's scores would be thrown away.
+            # Another chunk's check failed: the scores of this one would be discarded.
             return Outcome(
                 torch.zeros(chunk.size, dtype=torch.float64, device="cpu"), None, (), trainer._findings.reason
             )
@@ -138,13 +141,13 @@ class Evaluator:
             )
 
     def whole_population(self) -> WholePopulation:
-        """Return all members of the current generation, who are there until it is over."""
+        """Return all members of the current generation, valid until it is over."""
         trainer = self.trainer
         number = trainer.generation
 
         def make(first: int, count: int) -> Population:
             if trainer.generation != number or trainer._asked is None:
-                raise RuntimeError(f"generation {number + 1} is over, and its members are gone; ask() again")
+                raise RuntimeError(f"generation {number + 1} is over, and its members are gone; call ask() again")
             return self.population(first, count)
 
         return WholePopulation(trainer.model, make, self.chunks(), trainer._method.unit)
@@ -153,23 +156,23 @@ class Evaluator:
         """Return all parameters of one member of the current generation, ``[D]``."""
         centre, unit = self.trainer._centre, self.trainer._method.unit
         first = index // unit * unit
-        # As the population forms them, to the last bit: for bf16 models that is not what the master weights give.
+        # From the population, to get the bits that were evaluated: the float32 masters of a bf16 model give others.
         member = self.population(first, unit).member_parameters(index - first)
-        # What is frozen is in every member what it is in the centre.
+        # Frozen parameters are the same in every member.
         values = {**{name: p.detach() for name, p in centre.parameters.items()}, **member}
         return centre.flatten({name: value.to(wide_dtype(value)) for name, value in values.items()})
 
-    def evaluate_again(self, index: int, time: int) -> float:
-        """Return what one member of the current generation earns, alone, with random numbers of its own.
+    def evaluate_again(self, index: int, attempt: int) -> float:
+        """Evaluate one member of the current generation again, alone, and return its fitness.
 
         Args:
-            index: Of the member.
-            time: How often it was evaluated again before; each time it meets other random numbers.
+            index: Index of the member.
+            attempt: Number of this attempt, from 0. Each attempt uses other random numbers.
         """
         trainer, unit = self.trainer, self.trainer._method.unit
         first = index // unit * unit
         population = self.population(first, unit)
-        population.seed = derive_seed(trainer.seed, "again", time)
+        population.seed = derive_seed(trainer.seed, "again", attempt)
         with (
             kept_frozen(trainer._centre.candidates),
             thread_modes.autocast_to(trainer.evaluation_dtype, trainer.device),
@@ -194,7 +197,7 @@ class Evaluator:
         with thread_modes.autocast_to(trainer.evaluation_dtype, trainer.device):
             scored = evaluation.run()
         seconds = time.perf_counter() - began
-        # A check takes time of its own.
+        # Checks take time too, so chunks with a check say nothing about the simulator.
         if not to_check:
             advice = simulator_advice(fitness_fn, count, seconds, findings.model_seconds - before)
             if advice is not None:

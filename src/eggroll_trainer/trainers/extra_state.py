@@ -1,4 +1,4 @@
-"""State that a subclass of a trainer adds: kept with the run if it is registered, and noticed if it is not."""
+"""State that a subclass adds to a trainer: saved with the run if it is registered, else changes cause a warning."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .._utils.copies import plain_copy
 
-# Of larger arrays only the identity is compared, as a checksum takes time.
+# Larger arrays are compared by identity only, as a checksum takes time.
 _MOST_BYTES = 2**24
 
 
@@ -22,27 +22,32 @@ class ExtraState:
     """The attributes of a trainer that its subclass has registered.
 
     Args:
-        own: Names of the attributes that the trainer keeps itself.
+        reserved: Names of the attributes of every trainer.
 
     Attributes:
-        initial: What each of them goes back to by ``reset``, by name.
-        temporary: Names of those that need not be kept.
+        initial: First values by name, which ``reset`` restores.
+        temporary: Names of attributes that are registered but not saved.
     """
 
-    def __init__(self, own: Collection[str]) -> None:
+    def __init__(self, reserved: Collection[str]) -> None:
         self.initial: dict[str, Any] = {}
         self.temporary: set[str] = set()
-        self._own = frozenset(own)
-        # What tells whether another attribute has changed since the first generation.
+        self._reserved = frozenset(reserved)
+        # Fingerprints of unregistered attributes at the first generation.
         self._noted: dict[str, list[tuple[Any, int]]] | None = None
 
     def register(self, trainer: Any, name: str, value: Any, *, persistent: bool) -> None:
-        """Set an attribute of the trainer, and keep it; see :meth:`~eggroll_trainer.ESTrainer.register_state`."""
+        """Register an attribute; see :meth:`~eggroll_trainer.ESTrainer.register_state`.
+
+        Raises:
+            TypeError: The name is not an identifier, or a checkpoint cannot hold the value.
+            ValueError: The name is taken.
+        """
         if not isinstance(name, str) or not name.isidentifier():
             raise TypeError(f"name must be the name of an attribute, got {name!r}")
         if name in self.initial or name in self.temporary:
             raise ValueError(f"{name!r} is registered already: assign to self.{name}")
-        if name in self._own or hasattr(type(trainer), name):
+        if name in self._reserved or hasattr(type(trainer), name):
             raise ValueError(f"{name!r} is an attribute of every trainer: take another name")
         if persistent:
             check_plain(name, value)
@@ -55,7 +60,7 @@ class ExtraState:
         """Return the present values, not copied.
 
         Raises:
-            TypeError: One of them has become something that cannot be kept.
+            TypeError: A checkpoint cannot hold one of them.
         """
         values = {name: getattr(trainer, name) for name in self.initial}
         for name, value in values.items():
@@ -63,20 +68,22 @@ class ExtraState:
         return values
 
     def restore(self, trainer: Any, values: Mapping[str, Any], initial: Mapping[str, Any] | None = None) -> None:
-        """Give the trainer copies of values; those that are not registered yet are.
+        """Give the trainer copies of values, and register new names.
 
         Args:
             trainer: The trainer.
-            values: By name.
-            initial: What they go back to by ``reset``; as it was if None.
+            values: Values by name.
+            initial: Values that ``reset`` restores; unchanged if None.
 
         Raises:
-            ValueError: A tensor is of another shape than the trainer's own.
+            ValueError: A tensor and the trainer's own have different shapes.
         """
         for name, value in values.items():
             own = getattr(trainer, name, None)
             if isinstance(own, Tensor) and isinstance(value, Tensor) and own.shape != value.shape:
-                raise ValueError(f"{name} has shape {list(value.shape)} there and {list(own.shape)} here")
+                raise ValueError(
+                    f"{name} has shape {list(value.shape)} in the state and {list(own.shape)} in the trainer"
+                )
         for name, value in values.items():
             own = getattr(trainer, name, None)
             device = own.device if isinstance(own, Tensor) else trainer.device
@@ -86,7 +93,7 @@ class ExtraState:
 
     @contextlib.contextmanager
     def kept(self, trainer: Any) -> Iterator[None]:
-        """Put the values back if the block raises."""
+        """Restore the values if the block raises."""
         before = plain_copy(self.values(trainer))
         try:
             yield
@@ -95,12 +102,12 @@ class ExtraState:
             raise
 
     def note(self, trainer: Any) -> None:
-        """Note, at the first generation, what tells whether unregistered attributes change."""
+        """Record fingerprints of unregistered attributes, at the first generation."""
         if self._noted is None:
             self._noted = {name: _fingerprint(values) for name, values in self._unregistered(trainer)}
 
-    def lost(self, trainer: Any) -> list[str]:
-        """Return the names of attributes with tensors that have changed since, and are not registered."""
+    def unregistered_changes(self, trainer: Any) -> list[str]:
+        """Return the names of unregistered attributes whose tensors or arrays have changed since then."""
         if self._noted is None:
             return []
         return [
@@ -110,23 +117,23 @@ class ExtraState:
         ]
 
     def _unregistered(self, trainer: Any) -> Iterator[tuple[str, list[Any]]]:
-        known = {*self._own, *self.initial, *self.temporary}
+        known = {*self._reserved, *self.initial, *self.temporary}
         for name, value in vars(trainer).items():
             values = [] if name in known else list(_arrays(value))
             if values:
                 yield name, values
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return the attributes for a copy, which notes by itself what changes."""
+        """Return the attributes for a copy, without fingerprints: a copy makes its own."""
         return {**self.__dict__, "_noted": None}
 
 
-def lost_warning(cls: str, names: Collection[str]) -> str:
-    """Return what a user is told whose attributes are lost."""
+def unregistered_warning(cls: str, names: Collection[str]) -> str:
+    """Return the warning about changed attributes that are not registered."""
     return (
-        f"{cls} has changed {', '.join(names)} during training, which checkpoints and reset() know nothing of: register"
-        f" it in __init__ by self.register_state({next(iter(names))!r}, value), or with persistent=False if it need not"
-        " be kept"
+        f"{cls} has changed {', '.join(names)} during training, but checkpoints and reset() do not include it: register"
+        f" it in __init__ with self.register_state({next(iter(names))!r}, value), or with persistent=False if it need"
+        " not be saved"
     )
 
 
@@ -174,7 +181,7 @@ def _fingerprint(values: list[Any]) -> list[tuple[Any, int]]:
 
 def _version(value: Any) -> int:
     if isinstance(value, Tensor):
-        # Those made in inference mode do not count their changes.
+        # Inference tensors have no version counter.
         return 0 if value.is_inference() else value._version
     return zlib.crc32(value.tobytes()) if value.nbytes <= _MOST_BYTES and value.dtype != object else 0
 

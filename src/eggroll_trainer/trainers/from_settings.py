@@ -1,4 +1,4 @@
-"""The trainer that the settings of a command describe."""
+"""Makes a trainer from the settings of a command, such as ``eggroll train``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .keyed import KeyedESTrainer
 from .vanilla import VanillaESTrainer
 
 _OPTIMIZERS = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}
-# What the settings of every command have under the trainer's own names.
+# Fields of every command's settings that have the names of the trainer's arguments.
 _SAME = ("population_size", "learning_rate", "sigma", "shaping", "seed", "chunk_size", "engine")
 
 
@@ -19,9 +19,9 @@ def trainer_from(settings: Any, **options: Any) -> KeyedESTrainer:
     """Return the trainer that settings describe.
 
     Args:
-        settings: With the fields of a command: those of a trainer, ``antithetic``, the name of an ``optimizer``, and
-            ``rank``, 0 for full rank.
-        options: Further arguments of the trainer, or others than the settings say.
+        settings: The settings of a command. It has the trainer's arguments, ``antithetic``, the name of an
+            ``optimizer``, and ``rank``, 0 for full rank.
+        options: Further arguments of the trainer. They override the settings.
     """
     given: dict[str, Any] = {
         **{name: getattr(settings, name) for name in _SAME},

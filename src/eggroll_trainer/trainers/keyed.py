@@ -24,7 +24,7 @@ from .method import Method, Sampled
 
 
 class Keyed(Method):
-    """Perturbations that are a function of (seed, generation, parameter name, member), and their weighted mean.
+    """Perturbations as a function of (seed, generation, parameter name, member), and their weighted mean.
 
     The update is ``Δθ = √N · mean_i(w_i · perturbation_i)`` with ``w`` the shaped fitness: with z-scores, one weight
     moves by about ``learning_rate·σ`` a generation, whatever ``N`` and the rank are.
@@ -36,18 +36,18 @@ class Keyed(Method):
         self.restart()
 
     def restart(self) -> None:
-        """Begin the streams of the trainer's seed."""
+        """Restart the noise streams from the trainer's seed."""
         self._noise = Noise(self.trainer.seed)
-        # By the first member of a chunk.
+        # Perturbations that are kept for the update, by the first member of their chunk.
         self._kept: dict[int, Perturbations] = {}
 
     def begin_generation(self) -> None:
-        """Forget what is kept: of a generation that failed it may be of another sigma."""
+        """Discard kept perturbations: those of a generation that failed may have another sigma."""
         self._kept = {}
         self._noise.compile = self.trainer.compile
 
     def perturbations(self, first: int, count: int) -> Perturbations:
-        """Return those of some members; chunks that are at hand for the update are not drawn again."""
+        """Return the perturbations of some members. Whole chunks are kept for the update if memory allows."""
         trainer = self.trainer
         size = trainer._evaluator.chunk_members()
         start = first // size * size
@@ -55,16 +55,16 @@ class Keyed(Method):
         if kept is not None and first + count <= start + len(kept):
             return kept if count == len(kept) else kept.part(first - start, count)
         perturbations = self.sample(first, count)
-        # None is larger than the first.
+        # All chunks have the same size, but for the last one, which may be smaller.
         is_chunk = first == start and count == min(size, trainer.population_size - start)
         if is_chunk and (len(self._kept) + 1) * perturbations.nbytes <= trainer._budget.kept_bytes(trainer.device):
             self._kept[start] = perturbations
         return perturbations
 
     def estimate(self, scores: CheckedScores) -> Estimate:
-        """Return the negated update, and what it is the sum of."""
+        """Return the negated update, and the statistics of its terms."""
         trainer = self.trainer
-        # Negated here, where it costs nothing.
+        # Negating the weights costs less than negating the update.
         weights = -shape(scores.values, trainer._shaper, trainer.group_size) / trainer.population_size**0.5
         total = weighted_sum(
             trainer._evaluator.chunks(), weights, self.perturbations, self.specs, self.unit, trainer.engine
@@ -74,13 +74,13 @@ class Keyed(Method):
 
     @property
     def unit(self) -> int:
-        """How many members share a draw."""
+        """Number of consecutive members that share a noise draw."""
         return max(1, self.trainer.noise_reuse)
 
     @property
     def bytes_per_member(self) -> int:
-        """What a member's perturbations take."""
-        # Asked many times a generation, and the same as long as the ranks and the trained parameters are.
+        """Memory of a member's perturbations, in bytes."""
+        # Used many times a generation, so cached by all that it depends on.
         trainer = self.trainer
         key = self.unit, tuple(trainer._trained), *(trainer._rank(group) for group in trainer.param_groups)
         if key not in self._member_bytes:
@@ -96,7 +96,7 @@ class Keyed(Method):
         return sample(self._noise, self.specs(), self.trainer.generation, first, count, self.unit)
 
     def specs(self) -> list[ParameterSpec]:
-        """Return how each parameter is perturbed now: the options of groups may change at any time."""
+        """Return how each parameter is perturbed, by the current options of its group."""
         trainer = self.trainer
         specs = []
         for group in trainer.param_groups:
@@ -111,9 +111,9 @@ class Keyed(Method):
 
 
 class KeyedESTrainer(ESTrainer):
-    """A trainer with keyed noise: its options, and its two methods in dense form, for small models and for study."""
+    """Base class of trainers with keyed noise. Its two dense methods are for small models and for study."""
 
-    # What is remembered of the run where a setting is "auto".
+    # State of the adaptation, if a setting is "auto".
     adaptation: dict[str, Any]
 
     @explain_unknown(TRAINER_ALIASES)
@@ -147,7 +147,10 @@ class KeyedESTrainer(ESTrainer):
         self.noise_reuse, self.group_size = noise_reuse, group_size
         self._adapted = (learning_rate == "auto", sigma == "auto")
         if (self._adapted[0] and lr_scheduler is not None) or (self._adapted[1] and sigma_scheduler is not None):
-            raise ValueError('a setting that is "auto" cannot have a scheduler as well')
+            raise ValueError(
+                'a setting that is "auto" cannot have a scheduler as well: give learning_rate or sigma as a number, or'
+                " leave out lr_scheduler or sigma_scheduler"
+            )
         learning_rate, sigma = first_settings(learning_rate, sigma, optimizer)
         self.noise = check_noise_kind(noise)
         self.shaping = shaping
@@ -185,9 +188,19 @@ class KeyedESTrainer(ESTrainer):
             group["sigma"] *= factors[1]
 
     def sample_perturbations(self, population_size: int) -> Tensor:
-        """Return the current generation's perturbations in full, ``[N, D]``: for small models and for study.
+        """Return the current generation's perturbations as dense vectors, for small models and for study.
 
-        A generation never forms them.
+        The trainer itself never forms them.
+
+        Args:
+            population_size: ``N``, a multiple of ``noise_reuse``.
+
+        Returns:
+            ``[N, D]``.
+
+        Raises:
+            TypeError: ``population_size`` is not an integer.
+            ValueError: It is less than 1, or not a multiple of ``noise_reuse``.
         """
         validation.check_int("population_size", population_size, 1)
         validation.check_divides("noise_reuse", self.noise_reuse, "population_size", population_size)
@@ -196,11 +209,11 @@ class KeyedESTrainer(ESTrainer):
         return torch.stack([self._centre.flatten(perturbations.dense(i)) for i in range(population_size)])
 
     def compute_update(self, perturbations: Tensor, fitnesses: Tensor) -> Tensor:
-        """Return ``√N · mean_i(w_i · perturbation_i)`` over perturbations in full.
+        """Return ``√N · mean_i(w_i · perturbation_i)`` over dense perturbations, ``w`` the shaped fitness.
 
         Args:
             perturbations: ``[N, D]``.
-            fitnesses: ``[N]``, or ``[N, K]`` for ``K`` tasks.
+            fitnesses: ``[N]``, or ``[N, K]`` for ``K`` tasks; higher is better.
 
         Returns:
             ``[D]``.
@@ -245,8 +258,8 @@ class KeyedESTrainer(ESTrainer):
         super()._check_live()
         if self.population_size == 1 and shaper_name(self.shaping) in ("zscore", "centered_ranks"):
             self._warn_once(
-                "population_size=1 cannot learn: a member's fitness counts by how it compares with the others'. Take at"
-                " least 2, such as an antithetic pair by noise_reuse=2"
+                "population_size=1 cannot learn: only the comparison with other members tells what to change. Take at"
+                " least 2, such as an antithetic pair with noise_reuse=2"
             )
 
     def _settings(self) -> dict[str, Any]:

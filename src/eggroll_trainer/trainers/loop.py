@@ -1,4 +1,4 @@
-"""The loop over generations, with what watches it: a progress bar, callbacks, checkpoints."""
+"""The loop over generations, with its progress bar, callbacks and checkpoints."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from ..checkpoints.generation import adopt, to_send
 
 
 class Result(dict[str, Any]):
-    """What ``train`` returns: a dictionary that is short to look at."""
+    """What ``train`` returns: a dictionary that shortens long lists when printed."""
 
     def __repr__(self) -> str:
-        """Return the entries, and of long lists the ends."""
+        """Return the entries, with only the ends of long lists."""
         return f"{{{', '.join(f'{key!r}: {_shortened(value)}' for key, value in self.items())}}}"
 
     __str__ = __repr__
@@ -56,7 +56,7 @@ def run(
             if stopped_by is not None:
                 break
             with contextlib.ExitStack() as after:
-                # In the end, so that a checkpoint knows what callbacks changed, and whatever they raise.
+                # Save after the callbacks, so that a checkpoint includes their changes; also if they raise.
                 for keeper in keepers:
                     after.callback(_keep, trainer, keeper, trainer.generation)
                 metrics = watchers.stepped()
@@ -80,32 +80,32 @@ def _begin(trainer: Any, keeper: Checkpoints) -> None:
 
 
 def _keep(trainer: Any, keeper: Checkpoints, before: int) -> None:
-    """Keep a generation, if one was made."""
+    """Save a generation, if one was made."""
     if trainer.generation > before:
         keeper.after_generation(trainer)
 
 
 class _Watchers:
-    """The callbacks of a run, called in the first process; what they do to the trainer is followed in all.
+    """The callbacks of a run. The first process calls them, and all processes apply their changes to the trainer.
 
-    As a context it ends those that were started, in the reverse order, whatever ends the block.
+    As a context manager, it calls ``on_end`` of the started callbacks at the end, in reverse order.
     """
 
     def __init__(self, trainer: Any, callbacks: Sequence[Any]) -> None:
         self._trainer, self._callbacks = trainer, callbacks
         self._started = contextlib.ExitStack()
-        # Every how many generations each of the first process's is called; other processes may have been given others.
+        # Periods of the first process's callbacks, in generations. Other processes may have other callbacks.
         self._periods: list[int] = []
 
     def __enter__(self) -> _Watchers:
         return self
 
     def __exit__(self, *error: Any) -> None:
-        # Not in step with the other processes, which may have failed elsewhere.
+        # Without the other processes, which may have failed elsewhere.
         self._started.close()
 
     def start(self) -> str | None:
-        """Start the callbacks; return the name of the one that wants no generation, if one does."""
+        """Start the callbacks; return the name of one that ends training at once, or None."""
         engine = self._trainer.engine
         self._periods = engine.from_main(
             lambda: [one.every if isinstance(one, FunctionCallback) else 1 for one in self._callbacks]
@@ -113,7 +113,7 @@ class _Watchers:
         return self._call(self._start)
 
     def end(self) -> None:
-        """End the callbacks, together with the other processes."""
+        """End the callbacks, with all processes together."""
         self._call(self._started.close)
 
     def stepped(self) -> dict[str, Any]:
@@ -123,14 +123,14 @@ class _Watchers:
         try:
             metrics: dict[str, Any] = trainer.step()
         except BaseException:
-            # A Ctrl-C may come when the generation is made, and waits for its end.
+            # A delayed Ctrl-C may be raised after the generation was made; callbacks see it nevertheless.
             if trainer.generation > before and trainer.is_main:
                 self._after_generation(_last_metrics(trainer), last=True)
             raise
         return metrics
 
     def after_generation(self, metrics: dict[str, Any], last: bool) -> str | None:
-        """Call the callbacks after a generation; return the name of the one that ends training, if one does."""
+        """Call the callbacks after a generation; return the name of one that ends training, or None."""
         if not last and all(self._trainer.generation % period for period in self._periods):
             return None
         return self._call(lambda: self._after_generation(metrics, last))
@@ -152,20 +152,20 @@ class _Watchers:
 
         waiting: list[Any] = []
         with contextlib.ExitStack() as stack:
-            # One that raises does not keep the others from seeing a generation that was made.
+            # All callbacks see the generation, even if one of them raises.
             for callback in reversed(self._callbacks):
                 if not last and isinstance(callback, FunctionCallback) and not callback.is_due(trainer.generation):
                     waiting.insert(0, callback)
                 else:
                     stack.callback(look, callback)
         if stopped:
-            # It was the last generation after all.
+            # A callback ended training: this was the last generation, which functions that were not due see too.
             for callback in waiting:
                 look(callback)
         return name_of(stopped[0]) if stopped else None
 
     def _call(self, function: Any) -> Any:
-        """Call a function in the first process, and follow in all what it did to the trainer."""
+        """Call a function in the first process, and apply its changes to the trainer in all processes."""
         trainer = self._trainer
         if not self._periods:
             return None

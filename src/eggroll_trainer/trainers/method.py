@@ -1,4 +1,4 @@
-"""What algorithms differ in: how members are perturbed, and how the update follows from their fitness."""
+"""The part in which algorithms differ: how members are perturbed, and how the update follows from their fitness."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..update.products import promoted_products
 
 
 class Method(ABC):
-    """Perturbs the members of a trainer, and makes its update of their fitness.
+    """Perturbs the members of a trainer, and computes the update from their fitness.
 
     Args:
         trainer: The trainer that holds it. (Of type Any, as its module imports this one.)
@@ -28,7 +28,7 @@ class Method(ABC):
 
     @abstractmethod
     def restart(self) -> None:
-        """Forget what is kept of random streams: the seed or the state has changed."""
+        """Reset random streams, after the seed or the state of the trainer has changed."""
 
     @abstractmethod
     def begin_generation(self) -> None:
@@ -45,12 +45,12 @@ class Method(ABC):
     @property
     @abstractmethod
     def unit(self) -> int:
-        """The number of members that divides every chunk."""
+        """Consecutive members that share a noise draw; chunk sizes are multiples of it."""
 
     @property
     @abstractmethod
     def bytes_per_member(self) -> int:
-        """What a member's perturbations take."""
+        """Memory of a member's perturbations, in bytes."""
 
 
 class Sampled(Method):
@@ -67,7 +67,7 @@ class Sampled(Method):
         self._sampled: Tensor | None = None
 
     def restart(self) -> None:
-        """Forget the sampled perturbations."""
+        """Discard the sampled perturbations."""
         self._sampled = None
 
     def begin_generation(self) -> None:
@@ -79,7 +79,7 @@ class Sampled(Method):
         self._sampled = sampled
 
     def perturbations(self, first: int, count: int) -> Perturbations:
-        """Return those of some members."""
+        """Return the perturbations of some members."""
         assert self._sampled is not None
         centre = self.trainer._centre
         one = torch.ones(1, device="cpu")
@@ -113,11 +113,11 @@ class Sampled(Method):
 
     @property
     def unit(self) -> int:
-        """One, or the members that would share a draw."""
+        """``noise_reuse`` if the trainer has it, else 1."""
         return max(1, getattr(self.trainer, "noise_reuse", 0))
 
     @property
     def bytes_per_member(self) -> int:
-        """What a member's perturbations take."""
+        """Memory of a member's perturbations, in bytes."""
         trained = (self.trainer._centre.parameters[name] for name in self.trainer._trained)
         return sum(p.numel() * wide_dtype(p).itemsize for p in trained)

@@ -1,8 +1,8 @@
-"""A ``ReduceLROnPlateau`` in a user's own loop that waits for a rising fitness to fall.
+"""Detects a ``ReduceLROnPlateau`` with the wrong mode in a user's own training loop.
 
-It lowers the learning rate for no reason. Only the scheduler knows its mode, and it does not tell its optimizer: it is
-looked for among the objects that refer to the trainer. That takes some milliseconds, and is done only after the
-learning rate has fallen without a schedule of the trainer's own.
+With ``mode="min"`` it lowers the learning rate while the fitness rises. The trainer has no reference to the scheduler,
+so we search the objects that refer to the trainer. The search takes some milliseconds. It runs only after the learning
+rate has fallen without a scheduler of the trainer's own.
 """
 
 from __future__ import annotations
@@ -13,25 +13,25 @@ from typing import Any
 
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-# What the scheduler may have been given of a generation's metrics.
+# Metrics that the user may pass to the scheduler.
 _METRICS = ("mean_fitness", "fitness", "best_fitness")
 
 
 class PlateauWatch:
-    """Notices when the learning rate of a trainer without ``lr_scheduler=`` falls."""
+    """Finds out why the learning rate of a trainer without ``lr_scheduler=`` falls."""
 
     def __init__(self) -> None:
         self._rate: float | None = None
         self._falls = 0
 
     def warning(self, trainer: Any) -> str | None:
-        """Return what to say before a generation of a trainer, or None."""
+        """Return a warning about a scheduler with the wrong mode, or None. Called before each generation."""
         rate, before = trainer.learning_rate, self._rate
         self._rate = rate
         if before is None or rate >= before or trainer.lr_scheduler is not None:
             return None
         self._falls += 1
-        # Other schedulers lower it in every generation: 1, 2, 4, 8, … times is often enough to look.
+        # Other schedulers lower the rate in every generation: search only after 1, 2, 4, 8, … falls.
         if self._falls & (self._falls - 1):
             return None
         right = "max" if trainer.maximize else "min"
@@ -40,8 +40,8 @@ class PlateauWatch:
             if state.get("mode") != right and metric is not None:
                 course = "rises" if trainer.maximize else "falls"
                 return (
-                    f"ReduceLROnPlateau gets {metric}, which {course} where training goes well, and has mode="
-                    f"{state.get('mode')!r}, so that it has lowered the learning rate to {rate:g}: make it with"
+                    f"ReduceLROnPlateau gets {metric}, which {course} if training goes well, but has mode="
+                    f"{state.get('mode')!r} and has therefore lowered the learning rate to {rate:g}: make it with"
                     f" mode={right!r}, or pass it to the trainer as lr_scheduler="
                 )
         return None
@@ -52,6 +52,6 @@ def _plateau_schedulers(trainer: Any) -> Iterator[Mapping[str, Any]]:
     for referrer in gc.get_referrers(trainer):
         if isinstance(referrer, ReduceLROnPlateau):
             yield vars(referrer)
-        # Where an object has a dictionary of its own, that is what refers.
+        # For most objects, the referrer is their attribute dictionary.
         elif isinstance(referrer, dict) and referrer.get("optimizer") is trainer and "patience" in referrer:
             yield referrer

@@ -1,4 +1,4 @@
-"""The best member of a generation, evaluated again where its score may be luck."""
+"""Evaluates the best member of a generation again if scores are noisy, as its score may be luck."""
 
 from __future__ import annotations
 
@@ -8,47 +8,47 @@ from typing import Any
 
 from ..fitness.scores import CheckedScores
 
-# How often a candidate is evaluated again before it becomes the best member, if it keeps its promise.
+# Evaluations that a candidate must pass to become the best member.
 TIMES = 2
 
-# Generations between two candidates, at most, where none has kept its promise for long.
+# The longest wait between two candidates, in generations, after candidates have failed.
 _LONGEST = 16
 
 
 class Retest:
-    """Decides whether the best member of a generation becomes the best of the run, where scores are noisy.
+    """Decides when the best member of a generation is evaluated again, if scores are noisy.
 
-    The highest of many noisy scores is mostly luck. A candidate is therefore evaluated again, with other random
-    numbers, and counts by what it earns then. Candidates that fail become rarer: the next one is looked at after 1, 2,
-    4, … generations, at most 16.
+    The highest of many noisy scores is mostly luck. A candidate for the best of the run is therefore evaluated again
+    with other random numbers, and its fitness is the result of that. After a candidate has failed, the next one is
+    evaluated 1, 2, 4, … generations later, at most 16.
     """
 
     def __init__(self) -> None:
         self._gap, self._next = 1, 0
 
     def state(self) -> list[int]:
-        """Return what the next decision depends on."""
+        """Return the state that the next decision depends on, for a checkpoint."""
         return [self._gap, self._next]
 
     @classmethod
-    def of(cls, state: list[int] | None) -> Retest:
-        """Return what :meth:`state` was of."""
+    def from_state(cls, state: list[int] | None) -> Retest:
+        """Return the object whose :meth:`state` this is."""
         retest = cls()
         if state is not None:
             retest._gap, retest._next = state
         return retest
 
     def is_due(self, generation: int) -> bool:
-        """Return whether a candidate of this generation is looked at."""
+        """Return whether a candidate of this generation is evaluated again."""
         return generation >= self._next
 
     def note(self, generation: int, again: float | None, kept: bool) -> None:
-        """Note the outcome of a generation.
+        """Record the outcome of a generation.
 
         Args:
-            generation: Its index.
-            again: What its candidate earned, NaN if it was not looked at, None if there was no need to.
-            kept: Whether it became the best member.
+            generation: Its number.
+            again: What :func:`earned_again` returned.
+            kept: Whether its candidate became the best member.
         """
         if again is None or (math.isnan(again) and not self.is_due(generation)):
             return
@@ -57,16 +57,16 @@ class Retest:
 
 
 def earned_again(trainer: Any, checked: CheckedScores) -> float | None:
-    """Return what the best member of the trainer's generation earns when it is evaluated again.
+    """Evaluate the best member of the trainer's generation again, and return its fitness.
 
     Args:
         trainer: The trainer. (Of type Any, as its module imports this one.)
         checked: The scores of the generation, higher is better.
 
     Returns:
-        The mean of the evaluations, in the fitness function's sign; it stops at the first that lets it fall below the
-        best member. NaN if it is not looked at. None if there is no need to, as the fitness function gives the same
-        for the same weights, or the member is no candidate.
+        The mean of the evaluations, in the fitness function's sign. They end when their mean is no better than the
+        best fitness so far. NaN if the candidate is skipped. None if the fitness function is not noisy, or the first
+        score is no better than the best fitness so far.
     """
     sign = 1 if trainer.maximize else -1
     best = sign * trainer.best_fitness
@@ -80,7 +80,7 @@ def earned_again(trainer: Any, checked: CheckedScores) -> float | None:
         while len(earned) < TIMES:
             earned.append(trainer._evaluator.evaluate_again(checked.best, len(earned)))
             mean = sum(earned) / len(earned)
-            # NaN is no better either.
+            # False for NaN too.
             if not sign * mean > best:
                 break
         return mean if math.isfinite(mean) else math.nan
@@ -92,9 +92,9 @@ def best_of(best: float, first: float, again: float | None, maximize: bool) -> f
     """Return the best fitness of a run after a generation.
 
     Args:
-        best: Before it.
-        first: Of its best member.
-        again: What that member has earned when it was evaluated again, or None.
+        best: The best fitness before it.
+        first: The fitness of the generation's best member.
+        again: The fitness of that member when evaluated again; NaN if it was skipped, None if there was no need.
         maximize: Whether higher is better.
 
     Example:
@@ -103,5 +103,5 @@ def best_of(best: float, first: float, again: float | None, maximize: bool) -> f
     """
     better = operator.gt if maximize else operator.lt
     earned = first if again is None else again
-    # NaN is no better than anything.
+    # Comparisons with NaN are False: a skipped candidate is not taken.
     return earned if better(first, best) and better(earned, best) else best

@@ -1,4 +1,4 @@
-"""Everything that the rest of a run depends on: to keep, to restore, to compare, and to send to a copy."""
+"""The state of a run: how it is saved, restored, compared, and sent to other processes."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ from ..plotting.styles import Style
 from ..population.untrained import set_untrained, untrained
 from ..update.centre import Centre
 from ..update.schedule import LRSchedulerFactory, Schedules
-from .extra_state import ExtraState, lost_warning
+from .extra_state import ExtraState, unregistered_warning
 from .method import Method
 from .plateau import PlateauWatch
 from .retest import Retest
-from .told import Told
+from .told import ToldScores
 from .trainable import padding_rows, set_frozen
 
 
 class RunState(ABC):
-    """The state of a trainer.
+    """Base class of trainers that holds the state of the run.
 
     Attributes:
-        last_generation: The generation that ended last, or None.
+        last_generation: The last completed generation, or None.
     """
 
     model: nn.Module
@@ -65,24 +65,24 @@ class RunState(ABC):
     _retest: Retest
     _plateau: PlateauWatch
     _maximize: bool
-    # The settings of the generation that was asked for, and the scores that came in since.
+    # The settings of the generation that ask() returned, and the scores that tell() has received.
     _asked: dict[str, Any] | None
-    _told: Told | None
+    _told: ToldScores | None
     param_groups: list[dict[str, Any]]
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the only process, or the first of those that run the script: the one to print and write."""
+        """Whether this is the only or the first process of the script: the one that prints and writes files."""
         return self.engine.rank == 0
 
     @property
     def maximize(self) -> bool:
-        """Whether higher fitness is better, as it was given at construction."""
+        """Whether higher fitness is better."""
         return self._maximize
 
     @property
     def seed(self) -> int:
-        """Seed of the run; a new one holds from the next generation on."""
+        """Seed of the run. A new value takes effect in the next generation."""
         return self._seed
 
     @seed.setter
@@ -92,12 +92,15 @@ class RunState(ABC):
 
     @property
     def lr_scheduler(self) -> LRScheduler | None:
-        """What ``lr_scheduler=`` made."""
+        """The scheduler that ``lr_scheduler=`` made, or None."""
         return self._schedules.lr_scheduler
 
     @property
     def status(self) -> str | None:
-        """Traffic light: green while it learns, yellow where that cannot be told from noise, red after a warning."""
+        """``"green"`` if the run learns, ``"yellow"`` if that cannot be told from noise, ``"red"`` after a warning.
+
+        None before the first generation, and if a subclass computes its own update.
+        """
         return self._watch.status(self.history)
 
     @property
@@ -118,18 +121,18 @@ class RunState(ABC):
     def register_state(self, name: str, value: Any, *, persistent: bool = True) -> None:
         """Set an attribute that belongs to the state of the run, as ``register_buffer`` does for a module.
 
-        It is kept by :meth:`state_dict` and :meth:`save`, comes back by :meth:`load`, goes back to ``value`` by
-        :meth:`reset`, and reaches the processes of an engine. If a generation fails, it is what it was before. Read it
-        as ``self.name``, assign to that or change it in place, in ``compute_update``.
+        :meth:`state_dict` and :meth:`save` include it, :meth:`load` restores it, and :meth:`reset` sets it back to
+        ``value``. It also reaches the processes of an engine. If a generation fails, it is rolled back. Read it as
+        ``self.name``. In ``compute_update``, assign to it or change it in place.
 
         Args:
-            name: Of the attribute.
+            name: Name of the attribute.
             value: Its first value: a tensor, a number, a string, None, or a list, tuple or dictionary of these.
-            persistent: Whether it is kept. What is computed anew in every generation need not be.
+            persistent: Whether it is saved. Values that are recomputed in every generation need not be.
 
         Raises:
             RuntimeError: ``super().__init__()`` has not been called yet.
-            TypeError: A checkpoint could not hold the value.
+            TypeError: A checkpoint cannot hold the value.
             ValueError: The name is taken.
 
         Example:
@@ -153,11 +156,11 @@ class RunState(ABC):
             ['scales']
         """
         if not hasattr(self, "_extra"):
-            raise RuntimeError("register_state() before super().__init__(): call that first")
+            raise RuntimeError("register_state() before super().__init__(): call super().__init__() first")
         self._extra.register(self, name, value, persistent=persistent)
 
-    def _note_beginning(self) -> None:
-        """Note what :meth:`reset` goes back to."""
+    def _record_initial_state(self) -> None:
+        """Record the state that :meth:`reset` restores."""
         self._initial_options = self._options()
         self._initial, self._initial_untrained = self._centre.flat(), self._learnt()
         self._initially_held = list(self._centre.parameters)
@@ -165,7 +168,7 @@ class RunState(ABC):
         self._best_untrained: dict[str, Tensor] = {}
 
     def reset(self) -> None:
-        """Go back to the initial parameters and options, and forget history and optimizer state."""
+        """Restore the initial parameters and options, and clear the history and the optimizer's state."""
         with delayed_interrupt():
             for group, options in zip(self.param_groups, self._initial_options, strict=True):
                 for key in group.keys() - {"params", "names"}:
@@ -173,39 +176,40 @@ class RunState(ABC):
                 group.update(options)
             self._centre.assign(self._initial)
             self.set_frozen([name for name in self._centre.candidates if name not in self._initially_held])
-            self._hold(self._initially_held)
+            self._select_parameters(self._initially_held)
             self._follow_frozen()
             self._set_learnt(self._initial_untrained)
             self._centre.restart()
             self._schedules = Schedules(cast(torch.optim.Optimizer, self), *self._schedulers)
-            self._warn_of_lost()
+            self._warn_of_unregistered()
             self._extra.restore(self, self._extra.initial)
             self._forget()
 
-    def _notice(self) -> None:
-        """Notice, at the start of a generation, what the user's own code does."""
+    def _check_user_code(self) -> None:
+        """Look for mistakes in the user's own code, at the start of a generation."""
         self._extra.note(self)
         plateau = self._plateau.warning(self)
         if plateau is not None:
             self._warn_once(plateau, "plateau")
 
-    def _warn_of_lost(self) -> None:
-        """Warn of tensors that a subclass has changed and not registered."""
-        # Attributes that were set on a trainer of ours from outside are not for the algorithm.
-        lost = [] if type(self).__module__.startswith("eggroll_trainer.") else self._extra.lost(self)
-        if lost:
-            self._warn_once(lost_warning(type(self).__name__, lost), "lost")
+    def _warn_of_unregistered(self) -> None:
+        """Warn about tensors that a subclass has changed but not registered."""
+        # The library's own trainers don't use attributes that were set from outside.
+        own = type(self).__module__.startswith("eggroll_trainer.")
+        changed = [] if own else self._extra.unregistered_changes(self)
+        if changed:
+            self._warn_once(unregistered_warning(type(self).__name__, changed), "lost")
 
     def _warn_once(
         self, message: str, kind: str | None = None, category: type[RuntimeWarning] = RuntimeWarning
     ) -> None:
-        """Warn of what all processes notice, or have been told of."""
+        """Warn once, in the first process only."""
         if self.is_main:
             self._warned.once(message, kind, category)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return everything that the rest of the run depends on, as copies: tensors, numbers and strings."""
-        self._warn_of_lost()
+        """Return copies of everything that a bit-exact resume needs: tensors, numbers and strings."""
+        self._warn_of_unregistered()
         state = {
             "format": FORMAT,
             "settings": self.settings().plain(),
@@ -232,11 +236,11 @@ class RunState(ABC):
         return cast(dict[str, Any], plain_copy(state))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore what :meth:`state_dict` returned, of a trainer of the same model made with the same arguments.
+        """Restore the :meth:`state_dict` of a trainer of the same model that was made with the same arguments.
 
         Raises:
-            ValueError: The state is of another model, another kind of trainer, or not of a trainer. This one is left
-                as it was.
+            ValueError: The state is of another model, of another kind of trainer, or not of a trainer. The trainer is
+                then unchanged.
         """
         check_format(state_dict, "state_dict")
         before = self.state_dict()
@@ -249,8 +253,8 @@ class RunState(ABC):
         missing = self._extra.initial.keys() - state_dict.get("extra", {}).keys()
         if missing:
             self._warn_once(
-                f"the checkpoint has no {', '.join(sorted(missing))}, which were not registered when it was written:"
-                " they stay as they are",
+                f"the checkpoint has no {', '.join(sorted(missing))}, which was not registered when it was written:"
+                " the current value is kept",
             )
         if changed:
             self._warn_once(
@@ -269,9 +273,9 @@ class RunState(ABC):
         :func:`eggroll_trainer.plotting.plot_runs` compares several runs.
 
         Args:
-            path: Where the figure goes, as PNG, SVG or PDF; it is only returned if None.
+            path: File to write, as PNG, SVG or PDF. If None, the figure is only returned.
             style: ``"light"``, ``"dark"`` for dark pages, or ``"print"`` without colours.
-            title: Of the figure.
+            title: Title of the figure.
 
         Returns:
             A ``matplotlib.figure.Figure``, which a notebook shows.
@@ -285,46 +289,47 @@ class RunState(ABC):
         return plot_runs([RunCurves.of_history("run", self.history)], path, style=style, title=title)
 
     def save(self, path: str | PathLike[str]) -> None:
-        """Write a checkpoint; the file at ``path`` is at any moment either the old one or the whole new one.
+        """Write a checkpoint atomically: ``path`` holds either the old file or the complete new one.
 
-        Of several processes the first one writes.
+        With several processes, the first one writes.
         """
         if self.is_main:
             write_checkpoint(self.state_dict(), path)
 
     def load(self, path: str | PathLike[str]) -> None:
-        """Go on from a checkpoint, exactly as if the run had not been stopped. Runs no code from the file.
+        """Restore a checkpoint. Training then goes on exactly as if the run had not been stopped.
 
-        Of several processes, all of which must call this, the first one reads.
+        Loading runs no code from the file. With several processes, call it in all of them; the first one reads.
 
         Raises:
             FileNotFoundError: There is no such file.
-            ValueError: The file is damaged, is not a checkpoint, or is one of another model. Nothing has changed.
+            ValueError: The file is damaged, is not a checkpoint, or belongs to another model. The trainer is then
+                unchanged.
         """
         self.load_state_dict(self.engine.from_main(lambda: read_checkpoint(path)))
 
-    # What processes that share a generation compare.
+    # Compared between processes that share a generation.
 
     def fingerprint(self) -> dict[str, Any]:
-        """Return, by name, what must be the same for all who take part in the current generation."""
+        """Return, by name, what must be the same in all processes of the current generation."""
         settings = self.settings()
-        # Tensors among the options cannot be compared as a whole.
+        # As text, since comparing tensors among the options gives more than one bool.
         return {"generation": self.generation, **settings.plain(), "options": repr(settings.options)}
 
     def checksum(self) -> int:
-        """Return a number that tells parameters apart that differ in any bit."""
+        """Return a checksum over every bit of the parameters."""
         total = 0
         for name, value in self._centre.state_dict()["parameters"].items():
             bits = value.flatten().view(torch.int64 if value.itemsize == 8 else torch.int32).long()
-            # Odd weights that differ from place to place; sums wrap around and so don't depend on their order.
+            # Each position has its own odd factor. Integer sums wrap around, so their order does not matter.
             places = 2 * torch.arange(len(bits), device=bits.device) + 1
             total = (31 * total + len(name) + int((bits * places).sum())) % 2**64
         return total
 
-    # What a copy of the trainer in another process needs from generation to generation.
+    # Sent to copies of the trainer in other processes, every generation.
 
     def working_state(self) -> dict[str, Any]:
-        """Return what changes from generation to generation and outcomes depend on, for a copy of the trainer."""
+        """Return the part of the state that changes between generations and that evaluations depend on."""
         return {
             "generation": self.generation,
             "settings": self.settings().plain(),
@@ -340,17 +345,17 @@ class RunState(ABC):
 
     @torch.no_grad()
     def set_working_state(self, state: dict[str, Any]) -> None:
-        """Take over the :meth:`working_state` of the trainer that this one is a copy of, to evaluate its chunks."""
+        """Set the :meth:`working_state` of the original trainer in this copy, to evaluate chunks for it."""
         self.generation = state["generation"]
         compiled = self.settings().compile
-        # Members are not shaped here.
+        # A copy does not shape scores, and need not have the shaping function.
         adopt(self, {name: value for name, value in state["settings"].items() if name != "shaping"})
         if self.settings().compile != compiled:
             self._restart_forwards()
-        self._hold(state["trained"])
+        self._select_parameters(state["trained"])
         tensors = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
         arrays = {**state["trained"], **state["untrained"]}
-        # Caches that a forward has made since are made here as well.
+        # Includes buffers that a forward has created since, such as caches.
         set_untrained(
             self.model,
             {name: _from_numpy(array, tensors[name].dtype) for name, array in arrays.items() if name in tensors},
@@ -363,13 +368,13 @@ class RunState(ABC):
         self._method.begin_generation()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return the attributes for a pickle or a deep copy; schedulers are made anew, and the engine is local."""
+        """Return the attributes for a pickle or a deep copy, which makes new schedulers and a local engine."""
         left_out = ("step", "engine", "_forwards", "_method")
         state = {key: value for key, value in self.__dict__.items() if key not in left_out}
         return {**state, "_schedules": plain_copy(self._schedules.state_dict())}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restore what :meth:`__getstate__` gave."""
+        """Restore what :meth:`__getstate__` returned."""
         self.__dict__.update(state)
         self.engine = LocalEngine()
         self._restart_forwards()
@@ -378,32 +383,32 @@ class RunState(ABC):
         self._method = self._make_method()
 
     def _options(self) -> list[dict[str, Any]]:
-        """Return the live options of the parameter groups."""
+        """Return the current options of the parameter groups."""
         return [{k: v for k, v in group.items() if k not in ("params", "names")} for group in self.param_groups]
 
     # Which parameters are trained.
 
     def set_frozen(self, names: Collection[str]) -> None:
-        """Freeze the parameters of these names, ``requires_grad=False``, and free all others that were given."""
+        """Freeze the parameters of these names, and unfreeze all others that the trainer was given."""
         set_frozen(self._centre.candidates, names)
 
     def _follow_frozen(self) -> None:
         """Find out which parameters and rows the next generation trains."""
         trained = tuple(name for name, p in self._centre.candidates.items() if p.requires_grad)
-        self._hold({*self._centre.parameters, *trained})
+        self._select_parameters({*self._centre.parameters, *trained})
         self._trained = trained
         rows = padding_rows(self.model)
         self._centre.fixed_rows = {name: rows[id(p)] for name, p in self._centre.candidates.items() if id(p) in rows}
 
-    def _hold(self, names: Collection[str]) -> None:
-        """Let the centre hold these parameters: all that is kept of flat parameters follows."""
+    def _select_parameters(self, names: Collection[str]) -> None:
+        """Make these the parameters of the centre, and of all saved flat parameters."""
         centre = self._centre
         if centre.parameters.keys() == set(names):
             return
         initial = centre.unflatten(self._initial)
         best = None if self._best is None else centre.unflatten(self._best)
-        centre.hold(names)
-        # What has been frozen is what it was in the beginning, and in every member.
+        centre.select(names)
+        # Parameters that were frozen until now have their initial value, in every member.
         current = centre.unflatten(centre.flat())
         self._initial = centre.flatten({**current, **initial})
         self._best = None if best is None else centre.flatten({**current, **best})
@@ -412,18 +417,18 @@ class RunState(ABC):
         return untrained(self.model, self._centre.parameters)
 
     def settings(self) -> Settings:
-        """Return the record of what the numbers of the next generation depend on."""
+        """Return the settings that the results of the next generation depend on."""
         return Settings(**self._settings())
 
     @abstractmethod
     def _settings(self) -> dict[str, Any]:
-        """Return the values of the record."""
+        """Return the fields of :class:`Settings`."""
 
     def _changed_settings(self, state: dict[str, Any]) -> list[str]:
-        """Return, in words, the settings that a state does not bring along and that are others than it was made with.
+        """Describe the settings that a state does not restore, and that differ from those it was saved with.
 
         Raises:
-            ValueError: They are those of another kind of trainer.
+            ValueError: The state is of another kind of trainer.
         """
         restored = ("seed", "options", "frozen", "optimizer_options")
         changed = differences(self.settings().plain(), state["settings"], restored)
@@ -444,8 +449,8 @@ class RunState(ABC):
         self._best_untrained = plain_copy(state["best_untrained"])
         self._seed, self.generation = state["seed"], state["generation"]
         self._findings = Findings(state.get("alone"), differs=state.get("differs", False))
-        self._retest = Retest.of(state.get("retest"))
-        self._asked, self._told = None, Told.of(state.get("told"))
+        self._retest = Retest.from_state(state.get("retest"))
+        self._asked, self._told = None, ToldScores.from_state(state.get("told"))
         self._extra.restore(self, state.get("extra", {}), state.get("initial_extra"))
         self._watch = Watch(state.get("last_step"))
         self.history, self.last_generation = plain_copy(state["history"]), None
@@ -455,6 +460,7 @@ class RunState(ABC):
         self._method.restart()
 
     def _forget(self) -> None:
+        """Clear everything that past generations have left behind."""
         self.generation, self.last_generation = 0, None
         self.history = {key: [] for key in METRICS}
         self.best_fitness = float("-inf" if self.maximize else "inf")
@@ -465,7 +471,7 @@ class RunState(ABC):
         self._method.restart()
 
     def _learnt(self) -> dict[str, Tensor]:
-        """Return copies of the buffers and untrained parameters, if the fitness function may change them."""
+        """Return copies of the buffers and untrained parameters if a learner may change them, else nothing."""
         return plain_copy(self._untrained()) if changes_model(self._learner) else {}
 
     def _set_learnt(self, values: dict[str, Tensor]) -> None:
@@ -479,16 +485,16 @@ class RunState(ABC):
 
     @abstractmethod
     def _restart_forwards(self) -> None:
-        """Forget what is known of the model's forwards."""
+        """Discard everything that is cached about the model's forwards."""
 
 
 def _to_numpy(value: Tensor) -> Any:
-    # NumPy has no bfloat16; its bits will do.
+    # NumPy has no bfloat16, so we pass its bits.
     value = value.cpu()
     return value.view(torch.int16).numpy() if value.dtype == torch.bfloat16 else value.numpy()
 
 
 def _from_numpy(array: Any, dtype: torch.dtype) -> Tensor:
-    # What lies in shared memory cannot be written to, which torch warns of.
+    # torch warns about read-only arrays, such as those in shared memory.
     value = torch.from_numpy(array.copy())
     return value.view(torch.bfloat16) if dtype == torch.bfloat16 else value

@@ -1,4 +1,4 @@
-"""The record of what a generation's numbers depend on: where its values come from."""
+"""Collects from a trainer the settings that the results of a generation depend on."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def settings_of(trainer: Any) -> dict[str, Any]:
 
 
 def settings_of_members(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what of a record, in plain form, the members of a generation depend on."""
+    """Return the part of the settings, in plain form, that the members of a generation depend on."""
     kept = {key: settings[key] for key in ("population_size", "seed", "frozen", "noise_reuse", "noise")}
     of_the_step = ("lr", "anchor_decay")
     options = [{key: value for key, value in group.items() if key not in of_the_step} for group in settings["options"]]

@@ -1,4 +1,4 @@
-"""The scores that have been told of a generation."""
+"""The scores of a generation that ``tell`` has received so far."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from .._utils.validation import check_int
 from ..fitness.scores import described, is_table, without_single_column
 
 
-class Told:
-    """The scores of some of a generation's members.
+class ToldScores:
+    """Scores of some members of a generation.
 
     Args:
         size: ``N``.
-        settings: What the members depend on, in plain form.
+        settings: The settings that the members depend on, in plain form.
 
     Attributes:
-        scores: ``[N]``, or ``[N, K]`` for ``K`` tasks, in float64; NaN for those who have none.
-        known: ``[N]``, who has been told of.
+        scores: ``[N]``, or ``[N, K]`` for ``K`` tasks, in float64; NaN for members without a score.
+        known: ``[N]``, bool: which members have a score.
     """
 
     def __init__(self, size: int, settings: dict[str, Any]) -> None:
@@ -30,8 +30,8 @@ class Told:
         self.known = torch.zeros(size, dtype=torch.bool, device="cpu")
 
     @classmethod
-    def of(cls, state: dict[str, Any] | None) -> Told | None:
-        """Return what :meth:`state` was of."""
+    def from_state(cls, state: dict[str, Any] | None) -> ToldScores | None:
+        """Return the object whose :meth:`state` this is."""
         if state is None:
             return None
         told = cls(len(state["scores"]), state["settings"])
@@ -39,21 +39,25 @@ class Told:
         return told
 
     def state(self) -> dict[str, Any]:
-        """Return all that it holds."""
+        """Return all of it in plain form, for a checkpoint."""
         return {"settings": self.settings, "scores": self.scores, "known": self.known}
 
     @property
     def complete(self) -> bool:
-        """Whether all have been told of."""
+        """Whether all members have a score."""
         return bool(self.known.all())
 
-    def with_scores(self, scores: Any, members: Sequence[int] | None) -> Told:
-        """Return these and further scores; a member who is told of again gets the new one.
+    def with_scores(self, scores: Any, members: Sequence[int] | None) -> ToldScores:
+        """Return a copy with further scores. New scores replace earlier ones of the same members.
+
+        Args:
+            scores: ``[n]``, or ``[n, K]`` for ``K`` tasks.
+            members: Indices of the ``n`` members; all if None.
 
         Raises:
-            TypeError: Scores are not numbers, or members not integers.
-            ValueError: There are not as many scores as members, there is no such member, or the scores are of another
-                number of tasks than those that are kept.
+            TypeError: Scores are not numbers, or members are not integers.
+            ValueError: The numbers of scores and members differ, there is no such member, or earlier scores have
+                another number of tasks.
         """
         size = len(self.scores)
         chosen = list(range(size)) if members is None else [check_int("members", member, 0) for member in members]
@@ -61,7 +65,7 @@ class Told:
         if outside:
             raise ValueError(f"members must be below population_size={size}, got {outside[0]}")
         values = _table(scores, len(chosen))
-        told, others = Told(size, self.settings), self.known.clone()
+        told, others = ToldScores(size, self.settings), self.known.clone()
         others[chosen] = False
         if not others.any():
             told.scores = torch.full((size, *values.shape[1:]), torch.nan, dtype=torch.float64, device="cpu")
@@ -69,9 +73,9 @@ class Told:
             told.scores = self.scores.clone()
         else:
             raise ValueError(
-                f"got {described(values.shape[1:])} for each member, and others were told"
-                f" {described(self.scores.shape[1:])} each: all members of a generation must be scored on the same"
-                " tasks; one that failed has NaN in each"
+                f"got {described(values.shape[1:])} for each member, but other members have"
+                f" {described(self.scores.shape[1:])} each: score all members of a generation on the same tasks, with"
+                " NaN in each task of a member that failed"
             )
         told.scores[chosen] = values
         told.known = others
@@ -80,9 +84,9 @@ class Told:
 
 
 def _table(scores: Any, count: int) -> Tensor:
-    """Return what was told of some members as ``[count]``, or ``[count, K]`` for ``K ≥ 2`` tasks, in float64."""
+    """Return the scores of some members as ``[count]``, or ``[count, K]`` for ``K ≥ 2`` tasks, in float64."""
     try:
-        # Python's numbers are float64, which torch would make float32.
+        # Python floats have 64 bits; torch would convert them to float32.
         dtype = None if hasattr(scores, "dtype") else torch.float64
         values = torch.as_tensor(scores, dtype=dtype, device="cpu").detach()
     except (TypeError, ValueError, RuntimeError):

@@ -1,4 +1,4 @@
-"""What of a model a generation trains: parameters that are not frozen, without the rows that stand for padding."""
+"""Which parameters of a model are trained: those that are not frozen, without the padding rows of embeddings."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from ..distributed import local_device
 def parameter_groups(
     params: Iterable[Any] | None, model: nn.Module, defaults: Mapping[str, Any], device: torch.device | str | None
 ) -> list[dict[str, Any]]:
-    """Return the parameter groups of a model, which is moved to a device, with their options checked.
+    """Move a model to a device, and return its parameter groups with their options checked.
 
     Args:
-        params: As a trainer takes them; all of the model's if None.
+        params: Parameters or groups, as a trainer takes them; all parameters of the model if None.
         model: The model.
-        defaults: Options of groups that do not say otherwise, among them ``lr``, ``sigma`` and ``anchor_decay``.
+        defaults: Options for groups that do not set them, including ``lr``, ``sigma`` and ``anchor_decay``.
         device: Where to move the model; it stays where it is if None.
 
     Raises:
@@ -37,7 +37,7 @@ def parameter_groups(
         group["anchor_decay"] = validation.check_anchor_decay(decay, group["lr"])
     if device is not None:
         model.to(local_device(validation.check_device(device)))
-        # Between some kinds of devices a parameter does not move: another one takes its place.
+        # Between some device types, ``Module.to`` replaces parameters instead of moving them.
         moved = dict(model.named_parameters(remove_duplicate=False))
         for group in groups:
             group["params"] = [moved[name] for name in group["names"]]
@@ -45,11 +45,11 @@ def parameter_groups(
 
 
 def padding_rows(model: nn.Module) -> dict[int, list[int]]:
-    """Return the rows of embeddings' ``padding_idx``, by the ``id`` of the weight, which other modules may share."""
+    """Return the ``padding_idx`` rows of embeddings by the ``id`` of the weight, which modules may share."""
     rows: dict[int, set[int]] = {}
     for module in model.modules():
         if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.padding_idx is not None:
-            # A parametrised weight is no parameter.
+            # A weight with a parametrization is not a parameter.
             weight = dict(module.named_parameters(recurse=False)).get("weight")
             rows.setdefault(id(weight), set()).add(module.padding_idx)
     return {key: sorted(values) for key, values in rows.items()}
@@ -65,7 +65,7 @@ def set_frozen(parameters: Mapping[str, nn.Parameter], frozen: Collection[str]) 
 
 @contextlib.contextmanager
 def kept_frozen(parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
-    """Put ``requires_grad`` back after the block, in which a fitness function may set it for its own purposes."""
+    """Restore ``requires_grad`` after the block, in which a fitness function may change it."""
     frozen = [name for name, parameter in parameters.items() if not parameter.requires_grad]
     try:
         yield

@@ -8,8 +8,9 @@ from .keyed import KeyedESTrainer
 class VanillaESTrainer(KeyedESTrainer):
     """Evolution strategies with full-rank Gaussian perturbations ``s·σ·ε``, ``ε ~ N(0, 1)``.
 
-    The reference of the estimator that :class:`~eggroll_trainer.EGGROLLTrainer` makes cheap: same scaling, so
-    settings carry over. For small models and comparisons; a member costs ``O(D)`` memory.
+    Use it for small models and comparisons: a member takes ``O(D)`` memory, where
+    :class:`~eggroll_trainer.EGGROLLTrainer` uses low-rank factors. Both scale updates in the same way, so settings
+    carry over.
 
     Takes the arguments of :class:`~eggroll_trainer.ESTrainer` and, of
     :class:`~eggroll_trainer.EGGROLLTrainer`, ``noise_reuse``, ``group_size`` and ``shaping``.

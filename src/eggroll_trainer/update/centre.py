@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..perturbation.sample import wide_dtype
 from .optimizers import OptimizerFactory, check_optimizer
 
-# Numbers whose change is measured at a time on a CPU.
+# Entries whose change is measured at a time on a CPU, so that they fit in its cache.
 _PIECE = 2**18
 
 
@@ -30,14 +30,15 @@ class Centre:
         factory: ``(groups, lr=…) → torch.optim.Optimizer``.
 
     Attributes:
-        candidates: The parameters of the groups by name, be they trained or not.
-        parameters: Those that are, or have been, trained.
-        masters: What the optimizer has in the place of each of these.
-        fixed_rows: Indices in the first dimension that no step changes, by parameter; such as an embedding's padding.
+        candidates: All parameters of the groups, by name.
+        parameters: The candidates that are trained now, or have been.
+        masters: For each of these, the tensor in float32 or wider that the optimizer steps.
+        fixed_rows: By parameter, the indices in the first dimension that no step changes, such as an embedding's
+            padding.
 
     Raises:
-        TypeError: ``factory`` returns something else.
-        ValueError: The optimizer is over other parameters, maximises, or cannot step from a dense gradient.
+        TypeError: ``factory`` does not return an optimizer.
+        ValueError: The optimizer has other parameters, maximises, or cannot step from a dense gradient.
     """
 
     @torch.inference_mode(False)
@@ -56,10 +57,10 @@ class Centre:
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def hold(self, names: Collection[str]) -> None:
-        """Make ``parameters`` those of these names, in the order of the groups.
+    def select(self, names: Collection[str]) -> None:
+        """Make the candidates of these names ``parameters``, in the order of the groups.
 
-        The optimizer is made anew, and keeps what it knows of those that stay.
+        A new optimizer takes over the options and the state of the parameters that stay.
         """
         parameters = {name: p for name, p in self.candidates.items() if name in names}
         if parameters.keys() == self.parameters.keys():
@@ -93,7 +94,7 @@ class Centre:
             )
         if _members(optimizer.param_groups) != _members(own):
             raise ValueError(
-                "optimizer must be made over the parameter groups that it is given; its own are"
+                "optimizer must be made from the parameter groups that the factory is given, in their order; it has"
                 f" {len(optimizer.param_groups)} groups of other parameters or in another order"
             )
         if any(group.get("maximize", False) for group in optimizer.param_groups):
@@ -101,13 +102,13 @@ class Centre:
         return optimizer
 
     def check_model(self, model: nn.Module) -> None:
-        """Raise ``RuntimeError`` unless the model still has these parameters, as they were."""
+        """Raise ``RuntimeError`` if a parameter of the model was replaced, converted or moved."""
         current = dict(model.named_parameters(remove_duplicate=False))
         for name, p in self.parameters.items():
             if current.get(name) is not p or (p.dtype, p.device) != self._placements[name]:
                 raise RuntimeError(
-                    f"parameter {name!r} of the model was replaced, converted or moved after this trainer was made,"
-                    " which would go on with the old one; make a new trainer"
+                    f"parameter {name!r} of the model was replaced, converted or moved after this trainer was made, and"
+                    " the trainer still has the old one: make a new trainer"
                 )
 
     def __len__(self) -> int:
@@ -115,12 +116,12 @@ class Centre:
         return sum(p.numel() for p in self.parameters.values())
 
     def length(self) -> float:
-        """Return the Euclidean length of all weights."""
+        """Return the Euclidean norm of all weights."""
         return _length([master.detach() for master in self.masters.values()])
 
     def flat(self) -> Tensor:
         """Return all weights in one new tensor, ``[D]``."""
-        self._follow()
+        self._read_model()
         return self.flatten({name: self.masters[name].detach() for name in self.parameters})
 
     def flatten(self, values: Mapping[str, Tensor]) -> Tensor:
@@ -140,45 +141,45 @@ class Centre:
         """Set all weights from ``[D]``."""
         for name, value in self.unflatten(flat).items():
             self.masters[name].copy_(value)
-        self._publish()
+        self._write_model()
 
     @contextlib.contextmanager
     def stepped(
         self, gradient: Mapping[str, Tensor], learning_rates: Sequence[float], anchor: Mapping[str, Tensor]
     ) -> Iterator[float]:
-        """Make one step against ``gradient``; if it or the block raises, weights and optimizer are put back.
+        """Make one step against ``gradient``; if it or the block raises, weights and optimizer are restored.
 
         Args:
             gradient: The negated estimate of the ascent direction, for every parameter that is not frozen; the
                 optimizer may change it.
-            learning_rates: For each group.
-            anchor: The values that groups with an ``anchor_decay`` are pulled back to.
+            learning_rates: One for each group.
+            anchor: The values to which an ``anchor_decay`` pulls parameters back.
 
         Yields:
-            The Euclidean length of the step.
+            The Euclidean norm of the step.
 
         Raises:
             ValueError: The gradient, or the weights after the step, are not finite.
         """
-        self._follow()
+        self._read_model()
         before = {name: self.masters[name].detach().clone() for name in gradient}
         state = copy.deepcopy(self.optimizer.state_dict())
         try:
             with torch.no_grad():
                 self._pull(gradient, learning_rates, anchor)
                 length = self._move(gradient, learning_rates, before)
-                self._publish()
+                self._write_model()
             yield length
         except BaseException:
             with torch.no_grad():
                 for name, old in before.items():
                     self.masters[name].copy_(old)
                 self.optimizer.load_state_dict(state)
-                self._publish()
+                self._write_model()
             raise
 
     def _pull(self, moved: Collection[str], learning_rates: Sequence[float], anchor: Mapping[str, Tensor]) -> None:
-        """Make the part of the step that does not depend on the gradient, as AdamW does with its weight decay."""
+        """Pull weights to the anchor, apart from the optimizer's step, as AdamW does with its weight decay."""
         for group, learning_rate in zip(self._groups, learning_rates, strict=True):
             share = learning_rate * group["anchor_decay"]
             for name in group["names"]:
@@ -188,28 +189,29 @@ class Centre:
     def _move(
         self, gradient: Mapping[str, Tensor], learning_rates: Sequence[float], before: Mapping[str, Tensor]
     ) -> float:
-        """Let the optimizer step the masters and return how far."""
+        """Let the optimizer step the masters, and return the Euclidean norm of the step."""
         gradients = {name: master.grad for name, master in self.masters.items()}
         try:
             for group, learning_rate in zip(self.optimizer.param_groups, learning_rates, strict=True):
                 group["lr"] = learning_rate
             for name, master in self.masters.items():
-                # Optimizers leave out what has no gradient.
+                # Optimizers skip parameters without a gradient.
                 master.grad = gradient[name].to(master) if name in gradient else None
             self.optimizer.step()
         finally:
-            # A model that is also trained by gradients keeps the ones it has.
+            # Restore the user's gradients, for a model that is also trained by backpropagation.
             for name, master in self.masters.items():
                 master.grad = gradients[name]
         for name, rows in self.fixed_rows.items():
             if name in before:
-                # Weight decay moves what has a gradient of zero.
+                # Their gradient is zero, but weight decay moves them.
                 self.masters[name][rows] = before[name][rows]
         length = _distance([self.masters[name] for name in before], list(before.values()))
         if not math.isfinite(length):
             if not math.isfinite(_length(list(gradient.values()))):
                 raise ValueError(
-                    "the update is not finite, and the parameters were not changed: scale the fitness down, or shape it"
+                    "the update is not finite; the parameters were not changed. Scale the fitness down, or use a"
+                    ' shaping such as "zscore"'
                 )
             raise ValueError(
                 "the step leads to weights that are not finite; they were not changed. Lower learning_rate"
@@ -223,7 +225,7 @@ class Centre:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the weights and the optimizer's state, not copied."""
-        self._follow()
+        self._read_model()
         return {
             "parameters": {name: self.masters[name].detach() for name in self.parameters},
             "optimizer": self.optimizer.state_dict(),
@@ -237,24 +239,25 @@ class Centre:
         Raises:
             ValueError: The state is of other parameters or another optimizer.
         """
-        self.hold(state["parameters"])
+        self.select(state["parameters"])
         self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
         for name in self.parameters:
             self.masters[name].copy_(state["parameters"][name])
-        self._publish()
+        self._write_model()
 
-    def _publish(self) -> None:
+    def _write_model(self) -> None:
+        """Copy the masters to the model."""
         for name, p in self.parameters.items():
             if self.masters[name] is not p:
                 p.copy_(self.masters[name])
 
     @torch.no_grad()
-    def _follow(self) -> None:
-        """Take over what somebody else has written into the model, by ``load_state_dict`` say."""
+    def _read_model(self) -> None:
+        """Copy values that others have written into the model, such as by ``load_state_dict``, to the masters."""
         for name, p in self.parameters.items():
             master = self.masters[name]
             if master is not p:
-                # Elsewhere the master keeps its digits below the resolution of the model.
+                # Unchanged entries keep the master's digits below the resolution of the model.
                 master.copy_(torch.where(p == master.to(p.dtype), master, p.to(master.dtype)))
 
 
@@ -269,20 +272,20 @@ def _members(groups: Sequence[Mapping[str, Any]]) -> list[list[int]]:
 
 
 def _distance(new: list[Tensor], old: list[Tensor]) -> float:
-    """Return the Euclidean length of what has changed."""
+    """Return the Euclidean distance between two lists of tensors."""
     if sum(value.numel() for value in new) <= _PIECE or any(value.device.type != "cpu" for value in new):
         return _length([a - b for a, b in zip(new, old, strict=True)])
     pairs = zip(new, old, strict=True)
     pieces = (zip(a.reshape(-1).split(_PIECE), b.reshape(-1).split(_PIECE), strict=True) for a, b in pairs)
-    # Each piece is in the cache while it is used.
+    # In pieces that stay in the cache.
     return _root_of_squares([torch.linalg.vector_norm(a - b) for piece in pieces for a, b in piece])
 
 
 def _length(values: Sequence[Tensor]) -> float:
-    """Return the Euclidean length of tensors taken together."""
+    """Return the Euclidean norm of tensors taken together."""
     return _root_of_squares([torch.linalg.vector_norm(value.flatten()) for value in values])
 
 
 def _root_of_squares(norms: Sequence[Tensor]) -> float:
-    # In one piece, so that an accelerator is waited for once; the sum of the squares is taken in float64.
+    # One transfer, so that we wait for an accelerator only once. The squares are summed in float64.
     return torch.stack([norm.double().to(norms[0].device) for norm in norms]).square().sum().sqrt().item()

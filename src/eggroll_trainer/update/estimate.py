@@ -16,17 +16,23 @@ from torch import Tensor
 from ..perturbation.sample import ParameterSpec, Perturbations
 from .exact_sum import ExactSum
 
-# What it takes to draw a number and to sum it up, about: on an accelerator, and on one core.
+# Approximate seconds to draw a number and add it up: on an accelerator, and on one CPU core.
 _SECONDS_PER_NUMBER = (1e-10, 5e-9)
-# Tells the sums of squares from the sums themselves.
+# Prefix of the names of the sums of squares.
 _SQUARE = "square of "
 
 
 class Sharing(Protocol):
-    """Who takes part in a sum: an engine."""
+    """The methods of an engine that share a sum among processes."""
 
     def own_part(self, chunks: Sequence[Any], bytes_of_sums: int, seconds_of_noise: float) -> Sequence[Any]:
-        """Return the chunks whose contributions this process should sum."""
+        """Return the chunks whose contributions this process sums.
+
+        Args:
+            chunks: All chunks of the population.
+            bytes_of_sums: Size of the sums, which processes exchange.
+            seconds_of_noise: Estimated time to draw the noise of all chunks again in one process.
+        """
 
     def add_up(self, totals: Mapping[str, Tensor]) -> None:
         """Replace integer sums over :meth:`own_part`, in place, by those over all chunks."""
@@ -34,14 +40,14 @@ class Sharing(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Terms:
-    """The terms that an estimate is the sum of: one for each draw, its perturbation times its coefficient.
+    """Statistics of the terms of an estimate. There is one term for each draw: its perturbation times its coefficient.
 
     Attributes:
-        squares: The sum of the squared lengths of the terms, by parameter, 0-d. It is what the squared length of the
-            sum would be on average if the scores were random.
-        draws: How many terms there are.
-        weights: ``[N]``, what the members' perturbations are multiplied by.
-        sigmas: Standard deviation of the perturbations, by parameter.
+        squares: By parameter, the sum of the squared norms of the terms, 0-d. With random scores, the squared norm of
+            the estimate has this value on average.
+        draws: Number of terms.
+        weights: ``[N]``, the factors of the members' perturbations.
+        sigmas: By parameter, the standard deviation of the perturbations.
     """
 
     squares: dict[str, Tensor]
@@ -52,11 +58,11 @@ class Terms:
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """What a generation's scores say about the direction to go.
+    """The estimate of a generation: the direction of its step.
 
     Attributes:
         gradient: ``-Δθ`` for every trained parameter.
-        terms: What it is the sum of; None where a subclass makes the update.
+        terms: Statistics of its terms; None if a subclass computes the update.
     """
 
     gradient: dict[str, Tensor]
@@ -76,17 +82,17 @@ def weighted_sum(
     Args:
         chunks: ``(first, size)`` of consecutive members.
         weights: ``[N]``.
-        perturbations: From the first member and a number of members to their perturbations.
-        specs: How each parameter is perturbed.
-        unit: How many consecutive members share a draw, with signs ``+ − + − …``.
-        sharing: Who takes part.
+        perturbations: Takes the first member and a number of members, and returns their perturbations.
+        specs: Returns how each parameter is perturbed.
+        unit: Number of consecutive members that share a draw, with signs ``+ − + − …``.
+        sharing: The engine that shares the chunks among processes.
     """
     known = specs()
     sigmas = {spec.name: spec.sigma for spec in known}
 
     draws = len(weights) // unit
     if len(chunks) == 1:
-        # Nothing to add, so nothing to round.
+        # A single term needs no exact sum.
         own = perturbations(*chunks[0])
         return Estimate(own.weighted_sum(weights), Terms(own.weighted_squares(weights), draws, weights, sigmas))
     signs = torch.tensor([1.0, -1.0], dtype=weights.dtype, device=weights.device).repeat(unit)[:unit]
@@ -101,9 +107,9 @@ def weighted_sum(
             {_SQUARE + spec.name: squares * spec.largest**2 * spec.centre.numel() for spec in known},
         )
     except ValueError:
-        # Not finite: neither is the update, as whoever takes the step will say.
+        # The weights are not finite. The step raises an error for an update that is not finite.
         return Estimate({spec.name: torch.full_like(spec.centre, torch.inf) for spec in known})
-    # What it takes to draw the noise of all members again, and to sum it up.
+    # All numbers that are drawn again and added up.
     numbers = sum(spec.numel for spec in known) * len(weights) // unit
     on_cpu = all(spec.centre.is_cpu for spec in known)
     size = sum(spec.centre.numel() for spec in known)
@@ -117,5 +123,5 @@ def weighted_sum(
 
 
 def _zero_like(tensor: Tensor) -> Tensor:
-    """Return 0 in float64, where the tensor is or, if there is no float64 there, on the host."""
+    """Return 0 in float64, on the tensor's device or, if that has no float64, on the CPU."""
     return torch.zeros((), dtype=torch.float64, device="cpu" if tensor.device.type == "mps" else tensor.device)

@@ -10,25 +10,25 @@ from torch import Tensor
 
 from ..perturbation.sample import wide_dtype
 
-# Of an int64's 63 bits one is left to spare, for the rounding of the terms themselves.
+# An int64 has 63 bits besides its sign. One is a reserve for the rounding of the terms.
 _BITS = 62
 
 
 class ExactSum:
-    """A sum of tensors for each parameter, the same to the bit in whatever order, and by whomever, it is taken.
+    """A sum of tensors for each parameter, bitwise the same for any order of the terms and any split among processes.
 
     Terms are rounded to integer multiples of ``2⁻ᵉ`` and added in int64, where addition is associative. ``e`` is the
     largest exponent with which ``bound·2ᵉ ≤ 2⁶²``, so that no partial sum overflows.
 
     Args:
         like: For each name, a tensor of the shape and dtype of the sum.
-        bounds: For each name, what the sum of the terms' magnitudes cannot exceed in any entry.
+        bounds: For each name, an upper bound of the sum of the terms' magnitudes, in every entry.
 
     Attributes:
-        totals: The integers. Those of several processes may be added.
+        totals: The integer sums. Those of several processes may be added.
 
     Raises:
-        ValueError: A bound is more than terms of the sum's dtype can be.
+        ValueError: A bound is larger than the largest number of the sum's dtype, or NaN.
 
     Example:
         >>> total = ExactSum({"w": torch.zeros(1, dtype=torch.float64)}, {"w": 3.0})
@@ -60,8 +60,8 @@ class ExactSum:
 
 def _exponent(bound: float, dtype: torch.dtype) -> int:
     if not bound <= torch.finfo(dtype).max:
-        raise ValueError(f"a sum in {dtype} may overflow if its terms are only bounded by {bound}")
-    # float64 ends at 2**1023.
+        raise ValueError(f"a sum with bound {bound} may overflow in {dtype}")
+    # The largest power of two in float64 is 2**1023.
     return min(1000, _BITS - math.frexp(bound)[1]) if bound > 0 else 0
 
 

@@ -12,16 +12,18 @@ from ..noise.keys import kept_rng
 
 OptimizerFactory = Callable[..., torch.optim.Optimizer]
 
-# Numbers in all parameters, up to which copies of them cost nothing to speak of.
+# Up to this many weights, copies of all parameters cost little.
 _SMALL = 2**22
 
 
 @torch.inference_mode(False)
 def check_optimizer(factory: OptimizerFactory, groups: Sequence[dict[str, Any]]) -> None:
-    """Let an optimizer of the factory step stand-ins for the parameters, smaller than those of a large model.
+    """Check that the factory's optimizer can step from a dense gradient, on stand-ins for the parameters.
+
+    The stand-ins of a large model are smaller than its parameters.
 
     Raises:
-        ValueError: It cannot step from a dense gradient alone: it wants to evaluate a loss, or sparse gradients.
+        ValueError: The optimizer's step fails, for example because it needs a closure or sparse gradients.
     """
     small = sum(p.numel() for group in groups for p in group["params"]) <= _SMALL
 
@@ -35,7 +37,7 @@ def check_optimizer(factory: OptimizerFactory, groups: Sequence[dict[str, Any]])
             optimizer = factory(stand_ins, lr=groups[0]["lr"])
             step = optimizer.step
         except Exception:
-            # Whoever makes the optimizer of the parameters themselves says what is wrong.
+            # The error is raised again when the optimizer of the real parameters is made.
             return
         for p in parameters:
             p.grad = torch.ones_like(p)
@@ -44,6 +46,6 @@ def check_optimizer(factory: OptimizerFactory, groups: Sequence[dict[str, Any]])
         except Exception as error:
             raise ValueError(
                 f"optimizer {type(optimizer).__name__} cannot take the steps of a trainer, which has a dense gradient"
-                f" and no loss to evaluate again ({type(error).__name__}: {error}). Use one that needs nothing else,"
-                " such as torch.optim.SGD, Adam or AdamW"
+                f" and no loss to evaluate again ({type(error).__name__}: {error}). Use another one, such as"
+                " torch.optim.SGD, Adam or AdamW"
             ) from error

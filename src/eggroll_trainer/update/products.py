@@ -1,7 +1,7 @@
-"""Matrix products of tensors of several dtypes, which torch refuses, taken in the widest of them, as its sums are.
+"""Matrix products of tensors with different dtypes, computed in the widest one.
 
-A custom trainer gets its fitnesses in float64, so that none tie or overflow that differ, and its perturbations in the
-dtype that it has sampled them in; ``fitnesses @ perturbations`` is what most would write.
+torch promotes dtypes in sums, but raises an error for products. A custom trainer gets its fitnesses in float64, and its
+perturbations in the dtype in which it has sampled them. So ``fitnesses @ perturbations`` would fail.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class _Promoted(TorchFunctionMode):
 
 
 def promoted_products() -> contextlib.AbstractContextManager[Any]:
-    """Inside the block, products of tensors of different dtypes are taken in the widest of them.
+    """Inside the block, compute products of tensors with different dtypes in the widest one.
 
     Example:
         >>> with promoted_products():

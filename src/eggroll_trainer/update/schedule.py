@@ -1,4 +1,4 @@
-"""Schedules of the learning rate and of sigma: the schedulers of ``torch.optim.lr_scheduler`` drive both."""
+"""Schedules of the learning rate and of sigma, both with the schedulers of ``torch.optim.lr_scheduler``."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LRSchedulerFactory = Callable[[torch.optim.Optimizer], LRScheduler]
 
 
 class Schedules:
-    """What changes the learning rates and sigmas of a trainer's parameter groups, one step a generation.
+    """Schedulers of the learning rates and sigmas of a trainer's parameter groups, stepped every generation.
 
     Args:
         trainer: The optimizer whose groups have an ``lr`` and a ``sigma``.
@@ -23,8 +23,8 @@ class Schedules:
         sigma_scheduler: Makes a scheduler from an optimizer whose learning rates stand for the sigmas, or None.
 
     Attributes:
-        lr_scheduler: The scheduler of the learning rate.
-        sigma_scheduler: The scheduler of sigma.
+        lr_scheduler: The scheduler of the learning rate, or None.
+        sigma_scheduler: The scheduler of sigma, or None.
     """
 
     def __init__(
@@ -47,16 +47,16 @@ class Schedules:
 
     @contextlib.contextmanager
     def stepped(self, fitness: float) -> Iterator[None]:
-        """Go on by one generation, of mean fitness ``fitness``; if a scheduler or the block raises, go back."""
+        """Step the schedulers after a generation of mean fitness ``fitness``; undo it if anything raises."""
         before = plain_copy(self.state_dict())
         try:
             if self.lr_scheduler is not None:
                 advance(self.lr_scheduler, fitness)
             if self.sigma_scheduler is not None:
-                # From the sigmas that the groups have now, which may have been set since.
+                # The user may have changed the sigmas of the groups.
                 for group, stand_in in zip(self._groups, self._stand_in.param_groups, strict=True):
                     stand_in["lr"] = group["sigma"]
-                # A scheduler expects its optimizer to have stepped; this one has no gradients and does nothing.
+                # Schedulers warn unless their optimizer has stepped. Without gradients, the step does nothing.
                 self._stand_in.step()
                 advance(self.sigma_scheduler, fitness)
                 self._write_sigmas()
@@ -95,11 +95,18 @@ class Schedules:
 def make_scheduler(
     name: str, factory: LRSchedulerFactory, optimizer: torch.optim.Optimizer, mode: str = "max"
 ) -> LRScheduler:
-    """Return ``factory(optimizer)``; ``mode`` is whether the mean fitness is to rise, ``"max"``, or fall, ``"min"``.
+    """Return the scheduler that a factory makes for an optimizer.
+
+    Args:
+        name: Name of the argument, for messages.
+        factory: Makes the scheduler.
+        optimizer: The optimizer.
+        mode: ``"max"`` if the mean fitness is to rise, ``"min"`` if it is to fall.
 
     Raises:
-        TypeError: It is not a scheduler.
-        ValueError: It is one of another optimizer, cycles a momentum, or waits for a fitness to fall that rises.
+        TypeError: The factory does not make a scheduler.
+        ValueError: The scheduler is for another optimizer, cycles a momentum, or is a ``ReduceLROnPlateau`` with the
+            other mode.
     """
     try:
         scheduler = factory(optimizer) if callable(factory) else None

@@ -1,4 +1,4 @@
-"""The face of a ``torch.optim.Optimizer``: what a trainer has in common with optimizers that follow gradients."""
+"""The part of the ``torch.optim.Optimizer`` interface that trainers implement themselves."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Any
 from .._utils import validation
 
 
-class OptimizerFace:
-    """For an optimizer without gradients, with a learning rate and a sigma in each parameter group."""
+class OptimizerInterface:
+    """Mixin for an optimizer without gradients, with an ``lr`` and a ``sigma`` in each parameter group."""
 
     param_groups: list[dict[str, Any]]
 
