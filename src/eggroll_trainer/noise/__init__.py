@@ -1,1 +1,1 @@
-"""Noise: from a key (seed, generation, parameter name, member) to random numbers, without any state."""
+"""Noise: random numbers as a pure function of a key (seed, generation, parameter name, member)."""

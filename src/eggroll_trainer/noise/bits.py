@@ -1,9 +1,9 @@
-"""Random numbers of random bits: any part of a stream, the same on every device, and however many threads make it.
+"""Random numbers from a counter-based generator: any part of a stream, with the same bits on every device.
 
 The words of a stream are those of SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number generators",
-2014): word ``i`` is ``mix(start + i·step)`` modulo 2⁶⁴, with a ``start`` and an odd ``step`` of the stream's own.
-Normal numbers are quantiles of 16 bits each, which is twice as fast as torch's own (32 bits, a logarithm, a root and a
-sine); signs take a bit each.
+2014): word ``i`` is ``mix(start + i·step)`` modulo 2⁶⁴. Each stream has its own ``start`` and odd ``step``. A normal
+number is a quantile of 16 bits, looked up in a table. That is twice as fast as torch's generator, which takes 32 bits,
+a logarithm, a root and a sine. A sign takes one bit.
 """
 
 from __future__ import annotations
@@ -25,26 +25,26 @@ from .._utils.memory import is_out_of_memory
 NoiseKind = Literal["gaussian", "rademacher"]
 Words = np.ndarray[Any, np.dtype[np.uint64]]
 
-# Numbers that come of a word of 64 bits.
+# Random numbers per word of 64 bits.
 _PER_WORD: dict[NoiseKind, int] = {"gaussian": 4, "rademacher": 64}
 
-# Numbers are made in rows of so many, each of one stream: one operation then makes those of many streams.
+# Numbers are made in rows of this size. Each row belongs to one stream, so that one operation serves many streams.
 _ROW = 256
 
-# Rows that are made at a time where nothing is compiled, so that their words are still in the cache when they are used.
+# Rows per batch without compiled code, so that their words stay in the cache.
 _BATCH_ROWS = 512
 
-# Rows that torch makes at a time, which bounds the memory that their words take.
+# Rows per batch with torch, to bound the memory of their words.
 _TORCH_ROWS = 2**16
 
-# So many numbers are worth a second thread: for less it would find its core taken by torch's own, which look out for
-# new work for some milliseconds after they have finished.
+# Numbers per thread. For fewer, a further thread does not pay: torch's own threads keep their cores busy for some
+# milliseconds after their work, waiting for more.
 _SHARED = 2**22
 
-# So many are worth a call of compiled code, which takes a tenth of a millisecond and a few seconds the first time.
+# Smallest count for compiled code. A call costs a tenth of a millisecond, the first one a few seconds.
 _COMPILED = 2**18
 
-# How SplitMix64 mixes a word: twice a shift and a multiplier, then a shift.
+# The mixing function of SplitMix64: two rounds of a shift and a multiplication, then a shift.
 _ROUNDS = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
 _LAST_SHIFT = 31
 
@@ -53,9 +53,9 @@ class Part(NamedTuple):
     """Numbers ``start, …, stop - 1`` of a stream.
 
     Attributes:
-        entropy: 16 bytes, the stream's.
-        start: The first number.
-        stop: One after the last.
+        entropy: The 16 bytes that define the stream.
+        start: Index of the first number.
+        stop: Index after the last number.
     """
 
     entropy: bytes
@@ -69,10 +69,10 @@ def random_numbers(
     """Return random numbers of zero mean and unit variance, ``[stop - start]`` in float32 for each part.
 
     Args:
-        parts: At least one.
+        parts: The parts to make, at least one.
         kind: ``"gaussian"``, or ``"rademacher"`` for ±1 with equal probability.
-        device: Where they are made and returned.
-        compile: Whether to make many numbers by compiled code: the same ones, faster.
+        device: Device on which the numbers are made and returned.
+        compile: Whether to use compiled code for large counts. It gives the same numbers faster.
     """
     per_word = _PER_WORD[kind]
     row_words = _ROW // per_word
@@ -81,13 +81,13 @@ def random_numbers(
         start, step = _start_and_step(part.entropy)
         word, skipped = divmod(part.start, per_word)
         size = part.stop - part.start
-        # Where the stream would have to start for its words to come in the right row.
+        # The start for which row 0 would belong to this stream too, so that its own rows get the right words.
         starts.append((start + (word - end * row_words) * step) % 2**64)
         steps.append(step)
         counts.append(-(-(skipped + size) // _ROW))
         slices.append(slice(end * _ROW + skipped, end * _ROW + skipped + size))
         end += counts[-1]
-    # Of unsigned words, products and sums are modulo 2⁶⁴.
+    # Unsigned arithmetic wraps around modulo 2⁶⁴.
     row_steps: Words = np.repeat(np.array(steps, np.uint64), counts)
     row_starts: Words = np.multiply(row_steps, np.arange(0, end * row_words, row_words, dtype=np.uint64))
     row_starts += np.repeat(np.array(starts, np.uint64), counts)
@@ -98,7 +98,7 @@ def random_numbers(
 
 def _start_and_step(entropy: bytes) -> tuple[int, int]:
     start, step = int.from_bytes(entropy[:8], "little"), int.from_bytes(entropy[8:], "little") | 1
-    # A step with few changes between neighbouring bits mixes badly; the generator's authors replace it like this.
+    # As the generator's authors do, replace a step with few transitions between neighbouring bits: it mixes badly.
     return start, step ^ 0xAAAAAAAAAAAAAAAA if (step ^ step >> 1).bit_count() < 24 else step
 
 
@@ -115,7 +115,7 @@ def _fill_by_numpy(out: Tensor, starts: Words, steps: Words, kind: NoiseKind) ->
     batches = deque(slice(first, first + _BATCH_ROWS) for first in range(0, len(starts), _BATCH_ROWS))
 
     def work() -> None:
-        # In a new thread no mode of torch's is on.
+        # Modes belong to threads: a new thread must enter inference mode itself.
         with torch.inference_mode(out.is_inference()):
             while True:
                 try:
@@ -152,17 +152,17 @@ def _words_by_numpy(starts: Words, steps: Words, size: int) -> Words:
     return words
 
 
-# Elsewhere, and compiled: the same numbers.
+# On accelerators and with compiled code. The numbers are the same.
 
 
 def _fill_by_torch(out: Tensor, starts: Words, steps: Words, kind: NoiseKind, compile: bool) -> bool:
-    """Do so where NumPy cannot; return False on a CPU without a compiler."""
+    """Fill as :func:`_fill`, with torch; return False on a CPU without a compiler."""
     function: Callable[..., None] = _gaussian if kind == "gaussian" else _rademacher
     tables = [_normal_quantiles(out.device)] if kind == "gaussian" else []
     for first in range(0, len(starts), _TORCH_ROWS):
         rows = slice(first, first + _TORCH_ROWS)
         words = [torch.from_numpy(array[rows].view(np.int64)).to(out.device) for array in (starts, steps)]
-        # Memory that is there to write into is faster than new one.
+        # Writing into existing memory is faster than allocating.
         arguments = [*words, *tables, out[rows.start * _ROW : rows.stop * _ROW]]
         if not (compile and _run_compiled(function, *arguments)):
             if out.is_cpu:
@@ -183,7 +183,7 @@ def _rademacher(starts: Tensor, steps: Tensor, out: Tensor) -> None:
 
 
 def _words(starts: Tensor, steps: Tensor, size: int) -> Tensor:
-    """Return the words of each row, ``[rows, size]`` in int64, whose shifts keep the sign and are masked therefore."""
+    """Return the words of each row, ``[rows, size]`` in int64."""
     words = starts[:, None] + steps[:, None] * torch.arange(size, device=starts.device)
     for shift, multiplier in _ROUNDS:
         words = (words ^ _shifted(words, shift)) * (multiplier - 2**64)
@@ -191,17 +191,18 @@ def _words(starts: Tensor, steps: Tensor, size: int) -> Tensor:
 
 
 def _shifted(words: Tensor, shift: int) -> Tensor:
+    # A right shift of int64 copies the sign bit; the mask clears it.
     return words >> shift & (1 << 64 - shift) - 1
 
 
 def _run_compiled(function: Callable[..., None], *tensors: Tensor) -> bool:
-    """Call compiled code; return False where there is none, for want of a compiler say, as forwards then report."""
+    """Call compiled code; return False if it fails, for example without a compiler. Forwards warn about that."""
     compiled = _compiled(function)
     if compiled in _FAILED:
         return False
     try:
         with warnings.catch_warnings():
-            # What torch warns of while it compiles is for its own authors.
+            # Warnings of torch's compiler say nothing to users.
             warnings.simplefilter("ignore")
             compiled(*tensors)
         return True
@@ -222,11 +223,11 @@ def _compiled(function: Callable[..., None]) -> Kernel:
 
 @functools.cache
 def _normal_quantiles(device: torch.device) -> Tensor:
-    """Return, for every 16 bits, the middle one of the normal numbers that they stand for: ``[65536]``.
+    """Return the normal number for each value of 16 bits, ``[65536]``: the middle of its quantile interval.
 
-    They are symmetric, and scaled to unit variance; their kurtosis is 2.9992 where a normal number has 3.
+    The table is symmetric and scaled to unit variance. Its kurtosis is 2.9992; that of the normal distribution is 3.
     """
-    # Reckoned on a CPU, to be the same everywhere.
+    # Computed on the CPU, to have the same bits on every device.
     with torch.inference_mode(False), torch.device("cpu"):
         positive = torch.special.ndtri((torch.arange(2**15, dtype=torch.float64) + (2**15 + 0.5)) / 2**16)
         positive /= positive.square().mean().sqrt()
@@ -235,7 +236,7 @@ def _normal_quantiles(device: torch.device) -> Tensor:
 
 @functools.cache
 def _signs_of_bytes() -> Tensor:
-    """Return, for every byte, its bits as ±1, the lowest first: ``[256, 8]``, on a CPU."""
+    """Return the bits of every byte as ±1, lowest bit first: ``[256, 8]``, on the CPU."""
     with torch.inference_mode(False), torch.device("cpu"):
         bits = torch.arange(256)[:, None] >> torch.arange(8) & 1
         return (2.0 * bits - 1.0).float()

@@ -1,7 +1,6 @@
 """Random streams: noise is a pure function of (seed, generation, parameter name, member).
 
-Nothing is stored across a generation and torch's global generator is never touched: whoever needs the noise of some
-members again asks for it by the same key and gets the same bits.
+Noise is not stored: the same key gives the same bits again. torch's global generator is never used.
 """
 
 from __future__ import annotations
@@ -18,28 +17,32 @@ from torch import Tensor
 
 from .bits import NoiseKind, Part, random_numbers
 
-# Streams are drawn together up to so many numbers, which stay together in memory.
+# Streams are drawn together up to this many numbers, which share one allocation.
 _GROUP_NUMBERS = 2**24
 
-# torch's CPU generator is a Mersenne Twister, whose `manual_seed` keeps only 32 bits of a seed: of a hundred thousand
-# streams some would be the same. The whole state is set instead; its serialised form is a header, 624 words in 64-bit
-# slots, and the cache of an unfinished normal pair.
+# torch's CPU generator is a Mersenne Twister, and its `manual_seed` keeps only 32 bits of a seed. Among a hundred
+# thousand streams, some would be equal. So we set the whole state. Its serialised form is a header, 624 words in 64-bit
+# slots, and a cached normal number.
 _WORDS = 624
 _STATE_HEADER = 24
 
-# Normal numbers are quantiles of 16 random bits.
+# Bound of the magnitude of normal numbers, which are quantiles of 16 random bits.
 LARGEST_NORMAL = 4.4
 
 
 def check_noise_kind(kind: object) -> NoiseKind:
-    """Return ``kind`` if it names a distribution of low-rank factors, else raise ``ValueError``."""
+    """Return ``kind`` if it names a distribution of low-rank factors.
+
+    Raises:
+        ValueError: It does not.
+    """
     if kind not in get_args(NoiseKind):
         raise ValueError(f"noise must be one of {', '.join(map(repr, get_args(NoiseKind)))}, got {kind!r}")
     return kind  # type: ignore[return-value]
 
 
 def _key_bytes(*key: int | str) -> bytes:
-    """Serialise a key injectively: two different keys never share their bytes."""
+    """Serialise a key; different keys have different bytes."""
     return b"".join(
         b"%c%d:%s" % (b"is"[isinstance(part, str)], len(text), text) for part in key for text in [str(part).encode()]
     )
@@ -60,7 +63,7 @@ def keyed_generator(*key: int | str, device: torch.device | str = "cpu") -> torc
 
     Args:
         key: Integers and strings; changing any of them changes the whole stream.
-        device: Where the generator draws. Streams of different device types differ.
+        device: Device of the generator. The streams of different device types differ.
     """
     device = torch.device(device)
     generator = torch.Generator(device)
@@ -82,10 +85,10 @@ def _fresh_cpu_state() -> np.ndarray[Any, np.dtype[np.uint8]]:
 
 @contextlib.contextmanager
 def forked_rng(*key: int | str, device: torch.device | str = "cpu") -> Iterator[None]:
-    """Seed torch's global generators from ``key`` inside the block, and put them back after it.
+    """Seed torch's global generators from ``key`` inside the block, and restore them after it.
 
-    Dropout and the samplers of custom trainers draw from the global generator; this makes them functions of the
-    trainer's seed without the caller's own stream moving.
+    Dropout and custom trainers draw from the global generators. Inside the block, they depend on the trainer's seed
+    alone, and the caller's generators do not advance.
     """
     device = torch.device(device)
     with kept_rng([device]):
@@ -98,9 +101,9 @@ def forked_rng(*key: int | str, device: torch.device | str = "cpu") -> Iterator[
 
 @contextlib.contextmanager
 def kept_rng(devices: Iterable[torch.device] = ()) -> Iterator[None]:
-    """Put torch's global generators of the CPU and of ``devices`` back after the block, as they were before it."""
+    """Restore torch's global generators of the CPU and of ``devices`` after the block."""
     with contextlib.ExitStack() as stack:
-        # By default it asks for the accelerator's module, in older releases for CUDA's, whatever the devices are.
+        # Without device_type, fork_rng looks for the accelerator's module even if there are no devices.
         stack.enter_context(torch.random.fork_rng([], device_type="cuda"))
         for device in devices:
             if _has_generator(device):
@@ -114,13 +117,13 @@ def _has_generator(device: torch.device) -> bool:
 
 
 class Stream(NamedTuple):
-    """The random numbers of one parameter.
+    """The random stream of one parameter.
 
     Attributes:
         name: Name of the parameter in its model.
-        numel: Random numbers in one draw.
+        numel: Number of random numbers in one draw.
         kind: ``"gaussian"``, or ``"rademacher"`` for ±1 with equal probability.
-        device: Where the noise is generated and returned.
+        device: Device on which the noise is made and returned.
     """
 
     name: str
@@ -134,7 +137,7 @@ class Noise:
 
     Args:
         seed: Seed of the run.
-        compile: Whether to make it by compiled code where there is much of it: the same numbers, faster.
+        compile: Whether to use compiled code for large draws. It gives the same numbers faster.
 
     Example:
         >>> noise = Noise(seed=0)
@@ -154,8 +157,8 @@ class Noise:
         Args:
             generation: Index of the generation.
             first: Index of the first draw. A draw serves one member, or several if noise is reused.
-            count: How many consecutive draws, at least 1.
-            streams: Whose numbers are drawn, each with a name of its own.
+            count: Number of consecutive draws, at least 1.
+            streams: The streams to draw from, with different names.
         """
         drawn: dict[str, Tensor] = {}
         for group in _groups(streams, count):
@@ -173,7 +176,7 @@ class Noise:
 
 
 def _groups(streams: Sequence[Stream], count: int) -> Iterator[list[Stream]]:
-    """Split into streams of one kind and device, not too large, whose noise is made together."""
+    """Split streams into groups of one kind and device, of limited size, whose noise is made together."""
     alike: dict[tuple[str, str], list[Stream]] = {}
     for stream in streams:
         group = alike.setdefault((stream.kind, str(stream.device)), [])

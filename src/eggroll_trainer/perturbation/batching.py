@@ -1,4 +1,4 @@
-"""How an operation with a batching rule of its own is carried out under ``torch.vmap``."""
+"""Helpers to work with tensors under ``torch.vmap``, and to call batching rules directly."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from .._torch import (
 )
 
 
-def unanimous(tensor: Tensor) -> Tensor | None:
-    """Return what a tensor is for every member, if it is the same for all, else None.
+def common_value(tensor: Tensor) -> Tensor | None:
+    """Return the common value of a batched tensor if it is the same for all members, else None.
 
-    Outside of a ``torch.vmap`` it is the tensor itself.
+    Outside of a ``torch.vmap``, return the tensor itself.
     """
     if torch.compiler.is_compiling():
         return None
@@ -38,8 +38,8 @@ def unanimous(tensor: Tensor) -> Tensor | None:
         return first if torch.equal(values, first.unsqueeze(dim).expand_as(values)) else None
 
 
-def own(tensor: Tensor, size: int) -> Tensor:
-    """Return a tensor of which each member under the innermost ``torch.vmap`` has a copy of its own."""
+def copy_per_member(tensor: Tensor, size: int) -> Tensor:
+    """Return a tensor with one copy for each of ``size`` members, batched under the innermost ``torch.vmap``."""
     transform = peek_interpreter_stack()
     if transform is None or transform.key() != TransformType.Vmap or is_functorch_wrapped_tensor(tensor):
         return tensor
@@ -49,8 +49,8 @@ def own(tensor: Tensor, size: int) -> Tensor:
     return add_batch_dim(copies, 0, interpreter.level())
 
 
-def members_in_front(tensor: Tensor, dim: int) -> Tensor:
-    """Return a tensor as it is for one member under the innermost ``torch.vmap``; ``dim`` is that of members."""
+def as_batched(tensor: Tensor, dim: int) -> Tensor:
+    """Return a tensor batched under the innermost ``torch.vmap``, whose members are its dimension ``dim``."""
     transform = peek_interpreter_stack()
     assert transform is not None
     return add_batch_dim(tensor, dim, VmapInterpreter(transform).level())
@@ -61,14 +61,14 @@ class _Info(NamedTuple):
 
 
 def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
-    """Return ``function.apply(*arguments)``, directly by its batching rule where the innermost transform is a vmap.
+    """Return ``function.apply(*arguments)``; if the innermost transform is a vmap, call the batching rule directly.
 
-    That is what torch does as well, after looking at signatures and nested structures, which for a small layer takes
-    three times as long as the layer.
+    The result is that of torch. But torch first inspects signatures and nested structures, which for a small layer
+    takes three times as long as the layer.
 
     Args:
-        function: One whose ``vmap`` asks for no more than the batch size, and returns one tensor.
-        arguments: Tensors, and what holds none.
+        function: Its ``vmap`` must use nothing but the batch size of ``info``, and return one tensor.
+        arguments: Tensors, and objects that contain no tensors.
     """
     transform = None if torch.compiler.is_compiling() else peek_interpreter_stack()
     if transform is None or transform.key() != TransformType.Vmap:

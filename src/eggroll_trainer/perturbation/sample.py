@@ -1,6 +1,6 @@
 """Perturbations of the members of a chunk, in factored form, and sums over them.
 
-Member ``i`` is served by draw ``i // reuse`` with the sign ``s = +1, -1, +1, …``, and differs from the centre by
+Member ``i`` uses draw ``i // reuse`` with the sign ``s = +1, -1, +1, …``. It differs from the centre by
 
 - ``s·σ·A Bᵀ/√R`` in a matrix parameter, ``A [O, R]`` and ``B [I, R]`` of unit variance (the paper's equation 8);
 - ``s·σ·ε`` in any other, ``ε ~ N(0, 1)``.
@@ -42,24 +42,24 @@ class ParameterSpec:
 
     @property
     def numel(self) -> int:
-        """Return the random numbers in one draw."""
+        """Number of random numbers in one draw."""
         return self.centre.numel() if self.rank is None else self.rank * LowRankDraws.sides(self.centre.shape)
 
     @property
     def largest(self) -> float:
-        """Return a magnitude that no entry of a perturbation exceeds."""
+        """Upper bound of the magnitude of an entry of a perturbation."""
         if self.rank is None:
             return self.sigma * LARGEST_NORMAL
         return self.sigma * math.sqrt(self.rank) * (LARGEST_NORMAL**2 if self.kind == "gaussian" else 1.0)
 
 
 def matrix_shape(shape: Sequence[int]) -> tuple[int, int] | None:
-    """Return ``(O, I)`` of a parameter that counts as a matrix, a kernel as ``(O, I·kh·kw)``; None for others."""
+    """Return ``(O, I)`` of a matrix, ``(O, I·kh·kw)`` of a kernel, and None for parameters of fewer dimensions."""
     return (shape[0], math.prod(shape[1:])) if len(shape) >= 2 else None
 
 
 def effective_rank(shape: Sequence[int], rank: int | None) -> int | None:
-    """Return the rank to perturb with, or None where the full-rank perturbation is not larger than the factors."""
+    """Return the rank of the perturbation, or None if a full-rank perturbation takes no more numbers than factors."""
     matrix = matrix_shape(shape)
     if matrix is None or rank is None or rank * sum(matrix) >= math.prod(matrix):
         return None
@@ -72,12 +72,12 @@ def _split(factors: Tensor, O: int) -> tuple[Tensor, Tensor]:
 
 
 class SharedDraws(NamedTuple):
-    """The draws of one parameter, before they are given out to the members that share each.
+    """The draws of one parameter, with one entry for all members that share a draw.
 
     Attributes:
-        noise: Factors ``[d, R, O + I]``, or values ``[d, *shape]``.
-        scales: ``[reuse]``, what the noise is multiplied by for each of the members that share it.
-        rows: ``O``, or None for values.
+        noise: Factors ``[d, R, O + I]``, or full-rank values ``[d, *shape]``.
+        scales: ``[reuse]``, the factor of the noise for each of the members that share a draw.
+        rows: ``O``, or None for full-rank values.
     """
 
     noise: Tensor
@@ -85,7 +85,7 @@ class SharedDraws(NamedTuple):
     rows: int | None
 
     def members(self) -> tuple[Tensor, Tensor] | Tensor:
-        """Return every member's ``A [n, O, R]``, scaled, and ``B [n, I, R]``, or its scaled values ``[n, *shape]``."""
+        """Return the scaled ``A [n, O, R]`` and ``B [n, I, R]`` of all members, or scaled values ``[n, *shape]``."""
         scales = self.scales.view(-1, *[1] * (self.noise.ndim - 1))
         if self.rows is None:
             return (self.noise[:, None] * scales).flatten(0, 1)
@@ -118,7 +118,7 @@ class LowRankDraws:
 
     @staticmethod
     def sides(shape: Sequence[int]) -> int:
-        """Return ``O + I``, the random numbers that one draw of rank 1 takes."""
+        """Return ``O + I``, the number of random numbers in a draw of rank 1."""
         return shape[0] + math.prod(shape[1:])
 
     def shared(self) -> SharedDraws:
@@ -209,7 +209,7 @@ class Perturbations:
         return sum(draws.noise.nbytes for draws in self.draws.values())
 
     def part(self, first: int, count: int) -> Perturbations:
-        """Return those of members ``first, …, first + count - 1``, which share no draw with others."""
+        """Return the perturbations of members ``first, …, first + count - 1``, which share no draw with others."""
         reuse = len(self.signs)
         draws = slice(first // reuse, (first + count) // reuse)
         return Perturbations({name: own.part(draws) for name, own in self.draws.items()}, self.signs, count)
@@ -219,14 +219,14 @@ class Perturbations:
         return {name: draws.shared().members() for name, draws in self.draws.items()}
 
     def dense(self, member: int) -> dict[str, Tensor]:
-        """Return one member's perturbations in full, in float32 or wider."""
+        """Return one member's perturbations as dense tensors, in float32 or wider."""
         draw, use = divmod(member, len(self.signs))
         return {name: draws.dense(draw) * float(self.signs[use]) for name, draws in self.draws.items()}
 
     def weighted_sum(self, weights: Tensor) -> dict[str, Tensor]:
         """Return ``Σ_i w_i · perturbation_i`` of every parameter, in float32 or wider.
 
-        The members that share a draw share its product: with antithetic pairs the sum is over ``n/2`` draws.
+        Members that share a draw also share its product. With antithetic pairs, the sum is over ``n/2`` draws.
 
         Args:
             weights: ``[n]``.
@@ -259,8 +259,8 @@ def sample(
         specs: The parameters to perturb.
         generation: Index of the generation.
         first: Index of the first member, a multiple of ``reuse``.
-        count: How many members, a multiple of ``reuse``.
-        reuse: How many members share a draw, with alternating signs.
+        count: Number of members, a multiple of ``reuse``.
+        reuse: Number of members that share a draw, with alternating signs.
     """
     assert first % reuse == 0 and count % reuse == 0, "a noise draw never straddles two chunks"
     signs = torch.tensor([1.0, -1.0], device="cpu").repeat(reuse)[:reuse]
@@ -280,14 +280,14 @@ def sample(
         else:
             factors = value.view(-1, spec.rank, LowRankDraws.sides(shape))
             if spec.fixed_rows:
-                # Of A; a row of A Bᵀ is one of A times B.
+                # The first O entries are A. A row of A Bᵀ is zero if that row of A is.
                 factors[..., list(spec.fixed_rows)] = 0
             draws[spec.name] = LowRankDraws(factors, spec, own_signs)
     return Perturbations(draws, signs, count)
 
 
 def members_of(value: SharedDraws | tuple[Tensor, Tensor] | Tensor) -> tuple[Tensor, Tensor] | Tensor:
-    """Return the perturbations of a parameter with a leading dimension of members, be they given out yet or not."""
+    """Return the perturbations of a parameter with a leading dimension of members."""
     return value.members() if isinstance(value, SharedDraws) else value
 
 
@@ -300,5 +300,5 @@ def perturb(centre: Tensor, member: tuple[Tensor, Tensor] | Tensor) -> Tensor:
 
 
 def wide_dtype(tensor: Tensor) -> torch.dtype:
-    """Return the dtype in which sums over a parameter are taken: float32, or wider if it is."""
+    """Return the dtype for sums over a tensor: float32, or its own dtype if that is wider."""
     return torch.promote_types(tensor.dtype, torch.float32)

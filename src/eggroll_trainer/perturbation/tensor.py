@@ -1,7 +1,7 @@
-"""The perturbed parameter: what a model finds in the place of a weight while it runs for one member.
+"""Perturbed parameters: tensor subclasses that take the place of a weight while the model runs for one member.
 
-``PerturbedTensor`` stands for ``W + A Bᵀ`` without forming it. Operations with a rule (the other modules of this
-folder) use the factors; every other operation gets the dense sum. So any use of a parameter sees its perturbation.
+``PerturbedTensor`` represents ``W + A Bᵀ`` without forming it. Operations with a rule, in the folder ``rules``, use the
+factors. Every other operation gets the dense sum. So any use of a parameter sees its perturbation.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from . import batching
 
 Rule = Callable[..., Any]
 
-# Operation → how it is computed with a perturbed parameter. A rule returns NotImplemented for arguments that it does
-# not cover, and the dense form is used.
+# Operation → its implementation for perturbed parameters. A rule returns NotImplemented for arguments that it does not
+# cover; then the dense form is used.
 RULES: dict[Any, Rule] = {}
-# The rules that also stand in for the plain operation, because torch.vmap has no (or only a slow) batching rule for it.
+# The rules that also replace the operation on plain tensors, as torch.vmap has no batching rule for it, or a slow one.
 ALWAYS: dict[Any, Rule] = {}
 
 
 def rule(*functions: Any, always: bool = False) -> Callable[[Rule], Rule]:
-    """Register the decorated function as the rule of ``functions``."""
+    """Register the decorated function as the rule of ``functions``; with ``always``, for plain tensors too."""
 
     def register(implementation: Rule) -> Rule:
         for function in functions:
@@ -51,14 +51,14 @@ class PerturbedTensor(torch.Tensor):
     A: Tensor
     B: Tensor
     _dense: Tensor | None
-    # By this isinstance(…, nn.Parameter) holds.
+    # Makes isinstance(…, nn.Parameter) true.
     _is_param = True
 
     @staticmethod
     def wrap(centre: Tensor, A: Tensor, B: Tensor) -> PerturbedTensor:
         """Return ``centre + A Bᵀ`` in factored form."""
-        # The tensor's own memory is one NaN, seen at every index: code that got past __torch_function__ could not
-        # take the unperturbed weight for the perturbed one unnoticed.
+        # The tensor's own storage is a single NaN. Code that bypasses __torch_function__ then computes NaN, instead of
+        # using the unperturbed weight unnoticed.
         hollow = torch.full((), float("nan"), dtype=centre.dtype, device=centre.device).expand(centre.shape)
         tensor = hollow.as_subclass(PerturbedTensor)
         tensor.centre, tensor.A, tensor.B, tensor._dense = centre, A, B, None
@@ -88,20 +88,20 @@ class PerturbedTensor(torch.Tensor):
             result = implementation(*args, **kwargs)
             if result is not NotImplemented:
                 return result
-        # What is compiled has run eagerly before; the names of functions are nothing that can be traced.
+        # Compiled code has run eagerly before, so it was checked then. Names of functions cannot be traced.
         if not torch.compiler.is_compiling() and _writes_into_perturbed(func, args, kwargs):
             raise RuntimeError(
                 f"the model changes a perturbed parameter in place ({getattr(func, '__name__', func)}); the change"
-                " would be lost with this member. Compute a new tensor instead."
+                " would be lost after this member. Compute a new tensor instead."
             )
         return func(*tree_map(densify, args), **tree_map(densify, kwargs))
 
 
 class DenseParameter(torch.Tensor):
-    """A parameter of one member in full, where the perturbation has no factors: a bias, say.
+    """A dense parameter of one member, for perturbations without factors, such as that of a bias.
 
-    A tensor like any other, but for what a model may ask of a parameter: ``isinstance(…, nn.Parameter)`` and
-    ``requires_grad``, which tensors under ``torch.vmap`` do not have.
+    It is an ordinary tensor, except that ``isinstance(…, nn.Parameter)`` and ``requires_grad`` are True. Tensors under
+    ``torch.vmap`` have neither.
     """
 
     _is_param = True
@@ -131,7 +131,7 @@ def _ordinary(value: Any) -> Any:
 
 
 def _plain(values: Any) -> Any:
-    """Return arguments in which parameters in full are ordinary tensors."""
+    """Return arguments with ordinary tensors in place of dense parameters."""
     return tree_map(_ordinary, values)
 
 
@@ -143,13 +143,13 @@ def densify(value: Any) -> Any:
 def dense_sum(centre: Tensor, A: Tensor, B: Tensor) -> Tensor:
     """Return ``centre + A Bᵀ`` in ``centre``'s shape and dtype, added in float32 or wider."""
     wide = torch.promote_types(centre.dtype, torch.float32)
-    # Autocast would make the product a rounded one.
+    # Autocast would compute the product in low precision.
     with torch.autocast(centre.device.type, enabled=False):
         return (centre.to(wide) + (A.to(wide) @ B.to(wide).mT).reshape(centre.shape)).to(centre.dtype)
 
 
 def autocast_like_linear(tensor: Tensor) -> Tensor:
-    """Return ``tensor`` in the dtype that autocast, if it is on, gives the inputs of a linear layer."""
+    """Return ``tensor`` in the dtype to which autocast, if it is on, casts the inputs of a linear layer."""
     device = tensor.device.type
     if not torch.is_autocast_enabled(device) or not tensor.is_floating_point() or tensor.dtype == torch.float64:
         return tensor
@@ -157,16 +157,17 @@ def autocast_like_linear(tensor: Tensor) -> Tensor:
 
 
 class BatchingRules(TorchFunctionMode):
-    """Inside the block, operations that torch.vmap cannot batch well are computed by rules of ours.
+    """Inside the block, our rules compute the operations that torch.vmap cannot batch well.
 
     Args:
-        own_factories: Number of members, to have tensors that the model makes (``torch.zeros``, say) be each member's
-            own, so that it can fill them with what differs between members. If None they are shared, which is cheaper.
+        factory_copies: Number of members, to give each member its own copy of tensors that the model makes, such as by
+            ``torch.zeros``. The model can then write different values into them. If None, members share these tensors,
+            which is cheaper.
     """
 
-    def __init__(self, own_factories: int | None = None) -> None:
+    def __init__(self, factory_copies: int | None = None) -> None:
         super().__init__()
-        self._own_factories = own_factories
+        self._factory_copies = factory_copies
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -178,8 +179,8 @@ class BatchingRules(TorchFunctionMode):
             result = implementation(*args, **kwargs)
             if result is not NotImplemented:
                 return result
-        if self._own_factories is not None and func in _FACTORIES:
-            return batching.own(func(*args, **kwargs), self._own_factories)
+        if self._factory_copies is not None and func in _FACTORIES:
+            return batching.copy_per_member(func(*args, **kwargs), self._factory_copies)
         return func(*args, **kwargs)
 
 
@@ -192,11 +193,11 @@ def _writes_into_perturbed(func: Any, args: tuple[Any, ...], kwargs: dict[str, A
 
 
 def _getters(*names: str) -> set[Any]:
-    # Not every release of torch has all of them.
+    # Not every release of torch has all of these attributes.
     return {getattr(torch.Tensor, name).__get__ for name in names if hasattr(torch.Tensor, name)}
 
 
-# What these say of the centre is true of the sum.
+# These have the same result for the centre and for the sum.
 METADATA = _getters(
     "shape", "dtype", "device", "ndim", "layout", "requires_grad", "is_cuda", "is_cpu", "is_meta", "is_mps", "is_xpu",
     "is_sparse", "is_quantized", "is_nested", "is_mkldnn", "is_leaf", "itemsize", "nbytes", "names", "grad_fn", "grad",
@@ -207,7 +208,7 @@ METADATA = _getters(
     torch.Tensor.is_inference, torch.Tensor.is_signed, torch.numel, torch.is_floating_point, torch.is_complex,
     torch.is_tensor, torch.is_inference, torch.is_same_size,
 }  # fmt: skip
-# What makes a tensor from sizes.
+# Functions that make a tensor from sizes.
 _FACTORIES: set[Any] = {
     torch.zeros, torch.ones, torch.full, torch.empty, torch.zeros_like, torch.ones_like, torch.full_like,
     torch.empty_like, torch.Tensor.new_zeros, torch.Tensor.new_ones, torch.Tensor.new_full, torch.Tensor.new_empty,

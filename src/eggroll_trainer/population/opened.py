@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .._torch import TreeSpec, is_functorch_wrapped_tensor
 from ..perturbation import BatchingRules
-from ..perturbation.batching import members_in_front
+from ..perturbation.batching import as_batched
 from ..perturbation.sample import members_of
 from .containers import Contents, Kept, contents, is_container
 from .forward import PLAIN_TYPES, Call, for_one
@@ -77,7 +77,7 @@ def run_opened(
             raise
     try:
         # A tensor that the module has made, of one member's shape, was to be filled with what differs between members.
-        return _run(call, objects, again, held_dims, BatchingRules(own_factories=call.size))
+        return _run(call, objects, again, held_dims, BatchingRules(factory_copies=call.size))
     except Exception:
         kept.restore()
         raise
@@ -92,9 +92,7 @@ def _run(
 
     def place_held() -> None:
         # Not as arguments of torch.vmap, which would hold them until it returns.
-        before.exchange(
-            [t if dim is None else members_in_front(t, dim) for t, dim in zip(held, held_dims, strict=True)]
-        )
+        before.exchange([t if dim is None else as_batched(t, dim) for t, dim in zip(held, held_dims, strict=True)])
         held.clear()
 
     def member(_: Tensor, factors: dict[str, Any], own: list[Tensor]) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""Rules: what operations do with a perturbed parameter. Importing a module of rules registers them."""
+"""Rules: how operations compute with a perturbed parameter. Importing a module registers its rules."""
 
 from . import attention, conv, embedding, linear, products, recurrent, values
 

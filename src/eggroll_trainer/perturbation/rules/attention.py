@@ -18,7 +18,7 @@ from ..tensor import densify, rule
 
 
 class _Attention(torch.autograd.Function):
-    """Scaled dot-product attention whose batching rule makes the members part of the batch of one fused kernel.
+    """Scaled dot-product attention with a batching rule that folds members into the batch of one fused kernel.
 
     Shapes, for one member: ``q [..., H, L, E]``, ``k [..., H, K, E]``, ``v [..., H, K, F]``, ``mask`` broadcastable to
     ``[..., H, L, K]`` or None → ``[..., H, L, F]``.
@@ -32,7 +32,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        """Nothing is kept: evolution strategies don't differentiate."""
+        """Save nothing, as evolution strategies don't differentiate."""
 
     @staticmethod
     def vmap(
@@ -47,7 +47,7 @@ class _Attention(torch.autograd.Function):
         enable_gqa: bool,
     ) -> tuple[Tensor, int]:
         N = info.batch_size
-        # A batched mask of fewer dimensions than q would not line up with it once the members are in front.
+        # Give all tensors the same number of dimensions, so that they broadcast with members in front.
         dims = max(t.ndim - (d is not None) for t, d in zip((q, k, v, mask), in_dims, strict=False) if t is not None)
         dims = max(dims, 3)
 
@@ -65,7 +65,7 @@ class _Attention(torch.autograd.Function):
             else:
                 mask = mask.expand(*batch, *mask.shape[-3:]).reshape(-1, *mask.shape[-3:])
         q, k, v = (t.expand(*batch, *t.shape[-3:]).reshape(-1, *t.shape[-3:]) for t in (q, k, v))
-        # Not forward: there may be another vmap outside of this one.
+        # Not forward: this vmap may be inside another one.
         out = apply(_Attention, q, k, v, mask, is_causal, scale, enable_gqa)
         return out.reshape(*batch, *out.shape[1:]), 0
 
@@ -84,7 +84,7 @@ def attention(
     """Return the scaled dot-product attention of one member."""
     query, key, value, attn_mask = (densify(t) for t in (query, key, value, attn_mask))
     if is_causal and attn_mask is not None:
-        return NotImplemented  # PyTorch says why.
+        return NotImplemented  # PyTorch raises the error.
     if dropout_p > 0:
         if enable_gqa:
             key, value = (t.repeat_interleave(query.shape[-3] // t.shape[-3], -3) for t in (key, value))
@@ -94,9 +94,9 @@ def attention(
             attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill(~attn_mask, -torch.inf)
         weights = attention_weights(query, key, attn_mask, scale)
         if attn_mask is not None:
-            # As the fused kernels do: a query that may attend to nothing gets zeros.
+            # A query with no allowed key gets zeros, as in the fused kernels.
             weights = torch.where((attn_mask == -torch.inf).all(-1, keepdim=True), 0, weights)
-        # The fused kernel draws its dropout inside, where torch.vmap cannot make it each member's own.
+        # Not in the fused kernel: torch.vmap cannot draw its dropout for each member separately.
         return F.dropout(weights, dropout_p) @ value
     dims = query.ndim
     if dims == 2:
@@ -141,13 +141,14 @@ def multi_head_attention(
     average_attn_weights: bool = True,
     is_causal: bool = False,
 ) -> Any:
-    """Return one member's attention ``[L, S, E]`` and, if asked for, its weights; without ``S`` if the query has none.
+    """Return one member's attention ``[L, S, E]``, and its weights if ``need_weights``.
 
-    Same arguments as :func:`torch.nn.functional.multi_head_attention_forward`.
+    An unbatched query ``[L, E]`` gives results without ``S``. The arguments are those of
+    :func:`torch.nn.functional.multi_head_attention_forward`.
     """
     E = query.shape[-1]
     usual = static_k is None and static_v is None and (bias_k is None) == (bias_v is None)
-    # What PyTorch refuses is left to it, for the sake of its message.
+    # For invalid arguments, PyTorch raises its own error.
     allowed = embed_dim_to_check == E and E % num_heads == 0 and not (is_causal and attn_mask is None)
     if not usual or not allowed or not query.ndim == key.ndim == value.ndim in (2, 3):
         return NotImplemented
@@ -159,7 +160,7 @@ def multi_head_attention(
         key_padding_mask = None if key_padding_mask is None else key_padding_mask[None]
     L, S, _ = q.shape
     mask = _merge_masks(attn_mask, key_padding_mask, S, num_heads, q.dtype)
-    # The hint says that the mask is the causal one; then the fused kernel needs no mask at all.
+    # is_causal promises that attn_mask is the causal mask: the fused kernel then needs no mask.
     causal = is_causal and key_padding_mask is None and not need_weights
     if causal:
         mask = None
@@ -223,5 +224,5 @@ def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
 
 @rule(nested_tensor_from_mask_left_aligned, always=True)
 def _left_aligned(tensor: Tensor, mask: Tensor) -> bool:
-    # Keeps nn.TransformerEncoder off its path over nested tensors, which torch.vmap knows nothing of.
+    # Keeps nn.TransformerEncoder from using nested tensors, which torch.vmap does not support.
     return False

@@ -22,9 +22,9 @@ from ..tensor import PerturbedTensor, dense_sum, rule
 # (x, W, b, groups=g) → y, with stride, padding and dilation filled in.
 Convolve = Callable[..., Tensor]
 
-# On a CPU one call for each member beats one for all if its activations (input and output elements) are enough to pay
-# for the call and to be worth keeping in cache, and its kernel is not so much larger that forming it takes the time.
-# Measured with 256 members: up to 4 times faster within these bounds, up to 3 times slower outside.
+# On a CPU, one call per member is faster than one call for all if a member has many activations (input and output
+# elements) and its kernel is not much larger than these. Measured with 256 members: up to 4 times faster within these
+# bounds, up to 3 times slower outside.
 _LOOP_ACTIVATIONS = 20_000
 _LOOP_KERNEL = 4  # kernel's elements per activation
 
@@ -32,16 +32,16 @@ _LOOP_KERNEL = 4  # kernel's elements per activation
 class _PerturbedConvolution(torch.autograd.Function):
     """Convolution with the kernel ``W + A Bᵀ``, in the fastest of several forms.
 
-    - An input that all members share: one convolution with the centre, and one with the ``R`` kernels in ``B`` of all
-      members, whose results ``A`` mixes.
-    - Much work for each member, on a CPU: one member's dense kernel after the other.
-    - Several groups: the dense kernels of all members, as so many more groups. In a depthwise convolution the low-rank
-      part would cost as much as the whole.
-    - Otherwise: one convolution of all members' images with the centre, and the low-rank part with a group for each
-      member.
+    - If all members share the input: one convolution with the centre, and one with the ``R`` kernels in ``B`` of each
+      member, whose results are mixed by ``A``.
+    - On a CPU, if members have much work: a loop over members, with dense kernels.
+    - With several groups: one convolution with the dense kernels of all members as further groups. In a depthwise
+      convolution, the low-rank part would cost as much as the whole.
+    - Otherwise: one convolution of all members' images with the centre, and one for the low-rank part, with a group for
+      each member.
 
-    Shapes, for one member: ``x [images, C, …]``, ``W [O, C/g, …]`` (transposed: ``[C, O/g, …]``), ``A`` and ``B`` as of
-    the matrix, ``b [O]`` or None.
+    Shapes, for one member: ``x [images, C, …]``, ``W [O, C/g, …]`` (transposed: ``[C, O/g, …]``), ``A`` and ``B`` of
+    the matrix that the kernel counts as, ``b [O]`` or None.
     """
 
     @staticmethod
@@ -55,7 +55,7 @@ class _PerturbedConvolution(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        """Nothing is kept: evolution strategies don't differentiate."""
+        """Save nothing, as evolution strategies don't differentiate."""
 
     @staticmethod
     def vmap(
@@ -71,7 +71,7 @@ class _PerturbedConvolution(torch.autograd.Function):
         groups: int,
     ) -> tuple[Tensor, int]:
         if in_dims[1] is not None or in_dims[2] is None or in_dims[3] is None:
-            # A user's own vmap inside the model maps over something else than members.
+            # This is the user's own vmap inside the model: it does not map over members.
             forward = functools.partial(
                 _PerturbedConvolution.forward, convolve=convolve, transposed=transposed, groups=groups
             )
@@ -155,7 +155,7 @@ def _with_biases(low: Tensor, A: Tensor, biases: Tensor | None) -> tuple[Tensor,
 
 
 def _worth_a_loop(x: Tensor, W: Tensor, convolve: Convolve, transposed: bool, groups: int) -> bool:
-    # In low precision the sum of the kernel and a small perturbation would be rounded.
+    # In low precision, a dense kernel would round small perturbations away.
     if x.device.type != "cpu" or torch.is_autocast_enabled("cpu") or W.dtype not in (torch.float32, torch.float64):
         return False
     stride = convolve.keywords["stride"]  # type: ignore[attr-defined]

@@ -14,7 +14,7 @@ from .linear import rows_of
 
 
 class _PerturbedRows(torch.autograd.Function):
-    """``W[index] + A[index] Bᵀ`` with a batching rule that adds the low-rank part in the pass that computes it.
+    """``W[index] + A[index] Bᵀ`` with a batching rule that computes and adds the low-rank part in one pass.
 
     Shapes, for one member: ``index [...]``, ``W [O, I]``, ``A [O, R]``, ``B [I, R]`` → ``[..., I]``.
     """
@@ -25,15 +25,15 @@ class _PerturbedRows(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        """Nothing is kept: evolution strategies don't differentiate."""
+        """Save nothing, as evolution strategies don't differentiate."""
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, index: Tensor, W: Tensor, A: Tensor, B: Tensor) -> tuple[Tensor, int]:
         if in_dims[1] is not None or in_dims[2] is None or in_dims[3] is None:
-            # A user's own vmap inside the model maps over something else than members.
+            # This is the user's own vmap inside the model: it does not map over members.
             return torch.vmap(_PerturbedRows.forward, in_dims)(index, W, A, B), 0
         if torch.is_autocast_enabled(W.device.type):
-            # A lookup keeps the weight's dtype under autocast; the product below would not.
+            # Under autocast a lookup keeps the weight's dtype, but the product below would not.
             with torch.autocast(W.device.type, enabled=False):
                 return _PerturbedRows.vmap(info, in_dims, index, W, A, B)
         N = info.batch_size
@@ -111,7 +111,7 @@ def _embedding_bag(
     include_last_offset: bool = False,
     padding_idx: int | None = None,
 ) -> Any:
-    # torch.vmap has no batching rule for the operation: this is a lookup and a sum (or maximum) over each bag.
+    # torch.vmap has no batching rule for embedding_bag. We look up rows and reduce over each bag.
     if max_norm is not None or sparse or weight.ndim != 2 or weight.dtype in (torch.int64, torch.int32):
         return NotImplemented
     if input.ndim == 2:

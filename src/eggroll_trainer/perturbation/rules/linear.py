@@ -13,7 +13,7 @@ from ..tensor import PerturbedTensor, autocast_like_linear, rule
 
 
 class _PerturbedLinear(torch.autograd.Function):
-    """``x Wᵀ + (x B) Aᵀ + b`` with a batching rule that makes one large product of the centre's part.
+    """``x Wᵀ + (x B) Aᵀ + b`` with a batching rule that computes ``x Wᵀ`` of all members in one large product.
 
     Shapes, for one member: ``x [..., I]``, ``W [O, I]``, ``A [O, R]``, ``B [I, R]``, ``b [O]`` or None.
     """
@@ -24,16 +24,16 @@ class _PerturbedLinear(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        """Nothing is kept: evolution strategies don't differentiate."""
+        """Save nothing, as evolution strategies don't differentiate."""
 
     @staticmethod
     def vmap(
         info: Any, in_dims: Any, x: Tensor, W: Tensor, A: Tensor, B: Tensor, b: Tensor | None
     ) -> tuple[Tensor, int]:
         if in_dims[1] is not None or in_dims[2] is None or in_dims[3] is None:
-            # A user's own vmap inside the model maps over something else than members.
+            # This is the user's own vmap inside the model: it does not map over members.
             return torch.vmap(_PerturbedLinear.forward, in_dims)(x, W, A, B, b), 0
-        # The in-place product below is not on autocast's list.
+        # Autocast does not cover the in-place product below.
         x, A, B = autocast_like_linear(x), autocast_like_linear(A), autocast_like_linear(B)
         N, O = info.batch_size, W.shape[0]
         A, B = A.movedim(in_dims[2], 0), B.movedim(in_dims[3], 0)
@@ -43,12 +43,12 @@ class _PerturbedLinear(torch.autograd.Function):
         rows = rows.reshape((-1, W.shape[1]) if shared else (N, -1, W.shape[1]))
         own_bias = b is not None and in_dims[4] is not None
         base = F.linear(rows, W, None if own_bias else b)
-        # Transposed, as a product with few rows takes half the time of one with few columns.
+        # Transposed: a product with few rows takes half the time of one with few columns.
         low = torch.matmul(B.mT, rows.mT)  # [N, R, rows]
         high = A.mT  # [N, R, O]
         if own_bias:
             assert b is not None
-            # One pass instead of two: the member's bias rides along as one more rank of the low-rank product.
+            # Add the members' biases in the same pass, as one more rank of the low-rank product.
             low = torch.cat([low, low.new_ones(1).expand(N, 1, low.shape[-1])], 1)
             high = torch.cat([high, b.movedim(in_dims[4], 0).to(high.dtype)[:, None]], 1)
         if shared:

@@ -1,4 +1,4 @@
-"""Rules for operations that torch.vmap would run in a loop over members: bilinear forms and weight normalisation."""
+"""Rules for bilinear forms and weight normalisation, which torch.vmap would run in a loop over members."""
 
 from __future__ import annotations
 

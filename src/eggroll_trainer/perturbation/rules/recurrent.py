@@ -1,8 +1,8 @@
 """Rules for recurrent networks: ``lstm``, ``gru``, ``rnn_tanh``, ``rnn_relu``, their cells, and packed sequences.
 
-torch.vmap has no batching rule for any of them, so that these stand in for the plain operations too. Inside this file
-a batch of sequences is always packed: ``x [rows, I]`` holds one step after the other, and a step has one row for each
-of the ``b ≤ S`` sequences that last until then, longest first.
+torch.vmap has no batching rule for any of them, so these rules also replace the operations on plain tensors. In this
+file, a batch of sequences is always packed: ``x [rows, I]`` holds one step after the other. A step has one row for each
+of the ``b ≤ S`` sequences that have not ended, longest first.
 
 Shape letters of this file: ``S`` sequences, ``T`` steps, ``I`` inputs, ``H`` hidden features, ``G = gates·H``.
 """
@@ -55,11 +55,11 @@ _STEPS: dict[str, Callable[[Tensor, Tensor, State], State]] = {
 
 
 class _Recurrence(torch.autograd.Function):
-    """A recurrent network whose batching rule runs the steps once, for the rows of all members.
+    """A recurrent network with a batching rule that runs each step once, for the rows of all members.
 
-    Shapes, for one member: ``x [rows, I]``, each state ``[layers·directions, S, H]``, and for each layer but the last a
-    dropout mask ``[rows, directions·H]``, or none at all; ``cells[layer][direction]`` → output ``[rows, directions·H]``
-    and last states.
+    Shapes, for one member: ``x [rows, I]``; each state ``[layers·directions, S, H]``; a dropout mask ``[rows,
+    directions·H]`` for each layer but the last, or no masks; ``cells[layer][direction]``. Results: the output ``[rows,
+    directions·H]`` and the last states.
     """
 
     @staticmethod
@@ -71,14 +71,14 @@ class _Recurrence(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        """Nothing is kept: evolution strategies don't differentiate."""
+        """Save nothing, as evolution strategies don't differentiate."""
 
     @staticmethod
     def vmap(
         info: Any, in_dims: Any, kind: str, batch_sizes: tuple[int, ...], *tensors: Any
     ) -> tuple[State, tuple[int, ...]]:
         def members_first(t: Any, dim: int | None) -> Any:
-            # A first dimension of 1 stands for what all members share.
+            # A first dimension of 1 means that all members share the tensor.
             return t if not isinstance(t, Tensor) else t[None] if dim is None else t.movedim(dim, 0)
 
         results = _run(kind, batch_sizes, *tree_map(members_first, tensors, in_dims[2:]))
@@ -114,7 +114,7 @@ def _run_layer(
     """Run one layer in one direction: ``x [N, rows, I]``, states ``[N, S, H]`` → ``[N, rows, H]``, last states."""
     w_input, w_hidden, b_input, b_hidden, w_projection = cell
     if kind != "gru" and b_input is not None and b_hidden is not None:
-        # Only a GRU does something else than add the two sides.
+        # All but the GRU add both sides, so the biases can be added beforehand.
         b_input, b_hidden = b_input + b_hidden, None
     from_hidden = _Product(w_hidden, b_hidden)
     project = None if w_projection is None else _Product(w_projection, None)
@@ -141,7 +141,7 @@ class _Product:
         self.high = weight[1].mT if isinstance(weight, tuple) else None
         self.bias = bias
         if self.high is not None and bias is not None:
-            # One pass instead of two: the bias rides along as one more column of the low-rank product.
+            # Add the bias in the same pass, as one more column of the low-rank product.
             N = max(self.high.shape[0], bias.shape[0])
             self.high = torch.cat([self.high.expand(N, -1, -1), bias[:, None].expand(N, -1, -1)], 1)
 
@@ -152,10 +152,10 @@ class _Product:
         low = torch.matmul(x, self.B)
         if self.bias is not None:
             low = torch.cat([low, low.new_ones(()).expand(*low.shape[:2], 1)], -1)
-        # Where the members share the weights, a vmap inside the model is at work, and it forbids adding in place.
+        # Shared weights mean that a vmap inside the model is active, which forbids adding in place.
         in_place = out.shape[0] == self.high.shape[0] > 1
         if self.high.shape[1] == 1:
-            # For a row or two per member a batched product over an inner dimension of 1 is many times slower.
+            # With few rows per member, a batched product with an inner dimension of 1 is many times slower.
             return out.addcmul_(low, self.high) if in_place else torch.addcmul(out, low, self.high)
         N = max(out.shape[0], low.shape[0], self.high.shape[0])
         out, low, high = (t.expand(N, -1, -1) for t in (out, low, self.high))
@@ -193,7 +193,7 @@ def _recurrent(
     cells = _cells(weights, has_biases, num_layers, 1 + bidirectional)
     masks: State = ()
     if train and dropout > 0:
-        # Drawn out here, where torch.vmap makes them each member's own; a layer's output has the state's width.
+        # Drawn outside of the batching rule, where torch.vmap draws them for each member separately.
         ones = state[0].new_ones(x.shape[0], len(cells[0]) * state[0].shape[-1])
         masks = tuple(F.dropout(ones, dropout) for _ in range(num_layers - 1))
     return _Recurrence.apply(kind, batch_sizes, x, state, masks, cells)
@@ -232,7 +232,7 @@ for _kind in _STEPS:
 
 @rule(pack_padded_sequence, always=True)
 def _pack(input: Tensor, lengths: Tensor, batch_first: bool) -> tuple[Tensor, Tensor]:
-    # Packing the places instead of the values tells which rows go where: the lengths are the same for all members.
+    # Pack row indices instead of values, to find out where rows go. All members have the same lengths.
     x = input.transpose(0, 1) if batch_first else input
     places = torch.arange(x.shape[:2].numel(), device=x.device).view(x.shape[:2])
     rows, batch_sizes = pack_padded_sequence(places, lengths, False)
