@@ -243,7 +243,7 @@ class TestDraws:
 
     def test_functions_that_are_not_known(self) -> None:
         with (
-            pytest.raises(RuntimeError, match="don't know how to draw"),
+            pytest.raises(RuntimeError, match="cannot draw for each member"),
             population_of(Net()).folded(rows=Q),
         ):
             torch.randperm(5)

@@ -22,7 +22,7 @@ from ..population.agreement import disagreement, precision
 from ..population.containers import contents, copy_with, is_container
 from ..population.forward import PLAIN_TYPES
 from ..population.interception import Interception, plain_call
-from ..population.opened import objects_in
+from ..population.object_calls import objects_in
 from ..population.snapshot import same_bits
 from . import alone, thread_modes
 from .held import History

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .._torch import tree_flatten, tree_leaves, tree_map, tree_unflatten
-from ..population.opened import objects_in
+from ..population.object_calls import objects_in
 from .held import Change, History
 from .scores import Score
 

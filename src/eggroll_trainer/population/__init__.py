@@ -1,4 +1,4 @@
-"""The population: a model for every member at once."""
+"""The population: the model, run for all members at once."""
 
 from .audit import Audit
 from .population import Population

@@ -1,9 +1,9 @@
-"""Whether two results of a model are the same, but for rounding.
+"""Compares two results of a model up to rounding.
 
-A batched forward adds up in another order than the model by itself, so its results differ in their last digits. How
-much that may matter depends on the model: a threshold turns a last digit into a whole step. So a result that differs by
-more than rounding alone explains is compared with what the model gives for weights that are changed by as much as
-rounding does. A batched forward that used other weights is far outside that range.
+A batched forward adds in another order than the model by itself, so its results differ in their last digits. How much
+this matters depends on the model: a threshold can turn a last digit into a whole step. So if results differ by more
+than a tolerance, we also run the model with its weights changed by about as much as rounding does. The batched result
+must lie in the range of these results. A batched forward with other weights is far outside of that range.
 """
 
 from __future__ import annotations
@@ -16,30 +16,30 @@ from torch import Tensor, nn
 
 from .._torch import tree_flatten
 
-# How often the model is asked again with changed weights: a threshold that rounding reaches is crossed by half of them.
+# Number of runs with changed weights. If rounding can cross a threshold, about half of the runs do.
 _TRIES = 10
 
 
 def precision(model: nn.Module, leaves: Sequence[Any]) -> float:
-    """Return the relative distance of neighbouring numbers in the coarsest dtype that a call computes in."""
+    """Return the machine epsilon of the coarsest dtype in which a call computes."""
     tensors = [*model.parameters(), *(leaf for leaf in leaves if isinstance(leaf, Tensor))]
     dtypes = {t.dtype for t in tensors if t.is_floating_point()}
     devices = {t.device.type for t in tensors} or {"cpu"}
     dtypes |= {torch.get_autocast_dtype(device) for device in devices if torch.is_autocast_enabled(device)}
     eps = max((torch.finfo(dtype).eps for dtype in dtypes), default=torch.finfo(torch.float32).eps)
     if "cuda" in devices and (torch.backends.cudnn.allow_tf32 or torch.backends.cuda.matmul.allow_tf32):
-        # Products of float32 numbers of which 10 bits count.
+        # TF32 products use 10 bits of the mantissa.
         eps = max(eps, 2.0**-10)
     return eps
 
 
 def disagreement(model: nn.Module, call: Callable[[], Any], result: Any, eps: float) -> str | None:
-    """Return how ``result`` differs from what ``call`` gives by more than rounding, or None.
+    """Describe how ``result`` differs from the result of ``call`` by more than rounding, or return None.
 
     Args:
-        model: Holds the weights that are meant to have been used.
-        call: Calls it. What draws random numbers, so that two calls differ, is not compared.
-        result: What came of the batched forward.
+        model: The model, with the weights that should have been used.
+        call: Calls the model. If two calls differ, as with random numbers, nothing is compared.
+        result: Result of the batched forward.
         eps: See :func:`precision`.
     """
     tolerance = (256 if eps < 1e-5 else 4) * eps
@@ -52,8 +52,8 @@ def disagreement(model: nn.Module, call: Callable[[], Any], result: Any, eps: fl
 
 
 def _with_rounded_weights(model: nn.Module, call: Callable[[], Any], size: float) -> list[Any]:
-    """Return what the model gives for weights that are changed by a relative ``size``, some times over."""
-    # Quantised weights, which are tensors of a library's own class, cannot be multiplied.
+    """Return results of the model for weights with random relative changes of ``size``."""
+    # Other tensor classes, such as quantised weights, cannot be multiplied.
     parameters = [p for p in model.parameters() if p.is_floating_point() and type(p) in (Tensor, nn.Parameter)]
     held = [p.data for p in parameters]
     generator = torch.Generator("cpu").manual_seed(0)
@@ -73,7 +73,7 @@ def _with_rounded_weights(model: nn.Module, call: Callable[[], Any], size: float
 
 
 def _difference(result: Any, expected: Any, tolerance: float) -> str | None:
-    """Return how two results differ, beyond a tolerance relative to the largest number in a tensor."""
+    """Describe how two results differ beyond a tolerance, relative to a tensor's largest number, or return None."""
     (ours, our_spec), (theirs, their_spec) = tree_flatten(result), tree_flatten(expected)
     if our_spec != their_spec:
         return "it has another structure"
@@ -90,7 +90,7 @@ def _difference(result: Any, expected: Any, tolerance: float) -> str | None:
 
 
 def _distance(a: Tensor, b: Tensor) -> tuple[float, float]:
-    """Return the largest difference, infinite where one is not finite and the other is another, and the scale."""
+    """Return the largest difference and the largest finite magnitude; the difference may be infinite."""
     if a.numel() == 0:
         return 0.0, 0.0
     if not (a.is_floating_point() or a.is_complex()):
@@ -104,7 +104,7 @@ def _distance(a: Tensor, b: Tensor) -> tuple[float, float]:
 
 
 def _within(result: Any, tried: Sequence[Any], tolerance: float) -> bool:
-    """Return whether every number of a result lies among those that were tried, which are of one structure."""
+    """Return whether every number of a result lies in the range of the tried results, up to a tolerance."""
     leaves, spec = tree_flatten(result)
     columns = [tree_flatten(one) for one in tried]
     if any(other != spec for _, other in columns):

@@ -1,4 +1,4 @@
-"""Arguments of a call for many members: which of them are each member's own, and what one member gets."""
+"""Arguments of a call for many members: which of them differ between members, and the arguments of one member."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from .._torch import TreeSpec, tree_flatten, tree_unflatten
 def dims_of(
     args: tuple[Any, ...], kwargs: dict[str, Any], in_dims: int | Sequence[int | None], count: int
 ) -> list[int | None]:
-    """Return, for each leaf of the arguments, its dimension of members, or None if they share it.
+    """Return, for each leaf of the arguments, its dimension of members, or None if members share it.
 
     Args:
         args: Positional arguments.
-        kwargs: Keyword arguments, whose tensors have the members first.
-        in_dims: Dimension of members of all positional arguments, or of each.
-        count: How many members there are.
+        kwargs: Keyword arguments, whose tensors have members in dimension 0.
+        in_dims: The dimension of members, one for all positional arguments or one for each.
+        count: Number of members.
 
     Raises:
         ValueError: An argument has another number of members.
@@ -47,10 +47,10 @@ def arguments_of(
     """Return one member's positional and keyword arguments.
 
     Args:
-        leaves: Of the arguments of all.
+        leaves: Leaves of the arguments of all members.
         spec: Their structure.
-        dims: For each leaf its dimension of members, or None if they share it.
-        at: Where the member is in that dimension.
+        dims: For each leaf its dimension of members, or None if members share it.
+        at: Index of the member in that dimension.
     """
     own = [leaf if dim is None else leaf.select(dim, at) for leaf, dim in zip(leaves, dims, strict=True)]
     args, kwargs = tree_unflatten(own, spec)

@@ -1,4 +1,4 @@
-"""The audit of batched calls: their outputs, compared with those of members who are called by themselves."""
+"""The audit of batched calls: some members' outputs are compared with those of the model holding their weights."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from .members import Members
 
 @dataclasses.dataclass
 class Audit:
-    """A comparison of batched calls with members who are called by themselves.
+    """A comparison of batched calls with calls of the model for single members.
 
     Attributes:
-        members: Their indices in the population.
-        calls: Calls compared so far.
-        found: What differed, if anything did.
-        sample: Arguments and keyword arguments of one of the calls, as the model itself got them.
+        members: Indices of the members that are compared.
+        calls: Number of calls compared so far.
+        found: A description of the first difference, or None.
+        sample: Positional and keyword arguments of one of the calls, for a single member.
     """
 
     members: Sequence[int]
@@ -41,14 +41,14 @@ def audited(
     dims: Sequence[int | None],
     members: Sequence[int],
 ) -> Any:
-    """Return the result of a batched call, compared with what members by themselves give if that is asked for.
+    """Return the result of a batched call; if the population has an audit, compare it with single members first.
 
     Args:
-        population: The members; what differs is noted in its audit.
-        result: Of the call.
+        population: The members. A difference is stored in its audit.
+        result: Result of the call.
         args: Its positional arguments.
         kwargs: Its keyword arguments.
-        dims: For each leaf of ``(args, kwargs)`` its dimension of members, or None if they share it.
+        dims: For each leaf of ``(args, kwargs)`` its dimension of members, or None if members share it.
         members: Indices of the members that it was made for.
     """
     audit = population.audit
@@ -78,7 +78,7 @@ def audited(
             population.audit = None
             population.warn(
                 "batched outputs cannot be checked, as the model by itself fails for the same input"
-                f" ({type(error).__name__}: {error}); @batched(check=False) goes without"
+                f" ({type(error).__name__}: {error}); use @batched(check=False) to skip the check"
             )
             return result
         if difference is not None:

@@ -1,7 +1,7 @@
-"""Objects that hold tensors, which a model is called with, returns or changes: key-value caches, outputs, dataclasses.
+"""Objects that hold tensors and that a model takes, returns or changes: key-value caches, outputs, dataclasses.
 
-An object is opened down to the places that hold its tensors, so that these can be exchanged for one batched call and
-read again after it. The object itself stays the user's own.
+An object is searched for the places that hold its tensors. These can then be replaced for one batched call, and read
+after it. The object itself stays the user's own.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from .._torch import tree_leaves, tree_map
 from .snapshot import is_immutable
 
-# Items that are looked through; what refers to more is part of something larger.
+# Largest number of items that are searched, so that we don't follow references to the whole program.
 _LIMIT = 100_000
 
-# Tensors up to so many numbers are kept as copies, to be put back after a call that has failed.
+# Tensors up to this size are copied, to restore them after a failed call.
 _SMALL = 4096
 
 
@@ -29,7 +29,7 @@ class Place(NamedTuple):
     Attributes:
         container: A list or dictionary, such as an object's attributes.
         key: Index or key.
-        path: How the place is reached from the object.
+        path: The keys that lead from the object to the place.
     """
 
     container: Any
@@ -41,14 +41,14 @@ class Place(NamedTuple):
         return [leaf for leaf in tree_leaves(self.container[self.key]) if isinstance(leaf, Tensor)]
 
     def exchange(self, new: Mapping[int, Tensor]) -> None:
-        """Put other tensors in the place of those it holds, by their ``id``."""
+        """Replace its tensors by those in ``new``, whose keys are the ``id`` of the old ones."""
         self.container[self.key] = tree_map(
             lambda leaf: new[id(leaf)] if isinstance(leaf, Tensor) else leaf, self.container[self.key]
         )
 
 
 def is_container(value: Any) -> bool:
-    """Return whether a leaf of a call's arguments is an object that is opened: it has attributes and is no module."""
+    """Return whether a leaf of a call's arguments is an object to search for tensors: attributes, but no module."""
     return (
         not isinstance(value, (Tensor, nn.Module, torch.Generator))
         and not is_immutable(value)
@@ -58,26 +58,26 @@ def is_container(value: Any) -> bool:
 
 
 def contents(objects: Iterable[Any]) -> Contents:
-    """Return what some objects hold.
+    """Return the contents of objects.
 
     Raises:
-        TypeError: One of them refers to a module, or to too much.
+        TypeError: One of them refers to a module, or to too many objects.
     """
     found = Contents([], [])
     seen: set[int] = set()
     for i, value in enumerate(objects):
         if id(value) not in seen:
             seen.add(id(value))
-            _look(value.__dict__, (i,), seen, found)
+            _search(value.__dict__, (i,), seen, found)
     return found
 
 
 class Contents(NamedTuple):
-    """What objects hold, down to tensors.
+    """The contents of objects: their tensors, and the containers that lead to these.
 
     Attributes:
         places: The places of tensors, in a fixed order.
-        containers: The lists and dictionaries that were looked through, and how they are reached.
+        containers: The lists and dictionaries that were searched, each with its path.
     """
 
     places: list[Place]
@@ -95,32 +95,32 @@ class Contents(NamedTuple):
         return [tensor for _, tensor in self._by_identity().values()]
 
     def paths(self) -> list[tuple[Any, ...]]:
-        """Return, for each of the tensors, how it is reached."""
+        """Return the path of each of the tensors."""
         return [path for path, _ in self._by_identity().values()]
 
     def exchange(self, values: Iterable[Tensor]) -> None:
-        """Put other tensors in the place of those that the objects hold, in the order of :meth:`tensors`."""
+        """Replace the tensors in the objects, in the order of :meth:`tensors`."""
         new = dict(zip(self._by_identity(), values, strict=True))
         for place in self.places:
             place.exchange(new)
 
     def signature(self) -> tuple[Any, ...]:
-        """Return what objects have in common that differ in the values of tensors alone.
+        """Return a key that is equal for objects that differ only in the values of tensors.
 
         Raises:
-            TypeError: They hold something, such as a set or an array, that cannot be compared.
+            TypeError: They hold something that cannot be compared, such as a set or an array.
         """
         tensors = [(path, t.shape, t.dtype, t.device) for path, t in self._by_identity().values()]
         values = [
             (path, key, type(value), _comparable(value))
             for container, path in self.containers
             for key, value in _items(container)
-            if not isinstance(value, Tensor) and _inside(value) is None
+            if not isinstance(value, Tensor) and _container_in(value) is None
         ]
         return tuple(tensors), tuple(values), tuple(path for _, path in self.containers)
 
     def same_places(self, other: Contents) -> bool:
-        """Return whether other objects are of the same structure, and of one that can be taken over place by place."""
+        """Return whether other objects have the same structure, with single tensors in all places."""
         return (
             self.paths() == other.paths()
             and [path for _, path in self.containers] == [path for _, path in other.containers]
@@ -128,7 +128,7 @@ class Contents(NamedTuple):
         )
 
     def take_over(self, other: Contents, values: Iterable[Tensor]) -> None:
-        """Hold other tensors, and the numbers, strings and the like that objects of the same places hold."""
+        """Set the tensors, and copy immutable values from the contents of objects with the same places."""
         self.exchange(values)
         for (container, _), (theirs, _) in zip(self.containers, other.containers, strict=True):
             for key, value in _items(theirs):
@@ -136,7 +136,7 @@ class Contents(NamedTuple):
                     container[key] = value
 
 
-def _look(container: Any, path: tuple[Any, ...], seen: set[int], found: Contents) -> None:
+def _search(container: Any, path: tuple[Any, ...], seen: set[int], found: Contents) -> None:
     if len(seen) > _LIMIT:
         raise TypeError("refers to too many objects")
     found.containers.append((container, path))
@@ -151,20 +151,20 @@ def _look(container: Any, path: tuple[Any, ...], seen: set[int], found: Contents
             if any(isinstance(leaf, Tensor) for leaf in leaves):
                 found.places.append(Place(container, key, where))
             for i, leaf in enumerate(leaves):
-                _look_into(leaf, (*where, i), seen, found)
+                _search_value(leaf, (*where, i), seen, found)
         else:
-            _look_into(value, where, seen, found)
+            _search_value(value, where, seen, found)
 
 
-def _look_into(value: Any, path: tuple[Any, ...], seen: set[int], found: Contents) -> None:
-    inside = _inside(value)
+def _search_value(value: Any, path: tuple[Any, ...], seen: set[int], found: Contents) -> None:
+    inside = _container_in(value)
     if inside is not None and id(value) not in seen:
         seen.add(id(value))
-        _look(inside, path, seen, found)
+        _search(inside, path, seen, found)
 
 
-def _inside(value: Any) -> Any:
-    """Return the list or dictionary that holds what is inside of a value, or None if there is nothing to look at."""
+def _container_in(value: Any) -> Any:
+    """Return the list or dictionary with the contents of a value, or None if it has none."""
     if isinstance(value, (list, dict)):
         return value
     return value.__dict__ if is_container(value) else None
@@ -174,11 +174,11 @@ def _comparable(value: Any) -> Any:
     """Return a key that is the same for equal values.
 
     Raises:
-        TypeError: The value may change in a way that is not seen.
+        TypeError: The value is mutable.
     """
     if isinstance(value, tuple):
         return tuple(
-            type(leaf) if isinstance(leaf, Tensor) or _inside(leaf) is not None else _comparable(leaf)
+            type(leaf) if isinstance(leaf, Tensor) or _container_in(leaf) is not None else _comparable(leaf)
             for leaf in tree_leaves(value)
         )
     if not is_immutable(value):
@@ -191,8 +191,8 @@ def _items(container: Any) -> list[tuple[Any, Any]]:
     return list(container.items() if isinstance(container, dict) else enumerate(container))
 
 
-class Kept:
-    """The state of objects, to be put back after a call that has failed.
+class SavedState:
+    """The state of objects, to restore them after a failed call.
 
     Args:
         objects: The objects.
@@ -207,10 +207,10 @@ class Kept:
         self._tensors = tensors
 
     def restore(self) -> None:
-        """Put everything back.
+        """Restore the objects.
 
         Raises:
-            RuntimeError: A large tensor has been written into.
+            RuntimeError: A large tensor was changed in place, of which there is no copy.
         """
         for container, before in self._containers:
             if isinstance(container, dict):
@@ -222,17 +222,20 @@ class Kept:
             if copied is not None:
                 tensor.copy_(copied)
             elif version is not None and tensor._version != version:
-                raise RuntimeError("a failed call has written into a tensor of an argument, which cannot be undone")
+                raise RuntimeError(
+                    "a failed call has changed a tensor of an argument in place, which cannot be undone: pass a copy of"
+                    " the argument, or let the model make a new tensor"
+                )
 
 
 def copy_with(objects: Sequence[Any], value_of: Callable[[Tensor], Tensor]) -> list[Any]:
-    """Return copies of objects that hold other tensors, but are the same in all else."""
+    """Return deep copies of objects in which each tensor is replaced by ``value_of(tensor)``."""
     memo: dict[int, Any] = {id(tensor): value_of(tensor) for tensor in contents(objects).tensors()}
     return copy.deepcopy(list(objects), memo)
 
 
-def become(objects: Sequence[Any], others: Sequence[Any]) -> None:
-    """Give objects the attributes of others."""
+def assign_attributes(objects: Sequence[Any], others: Sequence[Any]) -> None:
+    """Replace the attributes of objects by those of others."""
     for value, other in zip(objects, others, strict=True):
         attributes: Mapping[str, Any] = dict(other.__dict__)
         value.__dict__.clear()

@@ -1,7 +1,7 @@
-"""Deep copies of modules whose closures belong to the copy.
+"""Deep copies of modules in which closures refer to the copy.
 
-``copy.deepcopy`` takes functions as they are. A module that holds a lambda over ``self``, or whose ``forward`` was
-replaced by a closure, would go on computing with the original's weights.
+``copy.deepcopy`` does not copy functions. If a module has a lambda over ``self``, or a ``forward`` that was replaced by
+a closure, its copy would compute with the original's weights.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 
 def copy_of(module: nn.Module) -> nn.Module:
-    """Return a deep copy of a module, its closures over the module and its parts bound to the copy."""
+    """Return a deep copy of a module. Closures over the module and its parts are bound to the copy."""
     memo: dict[int, Any] = {}
     clone = copy.deepcopy(module, memo)
     parts = {id(value) for value in (*module.modules(), *module.parameters(), *module.buffers())}
@@ -29,7 +29,7 @@ class _Binder:
     """Binds functions that refer to parts of a module to the copies of these.
 
     Args:
-        memo: Of ``copy.deepcopy``: copies by the originals' ``id``.
+        memo: The memo of ``copy.deepcopy``: copies by the originals' ``id``.
         parts: The ``id`` of each module, parameter and buffer that was copied.
     """
 
@@ -53,7 +53,7 @@ class _Binder:
                     container[key] = bound
 
     def _bind(self, value: Any) -> Any:
-        """Return a value that refers to the copies."""
+        """Return the value with references to originals replaced by their copies."""
         if id(value) in self._parts:
             return self._memo.get(id(value), value)
         if isinstance(value, types.FunctionType):
@@ -82,7 +82,7 @@ class _Binder:
             try:
                 content = cell.cell_contents
             except ValueError:
-                # Not assigned yet.
+                # An empty cell.
                 cells.append(cell)
                 continue
             own = self._bind(content)

@@ -1,6 +1,6 @@
-"""Random numbers for rows of all members: each member's come from a generator of its own.
+"""Random numbers for rows of all members, with one generator for each member.
 
-What a member draws depends on the seed of the run, the generation and the member, and not on the others.
+A member's numbers depend on the seed of the run, the generation and the member, but not on other members.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from .members import Members
 
 
 class MemberDraws(TorchFunctionMode):
-    """Inside the block, random numbers are drawn for each member's rows from its own generator.
+    """Inside the block, the random numbers of each member's rows come from its own generator.
 
     Args:
         population: The ``N`` members.
-        rows: ``Q``; what is drawn has ``N·Q·k`` rows for some ``k``.
+        rows: ``Q``; random tensors have ``N·Q·k`` rows for some ``k``.
         key: See :meth:`~eggroll_trainer.Population.folded`.
     """
 
@@ -31,7 +31,7 @@ class MemberDraws(TorchFunctionMode):
         super().__init__()
         self._population, self._unit, self._key = population, len(population) * rows, key
         self._own: dict[Any, torch.Generator] = {}
-        # Off while the module's own forward runs.
+        # False while the module's own forward runs.
         self.on = True
         self._device = next(population.model.parameters()).device
 
@@ -47,7 +47,7 @@ class MemberDraws(TorchFunctionMode):
 
     @contextlib.contextmanager
     def suspended(self) -> Iterator[None]:
-        """Let who draws in the block draw from the global generator."""
+        """Inside the block, draw from the global generator as usual."""
         self._check_global_state()
         self.on = False
         try:
@@ -63,8 +63,8 @@ class MemberDraws(TorchFunctionMode):
     def _check_global_state(self) -> None:
         if not all(map(torch.equal, self._global_state(), self._state)):
             raise RuntimeError(
-                "random numbers were drawn in population.folded() by a function of which we don't know how to draw for"
-                " each member. Draw with torch.rand, torch.multinomial and the like, or pass a generator"
+                "random numbers were drawn in population.folded() by a function that cannot draw for each member"
+                " separately. Use a function such as torch.rand or torch.multinomial, or pass a generator"
             )
 
     def __torch_function__(
@@ -105,9 +105,9 @@ class MemberDraws(TorchFunctionMode):
     def _check(self, func: Any, sizes: list[int]) -> None:
         if not sizes or sizes[0] % self._unit:
             raise ValueError(
-                f"{func.__name__} in population.folded() draws numbers of shape {sizes}, whose first dimension is not"
-                f" a multiple of {self._unit}, members times rows: whose they are is unclear. Pass a generator, or draw"
-                " outside of the block what all members share"
+                f"{func.__name__} in population.folded() draws numbers of shape {sizes}, but the first dimension must"
+                f" be a multiple of {self._unit}, members times rows. For numbers that all members share, pass a"
+                " generator, or draw them outside of the block"
             )
 
     def _generator(self, index: int, device: torch.device) -> torch.Generator:
@@ -119,7 +119,7 @@ class MemberDraws(TorchFunctionMode):
         return self._own[index, device]
 
     def _for_each(self, device: torch.device, draw: Callable[[int], Any]) -> list[Any]:
-        """Draw for every member with torch's global generator in the state of the member's own."""
+        """Draw for every member, with the state of its own generator in torch's global generator."""
         module, where = _module(device), _where(device)
         before = module.get_rng_state(*where)
         results = []

@@ -1,8 +1,8 @@
-"""Folded evaluation: the user's own module, run on rows of all members that lie in one batch.
+"""Folded evaluation: the user's own module, run on one batch with the rows of all members.
 
-Code that loops over forwards with state of its own, such as ``generate()`` of a language model, keeps a batch of rows
-``[N·Q, …]``, member after member. Where it calls the module, the rows are unfolded to ``[N, Q, …]``, the call is made
-for all members at once, and its results are folded again.
+It serves code that loops over forwards and keeps state, such as ``generate()`` of a language model. Such code keeps a
+batch of rows ``[N·Q, …]``, member after member. When it calls the module, the rows are unfolded to ``[N, Q, …]``, the
+call is made for all members at once, and its results are folded again.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from .drawing import MemberDraws
 from .interception import Interception
 from .members import Members
 from .module_state import ModuleState, NotBatchable, training_modes
-from .opened import Opened
+from .object_calls import ObjectCallResult
 from .rows import MemberCall, RowCall, Vectors
 from .watched import unwatch, watch
 
-# Bytes in caches from which on there is not memory for them twice: a call that fails cannot be made again.
+# Caches of at least this many bytes are not kept in memory twice; then a failed call cannot be repeated.
 _LARGE = 2**28
 
 
 class Folded:
-    """A population's model while it is called with rows of all members.
+    """Runs a population's model on batches with rows of all members.
 
     Args:
         population: The ``N`` members.
-        rows: ``Q``; a call's tensors have ``N·Q·k`` rows for some ``k``.
+        rows: ``Q``; the tensors of a call have ``N·Q·k`` rows for some ``k``.
         key: See :meth:`~eggroll_trainer.Population.folded`.
     """
 
@@ -51,7 +51,7 @@ class Folded:
 
     @contextlib.contextmanager
     def entered(self) -> Iterator[nn.Module]:
-        """Yield the model, whose calls are made for all members inside the block.
+        """Yield the model. Inside the block, its calls are made for all members.
 
         Raises:
             ValueError: A call has changed a buffer of the model.
@@ -63,7 +63,10 @@ class Folded:
         finally:
             changed = [text for text in before.restore() if text.startswith("buffer")]
         if changed:
-            raise ValueError(f"the model's forward changes {' and '.join(changed)}: it would be lost with the members")
+            raise ValueError(
+                f"the model's forward changes {' and '.join(changed)}, and the change would be lost after the block:"
+                " pass it in and return it, or write the fitness function for one model"
+            )
 
     @contextlib.contextmanager
     def _intercepted(self) -> Iterator[None]:
@@ -77,7 +80,7 @@ class Folded:
 
     @contextlib.contextmanager
     def _released(self) -> Iterator[None]:
-        """Let the model be an ordinary one in the block."""
+        """Inside the block, the model is an ordinary module again."""
         unwatch(self._watched)
         self._interception.stop()
         try:
@@ -87,22 +90,25 @@ class Folded:
             self._interception.start()
             watch(self._watched, self)
 
-    def form(self, parameter: nn.Parameter) -> None:
-        """Refuse a look at a parameter outside of a call: nobody could tell whose it is.
+    def materialize(self, parameter: nn.Parameter) -> None:
+        """Refuse the use of a parameter outside of a call, as it has another value for each member.
 
         Raises:
             RuntimeError: Always.
         """
         raise RuntimeError(
             f"the parameter {self._watched[parameter]!r} is used outside of a module's forward in population.folded(),"
-            " where it differs between members: call the module that holds it instead"
+            " where it has another value for each member: call the module that holds it instead"
         )
 
     def _on_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if threading.get_ident() != self._thread:
-            raise RuntimeError("the model is called in another thread than the one that entered population.folded()")
+            raise RuntimeError(
+                "the model is called in another thread than the one that entered population.folded(): call it in that"
+                " thread"
+            )
         call = RowCall(module, args, kwargs, len(self.population), self.rows, self._vectors)
-        # The call changes what objects hold.
+        # Before the call, as it changes the contents of objects.
         before = {i: call.of(i) for i in self._audited_members()}
         refused = self.population.forwards.refused
         key = "folded", module, str(call.spec)
@@ -120,7 +126,7 @@ class Folded:
             self._audit(module, call, result, i, own)
         return result
 
-    def _batched(self, module: nn.Module, call: RowCall) -> Opened:
+    def _batched(self, module: nn.Module, call: RowCall) -> ObjectCallResult:
         count = len(call.leaves)
         leaves, held = call.unfolded_leaves(), call.unfolded_held()
         batched = self.population.call_of(module, leaves, call.spec, call.dims[:count])
@@ -128,9 +134,9 @@ class Folded:
         if spend:
             call.held.clear()
         with self._released():
-            opened = self.population.run_opened(batched, call.objects, held, call.dims[count:], spend=spend)
+            result = self.population.run_with_objects(batched, call.objects, held, call.dims[count:], spend=spend)
         self._called.add(module)
-        return opened
+        return result
 
     def _one_by_one(self, module: nn.Module, call: RowCall) -> Any:
         """Make a call for one member after the other."""
@@ -148,7 +154,7 @@ class Folded:
         )
 
     def _audit(self, module: nn.Module, call: RowCall, result: Any, index: int, own: MemberCall) -> None:
-        """Compare the rows of a member with what the module gives by itself."""
+        """Compare the rows of a member with a call of the module for this member alone."""
         audit = self.population.audit
         if audit is None or audit.found is not None:
             return

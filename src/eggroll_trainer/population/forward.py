@@ -1,7 +1,7 @@
-"""How one call of a module is carried out for many members: batched, in tiles that bound memory, compiled if asked.
+"""Makes one call of a module for many members: batched, in tiles that bound memory, and compiled on request.
 
 A call is batched by ``torch.vmap`` over the members' perturbations. Its members are split into tiles, so that the
-tensors which the operations of one tile make fit in a budget; how much one member needs is found out by counting.
+intermediate tensors of one tile fit in a memory budget. We measure how much memory a member needs.
 """
 
 from __future__ import annotations
@@ -26,26 +26,26 @@ from ..perturbation.sample import SharedDraws, members_of, perturb
 from .containers import is_container
 from .module_state import NotBatchable, ReturnsObject, Slot, swapped
 
-# What a model may return or be called with besides tensors, and be batched all the same.
+# Types of arguments and results, besides tensors, that batched calls support.
 PLAIN_TYPES = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, slice, type(...))
 
-# Kinds of calls that are compiled; a model with inputs of ever new shapes has no end of them.
+# Largest number of kinds of calls that are compiled, as the shapes of inputs may change all the time.
 _MAX_COMPILED = 16
 
-# Values of the numbers that a model is called with for which it is compiled the first time that they come; a time or a
-# temperature has no end of them, and none of its values comes back.
+# The model is compiled at once for this many values of its number arguments, and for others when they recur. A number
+# such as a time or a temperature may have a new value in every call.
 _MAX_VALUES = 3
 
-# Kinds of calls of which something is remembered.
+# Largest number of kinds of calls about which something is remembered.
 _MAX_KINDS = 256
 
 
 class Kind(NamedTuple):
-    """What calls have in common that differ in their tensors' values alone.
+    """A key that is equal for calls that differ only in the values of tensors.
 
     Attributes:
-        form: What they have in common whose numbers differ as well.
-        numbers: The Python numbers that the module is called with, which compiled code has for constants.
+        form: A key that is also equal for calls that differ in ``numbers``.
+        numbers: The Python numbers among the arguments, which are constants in compiled code.
     """
 
     form: Hashable
@@ -58,15 +58,15 @@ class Call:
 
     Attributes:
         module: The module.
-        slots: Where it keeps perturbed parameters.
+        slots: The places of its perturbed parameters.
         centres: The unperturbed parameters by name.
-        factors: For each of them the members' perturbations, with a leading dimension ``n``, or the draws that they
+        factors: For each of them, the members' perturbations with a leading dimension ``n``, or the draws that they
             share.
         leaves: The leaves of its ``(args, kwargs)``.
         spec: Their structure.
-        dims: For each leaf its dimension of members, or None if they share it.
+        dims: For each leaf its dimension of members, or None if members share it.
         size: ``n``.
-        exact: Whether it is compiled for its very number of members, as one that is made over and over should be.
+        exact: Whether to compile for exactly this number of members, as for calls that are repeated often.
     """
 
     module: nn.Module
@@ -80,7 +80,7 @@ class Call:
     exact: bool = False
 
     def kind(self) -> Kind:
-        """Return what calls have in common that differ in the tensors' values alone, and, if not exact, in ``n``."""
+        """Return a key that is equal for calls that differ only in values of tensors, and in ``n`` if not exact."""
         signature: list[Hashable] = []
         numbers: list[Hashable] = []
         for leaf, dim in zip(self.leaves, self.dims, strict=True):
@@ -89,7 +89,7 @@ class Call:
                 signature.append((tuple(shape), dim, leaf.dtype, leaf.device))
             elif type(leaf) in (int, float, complex):
                 signature.append(type(leaf).__name__)
-                # Not the number itself: 0.0 equals -0.0, and NaN does not equal itself.
+                # As text, because 0.0 equals -0.0, and NaN does not equal itself.
                 numbers.append(repr(leaf))
             else:
                 signature.append((type(leaf), repr(leaf)))
@@ -98,7 +98,7 @@ class Call:
         return Kind(form, tuple(numbers))
 
     def structure(self) -> Hashable:
-        """Return what calls have in common that differ in the sizes of their tensors as well."""
+        """Return a key that is equal for calls that differ only in the values and sizes of tensors."""
         leaves = [
             (leaf.ndim, leaf.dtype, dim) if isinstance(leaf, Tensor) else type(leaf)
             for leaf, dim in zip(self.leaves, self.dims, strict=True)
@@ -106,7 +106,7 @@ class Call:
         return self.module, str(self.spec), tuple(leaves), tuple(_rank(value) for value in self.factors.values())
 
     def numel(self) -> int:
-        """Return how many numbers the inputs of one member have."""
+        """Return the number of entries in the input tensors of one member."""
         return sum(
             leaf.numel() // (1 if dim is None else self.size)
             for leaf, dim in zip(self.leaves, self.dims, strict=True)
@@ -133,7 +133,7 @@ class Call:
         pairs = list(zip(self.leaves, self.dims, strict=True))
         own = [leaf for leaf, dim in pairs if dim is not None]
         shared = [leaf for leaf, dim in pairs if dim is None and isinstance(leaf, Tensor)]
-        # The unused counter gives vmap its size where a module has neither parameters nor inputs of each member.
+        # The counter tells vmap the number of members, if a module has neither parameters nor inputs for each member.
         return torch.arange(self.size, device="cpu"), self.centres, self.factors, own, shared
 
     def devices(self) -> list[torch.device]:
@@ -143,18 +143,18 @@ class Call:
 
 
 def _rank(value: Any) -> int | None:
-    """Return the rank of a parameter's perturbations, or None where they are full-rank ones."""
+    """Return the rank of a parameter's perturbations, or None for full-rank perturbations."""
     if isinstance(value, SharedDraws):
         return None if value.rows is None else value.noise.shape[1]
     return value[0].shape[-1] if isinstance(value, tuple) else None
 
 
-# What a batched call returns: the tensors among the leaves of the result, the others by their index, the structure.
+# The result of a batched call: tensors among its leaves, other leaves by their index, and its structure.
 Result = tuple[list[Tensor], dict[int, Any], TreeSpec]
 
 
 def batched(call: Call) -> Callable[..., Result]:
-    """Return a function of tensors that makes calls of the kind of ``call`` for any number of members."""
+    """Return a function of :meth:`Call.tensors` that makes calls of the kind of ``call``, for any number of members."""
     module, slots, spec, count = call.module, call.slots, call.spec, len(call.leaves)
     own_at = [i for i, dim in enumerate(call.dims) if dim is not None]
     in_dims = (0, 0, [call.dims[i] for i in own_at])
@@ -196,7 +196,7 @@ def for_one(
     leaves: Sequence[Any],
     spec: TreeSpec,
 ) -> tuple[list[Any], TreeSpec]:
-    """Call a module with the weights of one member, under ``torch.vmap``, and return its result's leaves and spec."""
+    """Call a module with one member's weights, under ``torch.vmap``; return the leaves and structure of the result."""
     args, kwargs = tree_unflatten(list(leaves), spec)
     parameters = {name: perturb(centres[name], value) for name, value in factors.items()}
     with swapped(slots, parameters):
@@ -205,18 +205,18 @@ def for_one(
 
 
 class Forwards:
-    """Carries out the calls of one model, and remembers between generations what it found out about them.
+    """Makes the batched calls of one model. It keeps compiled code, tile sizes and failures between generations.
 
     Args:
-        compile: Whether to compile them with ``torch.compile``.
-        budget: What the tensors of a call may take.
+        compile: Whether to use ``torch.compile``.
+        budget: Memory budget of the tensors of a call.
 
     Attributes:
-        backend: What compiles them.
-        reports: What the user should be warned of.
-        one_by_one: Whether the model as a whole was found not to be batchable.
-        opening: Modules that return objects, such as caches.
-        refused: Calls of coalesced fitness functions that were found not to be, with the reason.
+        backend: The backend of ``torch.compile``.
+        reports: Warnings for the user that have not been issued yet.
+        one_by_one: Whether calls of the whole model cannot be batched.
+        returning_objects: Modules that return objects, such as caches.
+        refused: Calls in plain fitness functions that cannot be batched, with the reason.
     """
 
     def __init__(self, *, compile: bool = False, budget: Budget | None = None) -> None:
@@ -225,11 +225,11 @@ class Forwards:
         self.backend = Backend()
         self.reports: list[str] = []
         self.one_by_one = False
-        self.opening: set[nn.Module] = set()
+        self.returning_objects: set[nn.Module] = set()
         self.refused: Recent[Hashable, str] = Recent(_MAX_KINDS)
-        # By forms of calls.
-        self._rooms: Recent[Hashable, _Room] = Recent(_MAX_KINDS)
-        # By structure of calls, numbers in the inputs of one that was measured, and how many members would have fitted.
+        # By the form of calls.
+        self._tile_limits: Recent[Hashable, _TileLimit] = Recent(_MAX_KINDS)
+        # By the structure of calls, for a measured call: the size of a member's inputs, and how many members would fit.
         self._measured: Recent[Hashable, tuple[int, int]] = Recent(_MAX_KINDS)
         self._values: Recent[Hashable, _Values] = Recent(_MAX_KINDS)
         self._compiled: dict[Kind, _Compiled] = {}
@@ -237,10 +237,10 @@ class Forwards:
         self._eager: Recent[Kind, None] = Recent(_MAX_KINDS)
 
     def run(self, call: Call) -> Any:
-        """Return what the module returns, each tensor with a leading dimension ``n``.
+        """Return the result of the module, each tensor with a leading dimension ``n``.
 
         Raises:
-            Exception: Whatever the module raises, or torch.vmap where it cannot be batched.
+            Exception: Any exception of the module, or of torch.vmap if the call cannot be batched.
         """
         kind = call.kind()
         while True:
@@ -251,8 +251,8 @@ class Forwards:
             except Exception as error:
                 if not is_out_of_memory(error) or tile == 1:
                     raise
-            # Not while the exception is handled, which holds on to tensors.
-            self._rooms[kind.form].most = tile // 2
+            # Outside of the except block, as the exception keeps tensors alive.
+            self._tile_limits[kind.form].most = tile // 2
             self._compiled.pop(kind, None)
 
     def _run_compiled(self, call: Call, kind: Kind, tile: int) -> Any:
@@ -260,11 +260,11 @@ class Forwards:
         if compiled is None or call.size < compiled.size:
             return self._run_eagerly(call, tile)
         size = compiled.size
-        # Parts of one size, for which it is compiled once: the last one begins among the members of the one before.
+        # All parts have the compiled size, so the last one may repeat members of the one before.
         starts = [*range(0, call.size - size, size), call.size - size]
         try:
             with warnings.catch_warnings():
-                # What torch warns of while it compiles is for its own authors.
+                # Warnings of torch's compiler say nothing to users.
                 warnings.simplefilter("ignore")
                 parts = call.parts([(i, i + size) for i in starts])
                 return _joined([compiled.function(*part.tensors()) for part in parts], call.size)
@@ -274,19 +274,19 @@ class Forwards:
             del self._compiled[kind]
             self._eager[kind] = None
             result = self._run_eagerly(call, tile)
-            # It was not the model's own error, which would have come up again.
+            # The model runs eagerly, so the error came from the compiler.
             self.reports.append(f"{type(call.module).__name__} is not compiled and runs eagerly: {_reason(error)}")
             return result
 
     def _compiled_for(self, call: Call, kind: Kind, tile: int) -> _Compiled | None:
-        """Return the compiled code for a kind of call, made now if need be, or None where it is to run eagerly."""
+        """Return the compiled code for a kind of call, compiled now if necessary, or None to run it eagerly."""
         if kind.numbers:
             if kind.form not in self._values:
                 self._values[kind.form] = _Values()
-            came_back = self._values[kind.form].came_back(kind.numbers)
+            recurs = self._values[kind.form].recurs(kind.numbers)
         compiled = self._compiled.get(kind)
         if compiled is not None:
-            # The first to call may have been few. Each time it takes twice as large a factor, so that it ends.
+            # Recompile if many more members are called than before. The factor doubles each time, so that this ends.
             if tile < compiled.size << compiled.times:
                 return compiled
             compiled = _Compiled(self._compile(call), tile, compiled.times + 1)
@@ -294,15 +294,15 @@ class Forwards:
             return None
         elif len(self._compiled) >= _MAX_COMPILED:
             self.reports.append(
-                f"the model is called in more than {_MAX_COMPILED} ways (other shapes of inputs, other values of"
-                " numbers that it is called with); the further ones are not compiled"
+                f"the model is called in more than {_MAX_COMPILED} ways (shapes of inputs, values of number arguments)."
+                " Further ones are not compiled: pad inputs to a few shapes, and pass numbers as tensors"
             )
             return None
-        elif kind.numbers and not came_back and self._values_compiled(kind) >= _MAX_VALUES:
+        elif kind.numbers and not recurs and self._values_compiled(kind) >= _MAX_VALUES:
             self.reports.append(
                 f"the model is called with numbers that change: it is compiled for their first {_MAX_VALUES} values and"
-                " for those that come back, and runs eagerly for others. Pass a number as a tensor,"
-                " torch.tensor(number), to have it compiled once for all values"
+                " for those that recur, and runs eagerly for others. Pass a number as a tensor, torch.tensor(number),"
+                " to compile once for all values"
             )
             return None
         else:
@@ -324,19 +324,19 @@ class Forwards:
             return _joined([function(*part.tensors()) for part in parts], call.size)
 
     def _tile(self, call: Call, kind: Kind) -> int:
-        """Return how many members to call at a time: a power of two, or all."""
+        """Return the tile size: how many members to call at a time, a power of two or all."""
         if call.size == 1:
             return 1
-        if kind.form not in self._rooms:
-            self._rooms[kind.form] = _Room()
-        room = self._rooms[kind.form]
-        fitting = room.fitting(kind.numbers)
+        if kind.form not in self._tile_limits:
+            self._tile_limits[kind.form] = _TileLimit()
+        limit = self._tile_limits[kind.form]
+        fitting = limit.fitting(kind.numbers)
         if fitting is None:
             fitting = self._fitting_by_growth(call, kind)
         if fitting is None:
             device = next(iter(call.devices()), torch.device("cpu"))
             function = batched(call)
-            # Dropout draws in it; who draws after it must not notice.
+            # The measurement may draw random numbers, as for dropout: restore the generators.
             with _uncompiled(call.module), kept_rng(call.devices()):
                 one, two = (
                     live_bytes(lambda part=part: function(*part.tensors()))  # type: ignore[misc]
@@ -344,31 +344,31 @@ class Forwards:
                 )
             number = max(1, (self.budget.call_bytes(device) - one) // max(1, two - one))
             fitting = 1 << (number.bit_length() - 1)
-            room.note(kind.numbers, (one, two), fitting)
+            limit.note(kind.numbers, (one, two), fitting)
             self._measured[call.structure(), kind.numbers] = call.numel(), number
-        return min(fitting, call.size) if room.most is None else min(fitting, room.most, call.size)
+        return min(fitting, call.size) if limit.most is None else min(fitting, limit.most, call.size)
 
     def _fitting_by_growth(self, call: Call, kind: Kind) -> int | None:
-        """Return how many members fit if all do, going by a call with shorter sequences, say; None if it is unclear.
+        """Return the number of members if a smaller measured call implies that all fit, else None.
 
-        Code that makes its sequence longer step by step would otherwise be measured at each length.
+        Otherwise, code whose sequences grow step by step would be measured at each length.
         """
         known = self._measured.get((call.structure(), kind.numbers))
         if known is None:
             return None
         numel, number = known
-        # No less than quadratic, as attention is.
+        # Assume that memory grows quadratically, as with attention.
         growth = max(1.0, call.numel() / max(1, numel)) ** 2
         return call.size if number / growth >= call.size else None
 
 
 class _Compiled(NamedTuple):
-    """Compiled code.
+    """Compiled code for a kind of call.
 
     Attributes:
-        function: What computes a call.
-        size: The number of members that it is for.
-        times: How many times it has been compiled for ever larger numbers.
+        function: The compiled function of :meth:`Call.tensors`.
+        size: Number of members that it was compiled for.
+        times: How many times this kind was compiled, each time for more members.
     """
 
     function: Callable[..., Result]
@@ -376,14 +376,14 @@ class _Compiled(NamedTuple):
     times: int
 
 
-class _Room:
-    """How many members calls of one form can be made for at a time.
+class _TileLimit:
+    """The tile size for calls of one form.
 
-    Their numbers may say how large a tensor is, but mostly they don't: once another value has needed as much memory as
-    the one before, no further ones are measured.
+    A number argument may set the size of a tensor, but most don't. Once two values have needed the same memory, further
+    values are not measured.
 
     Attributes:
-        most: What has turned out to fit, where something did not.
+        most: Upper bound of the tile size after memory has run out; None before.
     """
 
     def __init__(self) -> None:
@@ -393,11 +393,11 @@ class _Room:
         self._for_all: int | None = None
 
     def fitting(self, numbers: Hashable) -> int | None:
-        """Return how many members fit, or None where it is to be measured."""
+        """Return how many members fit, or None if it has to be measured."""
         return self._fitting.get(numbers, self._for_all)
 
     def note(self, numbers: Hashable, need: Any, fitting: int) -> None:
-        """Take down what was measured."""
+        """Record a measurement."""
         if need == self._last_need:
             self._for_all = fitting
         self._last_need = need
@@ -405,21 +405,21 @@ class _Room:
 
 
 class _Values:
-    """The values of the numbers that calls of one form were made with of late."""
+    """The recent values of number arguments in calls of one form."""
 
     def __init__(self) -> None:
         self._met: Recent[Hashable, None] = Recent(_MAX_COMPILED)
         self._last: Hashable = None
 
-    def came_back(self, numbers: Hashable) -> bool:
-        """Take down the values of a call, and return whether they have come back after others."""
-        came_back = numbers != self._last and numbers in self._met
+    def recurs(self, numbers: Hashable) -> bool:
+        """Record the values of a call, and return whether they have recurred after others."""
+        recurs = numbers != self._last and numbers in self._met
         self._met[numbers], self._last = None, numbers
-        return came_back
+        return recurs
 
 
 def _joined(parts: Sequence[Result], size: int) -> Any:
-    """Return the result for all members, of which the last part may repeat some of the one before."""
+    """Join the results of parts to one for all members. The last part may repeat members of the one before."""
     tensors, others, spec = parts[0]
     if any(repr(part[1:]) != repr((others, spec)) for part in parts[1:]):
         raise NotBatchable("the model returns other values for some members")
@@ -430,7 +430,7 @@ def _joined(parts: Sequence[Result], size: int) -> Any:
         rest = [t[t.shape[0] - (size - done) :] for t in last[0]]
         tensors = [torch.cat(column) for column in zip(*(part[0] for part in parts[:-1]), rest, strict=True)]
     else:
-        # What is the same for all members comes expanded; each gets its own, to change in place.
+        # A result that is the same for all members is an expanded tensor: copy it, so that users may write into it.
         tensors = [t.clone(memory_format=torch.contiguous_format) if _is_shared(t) else t for t in tensors]
     values = iter(tensors)
     return tree_unflatten([others[i] if i in others else next(values) for i in range(len(others) + len(tensors))], spec)
@@ -441,13 +441,13 @@ def _is_shared(output: Tensor) -> bool:
 
 
 def _with_own_cache(function: Callable[..., Result]) -> Callable[..., Result]:
-    """Return the function with a code object of its own: torch.compile counts recompilations by code object."""
+    """Return the function with a new code object, as torch.compile limits recompilations by code object."""
     code = function.__code__.replace(co_name=f"{function.__name__}_")
     return types.FunctionType(code, function.__globals__, function.__name__, None, function.__closure__)
 
 
 def _uncompiled(module: nn.Module) -> contextlib.AbstractContextManager[Any]:
-    """Run what torch.compile has made of parts of a module as it was written: it knows nothing of members."""
+    """Inside the block, run compiled parts of a module eagerly, as their compiled code cannot be batched."""
     if any(is_compiled(m) for m in module.modules()):
         stance: contextlib.AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
         return stance

@@ -1,4 +1,4 @@
-"""A member's weights in the user's own model, for the time of a block: what a member is, by definition."""
+"""Puts a member's weights into the user's own model, inside a block. This defines what a member is."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from .module_state import ModuleState
 
 @contextlib.contextmanager
 def holding(model: nn.Module, values: Mapping[str, Tensor], training: Mapping[nn.Module, bool]) -> Iterator[list[str]]:
-    """Have a model hold other values of its parameters inside the block, and put everything in it back afterwards.
+    """Give a model other parameter values inside the block, and restore everything in it afterwards.
 
     Args:
         model: The model.
-        values: By the name of the parameter.
-        training: Modules whose training mode is to differ from the model's.
+        values: Values by the name of the parameter.
+        training: Training modes of modules that differ from those in the model.
 
     Yields:
-        A list that says after the block what it has changed in the model besides weights.
+        A list. After the block, it describes what the block has changed in the model besides weights.
 
     Raises:
-        RuntimeError: The block has changed a frozen parameter in place, of which there is no copy.
+        RuntimeError: The block has changed a frozen parameter in place, which cannot be undone.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    # Whatever else is trained inside the block, by an optimizer of the user's, must not reach the model either.
+    # The fitness function may train other parameters itself: it gets copies of them.
     perturbed = {id(parameters[name]) for name in values}
     others = {
         name: p.detach().clone() for name, p in model.named_parameters() if id(p) not in perturbed and p.requires_grad
@@ -43,7 +43,7 @@ def holding(model: nn.Module, values: Mapping[str, Tensor], training: Mapping[nn
                 module.training = mode
             for name, value in (*values.items(), *others.items()):
                 parameters[name].data = value
-            # It knows parameters, not their values.
+            # The cache is keyed by parameter, so its casts would be of the old values.
             torch.clear_autocast_cache()
         yield changed
     finally:
@@ -57,5 +57,5 @@ def holding(model: nn.Module, values: Mapping[str, Tensor], training: Mapping[nn
     if written is not None:
         raise RuntimeError(
             f"the fitness function changes the frozen parameter {written!r} in place, which cannot be undone:"
-            " work on a copy of it, or make it trainable"
+            " change a copy of it instead, or make it trainable"
         )

@@ -1,4 +1,4 @@
-"""Calls of a model's modules, handed to a function of ours instead."""
+"""Intercepts the calls of a model's modules and passes them to a handler."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from typing import Any
 
 from torch import nn
 
-# torch.nn.Module looks for this attribute at every call, and calls it instead of forward() and hooks.
+# If this attribute is set, torch.nn.Module calls it instead of forward() and hooks.
 ATTRIBUTE = "_compiled_call_impl"
 
 Handler = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Any]
 
 
 class Interception:
-    """Hands the calls of a model and of all modules below it to a handler, while it is on.
+    """While it is on, passes the calls of a model and of its submodules to a handler.
 
     Args:
         model: The model.
-        handler: From a module and the arguments of its call to the result.
+        handler: Takes a module, and the positional and keyword arguments of its call. It returns the result.
     """
 
     def __init__(self, model: nn.Module, handler: Handler) -> None:
@@ -27,14 +27,14 @@ class Interception:
         self.on = False
 
     def start(self) -> None:
-        """Begin."""
+        """Begin to intercept calls."""
         self._before = [attributes.get(ATTRIBUTE) for attributes, _ in self._places]
         self.on = True
         for attributes, caller in self._places:
             attributes[ATTRIBUTE] = caller
 
     def stop(self) -> None:
-        """End."""
+        """Stop intercepting calls."""
         if self.on:
             for (attributes, _), before in zip(self._places, self._before, strict=True):
                 if before is None:
@@ -52,7 +52,7 @@ class Interception:
 
 
 class _Caller:
-    """What a module calls while its calls are intercepted. A copy of the module is not intercepted."""
+    """The attribute that intercepts the calls of one module. It is not copied with the module."""
 
     __slots__ = ("_handler", "_module")
 
@@ -73,5 +73,5 @@ class _Caller:
 
 
 def plain_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Run a module's own hooks and forward; the calls of its children are intercepted again."""
+    """Run a module's own hooks and forward. Calls of its children are still intercepted."""
     return module._call_impl(*args, **kwargs)

@@ -1,4 +1,4 @@
-"""What a population offers to the ways of calling it that have modules of their own."""
+"""The interface of a population that the modules of this folder use."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .._torch import TreeSpec
 from ..perturbation.sample import Perturbations
 from .forward import Call, Forwards
-from .opened import Opened
+from .object_calls import ObjectCallResult
 
 
 class Members(Protocol):
@@ -29,12 +29,12 @@ class Members(Protocol):
 
     @property
     def training(self) -> Mapping[nn.Module, bool]:
-        """Modules whose training mode is to differ from the model's."""
+        """Training modes of modules that differ from those in the model."""
 
     def call_of(self, module: nn.Module, leaves: Sequence[Any], spec: TreeSpec, dims: Sequence[int | None]) -> Call:
-        """Return the call of a module with the leaves of its arguments."""
+        """Return a call of a module from the leaves of its arguments."""
 
-    def run_opened(
+    def run_with_objects(
         self,
         call: Call,
         objects: Sequence[Any],
@@ -42,17 +42,17 @@ class Members(Protocol):
         held_dims: Sequence[int | None],
         *,
         spend: bool = False,
-    ) -> Opened:
+    ) -> ObjectCallResult:
         """Make a call with objects among its arguments or results."""
 
     def holding(self, index: int) -> contextlib.AbstractContextManager[list[str]]:
-        """Have the model hold one member's weights inside the block."""
+        """Inside the block, put one member's weights into the model."""
 
     def member_key(self, index: int) -> tuple[int | str, ...]:
-        """Return the key of the random numbers that one member's evaluation draws."""
+        """Return the key of one member's random numbers."""
 
     def generator(self, index: int, device: torch.device) -> torch.Generator:
         """Return the generator of one member's random numbers."""
 
     def warn(self, message: str) -> None:
-        """Give a warning, if it has not been given yet."""
+        """Issue a warning, once."""

@@ -1,4 +1,4 @@
-"""What a module holds besides its weights: swapping parameters in, training modes, and guarding the rest."""
+"""The state of modules: swapping parameters, setting training modes, and restoring everything else."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .snapshot import Snapshot, is_immutable
 
 
 class NotBatchable(RuntimeError):
-    """A call that cannot be made for all members at once; the message says why.
+    """A call cannot be made for all members at once; the message says why.
 
     Attributes:
         stateful: Whether the reason is that the call changes the module.
@@ -31,16 +31,16 @@ class NotBatchable(RuntimeError):
 
 
 class ReturnsObject(NotBatchable):
-    """A call that returns an object, which has to be opened."""
+    """A call returns an object, whose tensors have to be batched; see :mod:`.object_calls`."""
 
 
-def changes(changed: Sequence[str]) -> NotBatchable:
-    """Return the exception that says what a forward has changed in the model."""
+def state_change_error(changed: Sequence[str]) -> NotBatchable:
+    """Return the exception for a forward that has changed the model."""
     return NotBatchable(f"the model's forward changes {' and '.join(changed)}", stateful=True)
 
 
-def lost(error: NotBatchable) -> ValueError:
-    """Return what a user is told whose batched function calls a model that changes."""
+def lost_state_error(error: NotBatchable) -> ValueError:
+    """Return the error for a batched fitness function whose model changes in a call."""
     return ValueError(
         f"{error}: it would be lost between calls. Pass it in and return it, or write the fitness function for one"
         " model, without @batched."
@@ -53,8 +53,8 @@ class Slot(NamedTuple):
     Attributes:
         container: A list or dictionary.
         key: Index or key.
-        names: Of the parameters.
-        build: From their values to what belongs in the place.
+        names: Names of the parameters.
+        build: Takes the parameters' values by name, and returns the new value of the place.
     """
 
     container: Any
@@ -63,22 +63,22 @@ class Slot(NamedTuple):
     build: Callable[[Mapping[str, Any]], Any]
 
 
-# The attributes that every module has, among them the dictionaries of its parameters, buffers, submodules and hooks.
+# Attributes that every module has, such as the dictionaries of its parameters, buffers, submodules and hooks.
 _INTERNALS = frozenset(nn.Module().__dict__)
 
-# Values that are looked through for parameters; what refers to more is part of something larger.
+# Largest number of containers that are searched, so that we don't follow references to the whole program.
 _LIMIT = 10_000
 
 
 def parameter_slots(model: nn.Module, by_identity: Mapping[int, str]) -> list[Slot]:
-    """Return every place where a module keeps a parameter of interest.
+    """Return every place in a model where one of some parameters is stored.
 
-    A tied parameter has several. Besides the parameters proper these are the attributes that hold one as well, as
-    ``nn.LSTM``'s flat weights do, however deep in lists, dictionaries, tuples and objects.
+    A tied parameter has several. Attributes that hold a parameter are also included, such as the flat weights of
+    ``nn.LSTM``, at any depth of lists, dictionaries, tuples and objects.
 
     Args:
-        model: Looked at with all modules below it.
-        by_identity: Names of the parameters of interest by their ``id``.
+        model: The model, which is searched with all its submodules.
+        by_identity: Names of the parameters to search for, by their ``id``.
     """
     finder = _Finder(by_identity)
     for module in model.modules():
@@ -88,7 +88,7 @@ def parameter_slots(model: nn.Module, by_identity: Mapping[int, str]) -> list[Sl
 
 
 class _Finder:
-    """Looks for parameters in containers and objects."""
+    """Searches containers and objects for parameters."""
 
     def __init__(self, by_identity: Mapping[int, str]) -> None:
         self.by_identity = by_identity
@@ -96,7 +96,7 @@ class _Finder:
         self._seen: set[int] = set()
 
     def look_into(self, contents: Any, owner: Any = None) -> None:
-        """Note the places in a list or dictionary, or in the attributes ``contents`` of ``owner``."""
+        """Collect the places in a list or dictionary, or in the attributes ``contents`` of ``owner``."""
         if id(contents) in self._seen or len(self._seen) > _LIMIT:
             return
         container = contents
@@ -110,12 +110,12 @@ class _Finder:
                 self.slots.append(Slot(container, key, *found))
 
     def _found(self, value: Any) -> tuple[tuple[str, ...], Callable[[Mapping[str, Any]], Any]] | None:
-        """Return the names and the builder of a value that must be replaced; places inside others are noted."""
+        """Return the names and the builder of a value that must be replaced. Search other values for places."""
         name = self.by_identity.get(id(value))
         if name is not None:
             return (name,), lambda values: values[name]
         if isinstance(value, weakref.ref):
-            # By these nn.RNNBase notices that its weights have changed, and would flatten them anew for cuDNN.
+            # nn.RNNBase compares these with its weights, and would flatten them again for cuDNN if they differ.
             name = self.by_identity.get(id(value()))
             return None if name is None else ((name,), lambda values: weakref.ref(values[name]))
         if isinstance(value, tuple):
@@ -142,10 +142,10 @@ class _Finder:
 
 @contextlib.contextmanager
 def swapped(slots: Sequence[Slot], values: Mapping[str, Tensor]) -> Iterator[None]:
-    """Put ``values`` in the place of the parameters inside the block.
+    """Inside the block, replace the parameters by ``values``.
 
     Raises:
-        NotBatchable: The block replaced one of them; ``stateful`` is true.
+        NotBatchable: The block has replaced one of them; ``stateful`` is True.
     """
     originals = [container[key] for container, key, _, _ in slots]
     placed = [build(values) for _, _, _, build in slots]
@@ -163,7 +163,7 @@ def swapped(slots: Sequence[Slot], values: Mapping[str, Tensor]) -> Iterator[Non
 
 @contextlib.contextmanager
 def training_modes(module: nn.Module, modes: Mapping[nn.Module, bool]) -> Iterator[None]:
-    """Set training modes inside the block, and refuse those that would mix the members' statistics.
+    """Set training modes inside the block, and check that no layer would mix statistics of members.
 
     Raises:
         ValueError: A BatchNorm layer of ``module`` would update its running statistics.
@@ -187,17 +187,17 @@ def training_modes(module: nn.Module, modes: Mapping[nn.Module, bool]) -> Iterat
 
 @contextlib.contextmanager
 def batching(module: nn.Module, modes: Mapping[nn.Module, bool]) -> Iterator[None]:
-    """Make a batched call of a module in the block, with training modes set.
+    """Set up for a batched call of a module inside the block, and convert its errors.
 
     Raises:
         NotBatchable: The call failed.
         ValueError: A BatchNorm layer of ``module`` would update its running statistics.
     """
-    # An interrupted vmap would leave its transforms, and its weights in the model.
+    # An interrupted vmap would leave its transform active, and its weights in the model.
     with delayed_interrupt(), training_modes(module, modes):
         try:
             with torch.no_grad(), warnings.catch_warnings():
-                # An operation that vmap runs member by member is slow, but right.
+                # vmap warns about operations that it runs member by member. They are slow but correct.
                 warnings.filterwarnings("ignore", "There is a performance drop")
                 yield
         except NotBatchable:
@@ -209,26 +209,26 @@ def batching(module: nn.Module, modes: Mapping[nn.Module, bool]) -> Iterator[Non
 
 
 class ModuleState:
-    """What a module and those below it hold besides the values of parameters."""
+    """The state of a module and its submodules, except for the values of parameters."""
 
     def __init__(self, module: nn.Module) -> None:
         seen: set[int] = set()
         self._states = [_State(name, m, seen) for name, m in module.named_modules()]
 
     def differs(self) -> bool:
-        """Return whether anything is different now."""
+        """Return whether anything has changed."""
         return any(state.changed() for state in self._states)
 
     def differs_in_place(self) -> bool:
-        """Return whether buffers, or what attributes refer to, are different in themselves."""
+        """Return whether buffers, or objects that attributes refer to, have been changed in place."""
         return any(snapshot.changed() for state in self._states for snapshot in state.snapshots.values())
 
     def restore(self) -> list[str]:
-        """Put everything back and return what differed."""
+        """Restore everything and return descriptions of what had changed."""
         return [text for state in self._states for text in state.restore()]
 
     def differs_by_member(self) -> bool:
-        """Return whether what is different now is, or may be, another one for every member of a batched call."""
+        """Return whether a changed value differs, or may differ, between the members of a batched call."""
         return any(
             isinstance(value, (DenseParameter, PerturbedTensor))
             or (isinstance(value, Tensor) and is_functorch_wrapped_tensor(value))
@@ -238,12 +238,12 @@ class ModuleState:
 
 
 class _State:
-    """What one module holds besides its parameters."""
+    """The state of one module, except for its parameters."""
 
     def __init__(self, name: str, module: nn.Module, seen: set[int]) -> None:
         self.module, self.name = module, name
         self.attributes = dict(module.__dict__)
-        # Of the attributes that every module has, these may change in a forward.
+        # Dictionaries that every module has and a forward may change.
         self.registered = {key: dict(self.attributes[key]) for key in ("_parameters", "_buffers", "_modules")}
         self.snapshots = {
             key: Snapshot(value, seen)
@@ -252,7 +252,7 @@ class _State:
         }
 
     def changed(self) -> set[str]:
-        """Return the names of what is different now."""
+        """Return the names of attributes, buffers and the like that have changed."""
         now = self.module.__dict__
         changed = _differing(now, self.attributes)
         for key, entries in self.registered.items():
@@ -260,7 +260,7 @@ class _State:
         return changed | {key for key, snapshot in self.snapshots.items() if snapshot.changed()}
 
     def new_values(self) -> Iterator[Any]:
-        """Yield what attributes and buffers hold that they did not hold before."""
+        """Yield the leaves of all values that attributes and buffers have now but did not have before."""
         places = [(self.module.__dict__, self.attributes)]
         places += [(self.attributes[key], entries) for key, entries in self.registered.items()]
         for now, before in places:
@@ -268,7 +268,7 @@ class _State:
                 yield from tree_leaves(now[key])
 
     def restore(self) -> list[str]:
-        """Put everything back and return what differed."""
+        """Restore everything and return descriptions of what had changed."""
         changed = self.changed()
         if not changed:
             return []
@@ -282,7 +282,7 @@ class _State:
         for snapshot in self.snapshots.values():
             snapshot.restore()
         buffers = sorted(changed & self.registered["_buffers"].keys())
-        # A training mode is put back like the rest, but it is nothing that somebody would miss.
+        # Training modes are restored too, but not reported.
         others = sorted(changed - self.registered["_buffers"].keys() - {"training"})
         at = f"{self.name}." if self.name else ""
         unsaved = self.module._non_persistent_buffers_set
@@ -292,5 +292,5 @@ class _State:
 
 
 def _differing(now: Mapping[str, Any], before: Mapping[str, Any]) -> set[str]:
-    # Those of TorchScript's modules are no real dictionaries.
+    # The mappings of TorchScript modules are not dictionaries.
     return {k for k, v in before.items() if k not in now or now[k] is not v} | (set(now.keys()) - before.keys())

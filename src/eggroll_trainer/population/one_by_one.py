@@ -1,4 +1,4 @@
-"""A call of one member after the other, where the model cannot be called for all at once."""
+"""Calls of one member after the other, for models that cannot be called for all members at once."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .._torch import tree_flatten, tree_unflatten
 from .arguments import arguments_of
 from .forward import PLAIN_TYPES
 from .members import Members
-from .module_state import changes, lost
+from .module_state import lost_state_error, state_change_error
 
 
 def call_one_by_one(
@@ -22,18 +22,18 @@ def call_one_by_one(
     dims: Sequence[int | None],
     members: Sequence[int],
 ) -> Any:
-    """Call the model for one member after the other, and stack what it returns.
+    """Call the model for one member after the other, and stack the results.
 
     Args:
         population: The members.
         args: Positional arguments.
         kwargs: Keyword arguments.
-        dims: For each leaf of ``(args, kwargs)`` its dimension of members, or None if they share it.
-        members: Indices of those it is called for.
+        dims: For each leaf of ``(args, kwargs)`` its dimension of members, or None if members share it.
+        members: Indices of the members to call it for.
 
     Raises:
         ValueError: A call has changed the model.
-        TypeError: The model returns what cannot be stacked.
+        TypeError: The model returns values that cannot be stacked.
     """
     leaves, spec = tree_flatten((args, kwargs))
     rows = []
@@ -42,7 +42,7 @@ def call_one_by_one(
         with torch.no_grad(), population.holding(member) as changed:
             rows.append(tree_flatten(population.model(*own_args, **own_kwargs)))
         if changed:
-            raise lost(changes(changed))
+            raise lost_state_error(state_change_error(changed))
     columns = zip(*(leaves for leaves, _ in rows), strict=True)
     return tree_unflatten([_stack(column) for column in columns], rows[0][1])
 
@@ -54,4 +54,7 @@ def _stack(column: Sequence[Any]) -> Any:
         return torch.tensor(column)
     if isinstance(column[0], PLAIN_TYPES) and all(value == column[0] for value in column):
         return column[0]
-    raise TypeError(f"the model returns values of type {type(column[0]).__name__}, which cannot be stacked")
+    raise TypeError(
+        f"the model returns values of type {type(column[0]).__name__}, which cannot be stacked over members: return"
+        " tensors or numbers"
+    )

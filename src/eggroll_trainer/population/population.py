@@ -1,4 +1,4 @@
-"""Population: a model, for every member at once."""
+"""Population: the model, callable for all members at once."""
 
 from __future__ import annotations
 
@@ -25,23 +25,32 @@ from .copying import copy_of
 from .folded import Folded
 from .forward import Call, Forwards
 from .holding import holding
-from .module_state import ModuleState, NotBatchable, Slot, batching, changes, lost, parameter_slots, training_modes
+from .module_state import (
+    ModuleState,
+    NotBatchable,
+    Slot,
+    batching,
+    lost_state_error,
+    parameter_slots,
+    state_change_error,
+    training_modes,
+)
+from .object_calls import ObjectCallResult, run_with_objects
 from .one_by_one import call_one_by_one
-from .opened import Opened, run_opened
 
 
 class Population:
     """The members of a population (or of a chunk of it), callable as one model.
 
-    Every call runs the model under ``torch.vmap``, its parameters perturbed in low-rank form. A model that cannot be
-    batched (say, one whose forward branches on values) is run once for each member, with one warning.
+    Every call runs the model under ``torch.vmap``, with parameters perturbed in low-rank form. A model that cannot be
+    batched, such as one whose forward branches on values, is run once for each member, with one warning.
 
     Args:
         model: The centre.
-        perturbations: How each of the ``N`` members differs from it.
-        first: Index in the whole population of this chunk's first member.
-        warned: The warnings already given; each is given once.
-        forwards: What carries out the calls, and knows what earlier ones have shown.
+        perturbations: The perturbations of the ``N`` members.
+        first: Index of this chunk's first member in the whole population.
+        warned: The warnings that have been issued; each is issued once.
+        forwards: Makes the batched calls, and keeps compiled code and tile sizes between generations.
         generation: Index of the generation.
         seed: Seed of the run.
 
@@ -76,19 +85,19 @@ class Population:
         self._centres = {name: draws.spec.centre for name, draws in perturbations.draws.items()}
         self._slots: dict[nn.Module, list[Slot]] = {}
         self._training: dict[nn.Module, bool] = {}
-        # The model's state before calls that have filled a cache in it.
+        # States of the model before calls that have filled a cache in it.
         self._before_caches: list[ModuleState] = []
         self.audit: Audit | None = None
         self._dense: dict[int, dict[str, Tensor]] = {}
-        # Modules of which one opened call has been seen to change nothing.
-        self._looked_at: set[nn.Module] = set()
+        # Modules whose calls with objects were checked not to change them.
+        self._unchanged_by_calls: set[nn.Module] = set()
         self._generators: dict[Any, torch.Generator] = {}
         self._warned = Warned() if warned is None else warned
         self.forwards = Forwards() if forwards is None else forwards
 
     @classmethod
     def of(cls, model: nn.Module, *, generation: int = 0, seed: int = 0) -> Population:
-        """Return a population of one, which differs from the model by nothing."""
+        """Return a population whose only member is the model itself, without perturbation."""
         name, parameter = min(model.named_parameters(), key=lambda item: item[1].numel())
         values = torch.zeros(1, *parameter.shape, device=parameter.device)
         signs = torch.ones(1, device=parameter.device)
@@ -108,7 +117,7 @@ class Population:
         """Call every member with the same arguments.
 
         Returns:
-            What the model returns, each tensor with a leading dimension of members: ``[...] → [N, ...]``.
+            The model's result, each tensor with a leading dimension of members: ``[...] → [N, ...]``.
 
         Raises:
             ValueError: A BatchNorm layer is in training mode.
@@ -118,17 +127,17 @@ class Population:
         return audited(self, self._call(args, kwargs, dims), args, kwargs, dims, range(len(self)))
 
     def each(self, *args: Any, in_dims: int | Sequence[int | None] = 0, **kwargs: Any) -> Any:
-        """Call every member with arguments of its own: member ``i`` gets ``xs[i]``.
+        """Call every member with its own arguments: member ``i`` gets ``xs[i]``.
 
         Args:
-            args: Tensors, or nested tuples, lists and dicts of tensors, with a dimension of members. Anything
-                else is passed on as it is.
-            in_dims: Where the dimension of members is, for all arguments or one entry for each positional one;
-                None marks an argument that all members share, as in ``population.each(x, state, in_dims=(None, 0))``.
-            kwargs: Like ``args``, with the members first.
+            args: Tensors, or nested tuples, lists and dicts of tensors, with a dimension of members. Other values are
+                passed on unchanged.
+            in_dims: The dimension of members, one for all arguments or one for each positional argument. None marks an
+                argument that all members share, as in ``population.each(x, state, in_dims=(None, 0))``.
+            kwargs: Like ``args``, with members in dimension 0.
 
         Returns:
-            What the model returns, each tensor with a leading dimension of members.
+            The model's result, each tensor with a leading dimension of members.
 
         Raises:
             ValueError: An argument has another number of members, or a BatchNorm layer is in training mode.
@@ -137,7 +146,7 @@ class Population:
         return audited(self, self._call(args, kwargs, dims), args, kwargs, dims, range(len(self)))
 
     def train(self, mode: bool = True) -> Population:
-        """Run the members in training mode, whatever mode the model is in, and return ``self``."""
+        """Run the members in training mode (evaluation mode if False), whatever the model's, and return ``self``."""
         self._training = {module: mode for module in self.model.modules()}
         return self
 
@@ -171,11 +180,11 @@ class Population:
                 parameters[name].copy_(value)
 
     def member_parameters(self, index: int, names: Sequence[str] | None = None) -> dict[str, Tensor]:
-        """Return the perturbed parameters of one member in full.
+        """Return the perturbed parameters of one member as dense tensors, by name.
 
         Args:
             index: The member, below ``len(population)``.
-            names: Names of the parameters to return; all that are perturbed if None.
+            names: Names of the parameters to return; all perturbed parameters if None.
         """
         chosen = self._members if names is None else {name: self._members[name] for name in names}
         return {
@@ -184,16 +193,16 @@ class Population:
 
     @contextlib.contextmanager
     def holding(self, index: int) -> Iterator[list[str]]:
-        """Have the user's own model hold one member's weights inside the block: what the member *is*, by definition.
+        """Inside the block, put one member's weights into the user's own model. This defines what a member is.
 
-        Closures over the model, registers of modules, hooks and caches find the model that they know. Afterwards
-        everything in the model is put back, whatever has happened.
+        Closures, hooks and caches that refer to the model see these weights. Afterwards, everything in the model is
+        restored, even if the block raises.
 
         Yields:
-            A list that says after the block what it has changed in the model besides weights.
+            A list. After the block, it describes what the block has changed in the model besides weights.
 
         Raises:
-            RuntimeError: The block has changed a frozen parameter in place, of which there is no copy.
+            RuntimeError: The block has changed a frozen parameter in place, which cannot be undone.
         """
         values = self._dense.get(index)
         if values is None:
@@ -203,17 +212,17 @@ class Population:
             yield changed
 
     def remember(self, indices: Collection[int]) -> None:
-        """Keep the weights of some members in full, who are going to be held more than once."""
+        """Keep the dense weights of some members for repeated use by :meth:`holding`."""
         with torch.inference_mode(False), torch.no_grad():
             self._dense = {index: self.member_parameters(index) for index in indices}
 
     @property
     def caches(self) -> int:
-        """How many calls have filled a cache in the model since the evaluation began."""
+        """Number of calls that have filled a cache in the model since the evaluation began."""
         return len(self._before_caches)
 
     def close(self) -> None:
-        """End an evaluation: undo what calls have cached in the model."""
+        """End an evaluation: remove what calls have cached in the model."""
         while self._before_caches:
             self._before_caches.pop().restore()
 
@@ -232,12 +241,12 @@ class Population:
             module: The model or one of its submodules.
             args: Positional arguments.
             kwargs: Keyword arguments.
-            dims: For each leaf of ``(args, kwargs)`` its dimension of members, or None if they share it.
-            members: Which members, ``[n]``; all of them if None.
-            training: Modules whose training mode is to differ from the model's during the call.
+            dims: For each leaf of ``(args, kwargs)`` its dimension of members, or None if members share it.
+            members: Indices of the members, ``[n]``; all if None.
+            training: Training modes of modules that differ from those in the model during the call.
 
         Returns:
-            What the module returns, each tensor with a leading dimension ``n``.
+            The module's result, each tensor with a leading dimension ``n``.
 
         Raises:
             NotBatchable: The call cannot be made for all members at once.
@@ -247,18 +256,18 @@ class Population:
 
     @contextlib.contextmanager
     def repeated(self) -> Iterator[Callable[..., Any]]:
-        """Make calls over and over, as the steps of a simulation do, at less cost.
+        """Make repeated calls, such as the steps of a simulation, at less cost.
 
-        That a call changes nothing in the model is made sure of at the first call of each kind and at the end of the
-        block, instead of at every call; nothing else may change in it what the model computes, as autocast does. A
-        compiled model is compiled for each number of members that it is called for.
+        We check that calls don't change the model at the first call of each kind and at the end of the block, instead
+        of at every call. Don't change modes such as autocast inside the block. A compiled model is compiled for each
+        number of members that it is called for.
 
         Yields:
-            ``each(*tensors, members=…)``: as :meth:`each` for ``members``, a range or tuple of their indices in this
-            population, all of them by default; the tensors have rows for these members only.
+            ``each(*tensors, members=…)``, which works like :meth:`each` for ``members``, a range or tuple of indices in
+            this population, by default all. The tensors have rows for these members only.
 
         Raises:
-            ValueError: A call changed the model, or a tensor is of another number of members.
+            ValueError: A call has changed the model, or a tensor has another number of members.
 
         Example:
             >>> import torch
@@ -281,7 +290,7 @@ class Population:
                     with delayed_interrupt(), torch.no_grad():
                         return prepared[kind](tensors)
                 except Exception:
-                    # The full call finds out what to do, as for want of memory.
+                    # The full call below handles errors, such as running out of memory.
                     del prepared[kind]
             dims = [0] * len(tensors)
             if kind not in calls:
@@ -304,31 +313,32 @@ class Population:
                 yield each
             failed = False
         finally:
-            # What a cache was filled with stays until the evaluation is over.
+            # A cache that was filled stays until the evaluation ends.
             changed = before.restore() if caches == len(self._before_caches) else []
         if changed and not failed:
-            raise lost(changes(changed))
+            raise lost_state_error(state_change_error(changed))
 
     def folded(
         self, rows: int, *, key: Sequence[int | str] | None = None
     ) -> contextlib.AbstractContextManager[nn.Module]:
-        """Run the user's own model on rows of all members at once, for code with loops and caches of its own.
+        """Run the user's own model on rows of all members at once, for code with its own loops and caches.
 
-        Inside the block the model's calls take tensors with the rows of all members in dimension 0, member after
-        member: ``[N·Q, …]``, or ``[N·Q·k, …]``, as where ``generate()`` returns ``k`` sequences for each prompt. A
-        member's rows see its weights; results have their rows in the same order. Objects that hold tensors, such as
-        key-value caches, are passed in and out like tensors. Random numbers that are drawn in the block, as for
-        sampled tokens, come from a generator for each member, which depends on the seed, the generation and the
-        member alone; draw them with rows of all members in dimension 0.
+        Inside the block, calls of the model take tensors with the rows of all members in dimension 0, member after
+        member: ``[N·Q, …]``, or ``[N·Q·k, …]`` if ``generate()`` returns ``k`` sequences for each prompt. Each
+        member's rows are computed with its weights. Results have their rows in the same order. Objects that hold
+        tensors, such as key-value caches, are passed in and out like tensors.
 
-        What sees the whole batch sees all members: ``generate()`` goes on until the last row has ended. What cannot be
-        run for all members at once, such as a mixture of experts that looks at values, is run for one member after the
-        other, with one warning.
+        Random numbers in the block, as for sampled tokens, come from one generator for each member. They depend only on
+        the seed, the generation and the member. Draw them with the rows of all members in dimension 0.
+
+        Code that looks at the whole batch sees all members: ``generate()`` continues until the last row has ended. A
+        module that cannot be batched, such as a mixture of experts that looks at values, is run for one member after
+        the other, with one warning.
 
         Args:
-            rows: ``Q``, rows of each member; a divisor of the rows in every call.
-            key: Integers and strings that tell this block's random numbers from those of others. Without it they go on
-                where the last block has left off: with several blocks that is elsewhere if other members took longer.
+            rows: ``Q``, the rows of each member; a divisor of the rows in every call.
+            key: Integers and strings that distinguish this block's random numbers from those of other blocks. Without
+                it, a block continues where the last one ended, which may depend on how long other members took.
 
         Yields:
             The model: the module that you passed to the trainer.
@@ -347,22 +357,22 @@ class Population:
 
     @property
     def training(self) -> Mapping[nn.Module, bool]:
-        """Modules whose training mode is to differ from the model's."""
+        """Training modes of modules that differ from those in the model."""
         return self._training
 
     def member_key(self, index: int) -> tuple[int | str, ...]:
-        """Return the key of the random numbers that one member's evaluation draws."""
+        """Return the key of one member's random numbers."""
         return self.seed, self.generation, "member", self.first + index
 
     def generator(self, index: int, device: torch.device) -> torch.Generator:
-        """Return the generator of one member's random numbers, which goes on where it was left."""
+        """Return the generator of one member's random numbers; the same object for every call."""
         key = index, device
         if key not in self._generators:
             self._generators[key] = keyed_generator(*self.member_key(index), device=device)
         return self._generators[key]
 
     def warn(self, message: str) -> None:
-        """Give a warning, if it has not been given yet."""
+        """Issue a warning, once."""
         self._warned.once(message)
 
     def _call_of(
@@ -386,15 +396,14 @@ class Population:
         members: Sequence[int] | None = None,
         exact: bool = False,
     ) -> Call:
-        """Return the call of a module with the leaves of its arguments; see :class:`~.forward.Call`."""
+        """Return a call of a module from the leaves of its arguments; see :class:`~.forward.Call`."""
         slots = self._slots_in(module)
         names = list(dict.fromkeys(name for slot in slots for name in slot.names))
         everybody = members is None or list(members) == list(range(len(self)))
         members = range(len(self)) if members is None else members
         factors: Any
         if everybody and self.forwards.compile and not exact:
-            # The compiled code reads a draw where it is, for each of the members that share it. Calls that are made
-            # over and over find everything written out.
+            # Compiled code reads each draw for all members that share it. Repeated calls use expanded factors instead.
             with torch.inference_mode(False):
                 factors = {name: self.perturbations.draws[name].shared() for name in names}
         else:
@@ -407,12 +416,12 @@ class Population:
 
     def _run(self, call: Call, training: dict[nn.Module, bool] | None = None) -> Any:
         with batching(call.module, self._training if training is None else training):
-            result = self._steady(call)
+            result = self._run_checked(call)
         while self.forwards.reports:
             self._warned.once(self.forwards.reports.pop())
         return result
 
-    def run_opened(
+    def run_with_objects(
         self,
         call: Call,
         objects: Sequence[Any],
@@ -421,23 +430,23 @@ class Population:
         training: dict[nn.Module, bool] | None = None,
         *,
         spend: bool = False,
-    ) -> Opened:
-        """Make a call with objects among its arguments or results; see :func:`~.opened.run_opened`.
+    ) -> ObjectCallResult:
+        """Make a call with objects among its arguments or results; see :func:`~.object_calls.run_with_objects`.
 
         Raises:
             NotBatchable: It cannot be made for all members at once.
             ValueError: A BatchNorm layer is in training mode.
         """
-        state = None if call.module in self._looked_at else ModuleState(call.module)
+        state = None if call.module in self._unchanged_by_calls else ModuleState(call.module)
         with batching(call.module, self._training if training is None else training), torch.inference_mode(False):
-            opened = run_opened(call, objects, held, held_dims, spend=spend)
+            result = run_with_objects(call, objects, held, held_dims, spend=spend)
         if state is not None and state.differs_by_member():
-            raise changes(state.restore())
-        self._looked_at.add(call.module)
-        return opened
+            raise state_change_error(state.restore())
+        self._unchanged_by_calls.add(call.module)
+        return result
 
-    def _steady(self, call: Call) -> Any:
-        """Make a call that leaves the module as it was, or has filled a cache in it that depends on no member."""
+    def _run_checked(self, call: Call) -> Any:
+        """Make a call, and check that it does not change the module, except for a cache without values of members."""
         before = ModuleState(call.module)
         try:
             result = self.forwards.run(call)
@@ -445,7 +454,7 @@ class Population:
                 return result
             filled = None
             if not before.differs_by_member():
-                # A cache is filled once: made again, the call finds it.
+                # A cache is filled by the first call: a second call must not change it.
                 filled = ModuleState(call.module)
                 result = self.forwards.run(call)
                 if not filled.differs():
@@ -456,16 +465,16 @@ class Population:
             raise
         if filled is not None:
             filled.restore()
-        raise changes(before.restore())
+        raise state_change_error(before.restore())
 
     @functools.cached_property
     def _members(self) -> dict[str, tuple[Tensor, Tensor] | Tensor]:
-        # Not tensors of a mode that the caller is in for the moment.
+        # Ordinary tensors, whatever the modes of the caller.
         with torch.inference_mode(False), torch.no_grad():
             return self.perturbations.members()
 
     def _slots_in(self, module: nn.Module) -> list[Slot]:
-        """Return where ``module`` and those below it keep perturbed parameters."""
+        """Return the places of perturbed parameters in ``module`` and its submodules."""
         if module not in self._slots:
             self._slots[module] = parameter_slots(module, self._names)
         return self._slots[module]
@@ -489,7 +498,7 @@ class Population:
             return self._run(self._call_of(self.model, args, kwargs, dims, members) if call is None else call)
         except NotBatchable as error:
             if error.stateful:
-                raise lost(error) from None
+                raise lost_state_error(error) from None
             result = call_one_by_one(self, args, kwargs, dims, chosen)
             self.forwards.one_by_one = True
             self._warned.once(f"the model is run once for each member, not batched: {error}")

@@ -1,4 +1,4 @@
-"""The arguments of a call whose tensors have rows of all members in one batch, member after member: ``[N·Q, …]``."""
+"""Arguments of a folded call: tensors ``[N·Q, …]`` with the rows of all members in one batch, member after member."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from torch import Tensor, nn
 
 from .._torch import tree_flatten, tree_unflatten
 from .._utils.recent import Recent
-from .containers import become, contents, copy_with, is_container
+from .containers import assign_attributes, contents, copy_with, is_container
 from .forward import PLAIN_TYPES
 from .module_state import NotBatchable
-from .opened import Opened, objects_in
+from .object_calls import ObjectCallResult, objects_in
 
-# Kinds of arguments of which something is remembered.
+# Largest number of entries that are remembered.
 _MAX_KINDS = 1024
 
 
 class Vectors:
-    """Which vectors have been seen to be rows, in calls that left no doubt."""
+    """Remembers which vectors have one number for each row, from calls in which this was clear."""
 
     def __init__(self) -> None:
         self._seen: Recent[Any, bool] = Recent(_MAX_KINDS)
@@ -30,27 +30,27 @@ class Vectors:
         """Return whether a vector of ``size`` numbers has one for each of ``rows`` rows.
 
         Args:
-            key: How it was handed in.
-            size: How many numbers it has.
-            rows: How many rows there are.
-            doubtful: Whether something else, such as the length of a sequence, is of the same number.
+            key: The argument that the vector is.
+            size: Length of the vector.
+            rows: Number of rows.
+            doubtful: Whether another size in the call, such as a sequence length, equals the number of rows.
 
         Raises:
-            ValueError: It cannot be told.
+            ValueError: It is unclear.
         """
         if not doubtful or size != rows:
             self._seen[key] = size == rows
         if key not in self._seen:
             raise ValueError(
-                f"a call in population.folded() has {rows} rows and a vector of {rows} numbers, which may have one for"
-                f" each row or be, say, the positions of {rows} tokens. Use another number of rows, or another"
-                " chunk_size"
+                f"a call in population.folded() has {rows} rows and a vector of {rows} numbers. It is unclear whether"
+                f" these are one for each row, or for example the positions of {rows} tokens. Use another number of"
+                " rows, or another chunk_size"
             )
         return self._seen[key] and size == rows
 
 
 class RowCall:
-    """The arguments of a call of a module.
+    """The arguments of a folded call of a module.
 
     Args:
         module: The module.
@@ -58,19 +58,19 @@ class RowCall:
         kwargs: Keyword arguments.
         members: ``N``.
         rows: ``Q``; there are ``N·Q·k`` rows for some ``k``.
-        vectors: Which vectors are rows.
+        vectors: Remembers which vectors are rows.
 
     Attributes:
         leaves: The leaves of the arguments.
         spec: Their structure.
         objects: The objects among them that hold tensors, such as caches.
-        held: The tensors that these hold.
-        rows: The number of rows.
-        each: The number of rows of each member.
-        dims: For each leaf and each tensor in ``held`` 0 where it has rows, or None where members share it.
+        held: The tensors in these objects.
+        rows: Number of rows, ``N·Q·k``.
+        each: Number of rows of one member, ``Q·k``.
+        dims: For each leaf and each tensor in ``held``, 0 if it has rows, or None if members share it.
 
     Raises:
-        ValueError: No tensor has such a number of rows, or it is unclear which do.
+        ValueError: No tensor has such a number of rows, or it is unclear whether a vector has.
     """
 
     def __init__(
@@ -100,11 +100,11 @@ class RowCall:
             self.dims.append(0 if own else None)
 
     def unfolded_leaves(self) -> list[Any]:
-        """Return the leaves, ``[N, Q·k, …]`` instead of ``[N·Q·k, …]``."""
+        """Return the leaves, reshaped from ``[N·Q·k, …]`` to ``[N, Q·k, …]``."""
         return self._unfolded(self.leaves, self.dims[: len(self.leaves)])
 
     def unfolded_held(self) -> list[Tensor]:
-        """Return the tensors in ``held`` likewise."""
+        """Return the tensors in ``held``, reshaped in the same way."""
         return self._unfolded(self.held, self.dims[len(self.leaves) :])
 
     def _unfolded(self, values: Sequence[Any], dims: Sequence[int | None]) -> list[Any]:
@@ -114,20 +114,20 @@ class RowCall:
         ]
 
     def of(self, member: int) -> MemberCall:
-        """Return the arguments of one member, with objects of its own."""
+        """Return the arguments of one member, with its own copies of objects."""
         return MemberCall(self, member)
 
-    def folded(self, opened: Opened) -> Any:
-        """Return the result of a call made for all members, with their rows in one batch; objects hold them too."""
-        leaves = [self._fold(leaf, own) for leaf, own in zip(opened.leaves, opened.own, strict=True)]
-        opened.contents.exchange(
-            [self._fold(tensor, own) for tensor, own in zip(opened.tensors, opened.held_own, strict=True)]
+    def folded(self, result: ObjectCallResult) -> Any:
+        """Return the result of a call for all members with their rows in one batch, also in objects."""
+        leaves = [self._fold(leaf, own) for leaf, own in zip(result.leaves, result.varies, strict=True)]
+        result.contents.exchange(
+            [self._fold(tensor, own) for tensor, own in zip(result.tensors, result.held_varies, strict=True)]
         )
-        return tree_unflatten(leaves, opened.spec)
+        return tree_unflatten(leaves, result.spec)
 
     def _fold(self, value: Any, own: bool) -> Any:
         if not own:
-            # It may have as many rows as one member has, and be the same for all.
+            # It may have the rows of one member, and be the same for all: repeat them.
             alike = isinstance(value, Tensor) and value.ndim >= 2 and value.shape[0] == self.each > 1
             return value.repeat(self.members, *[1] * (value.ndim - 1)) if alike else value
         if value.ndim >= 2 and value.shape[1] % self.each == 0:
@@ -137,14 +137,14 @@ class RowCall:
         raise NotBatchable(f"the model returns a tensor of shape {list(value.shape[1:])} for {self.each} rows")
 
     def row_tensors(self, result: Any, member: int | None = None) -> list[Tensor]:
-        """Return the tensors with rows in a result: of all members, or one member's rows."""
+        """Return the tensors in a result that have rows; only one member's rows if ``member`` is given."""
         found = [leaf for leaf in tree_flatten(result)[0] if isinstance(leaf, Tensor) and leaf.ndim >= 2]
         if member is None:
             return [leaf for leaf in found if leaf.shape[0] % self.each == 0]
         return [leaf.unflatten(0, (self.members, -1))[member] for leaf in found if leaf.shape[0] % self.rows == 0]
 
     def joined(self, calls: Sequence[MemberCall], results: Sequence[Any]) -> Any:
-        """Return the result for all rows from those of the members, and have the objects hold theirs."""
+        """Join the results of single members to one for all rows, also in the objects."""
         flat = [tree_flatten(result) for result in results]
         own = [id(value) for call in calls for value in call.objects]
         joined = []
@@ -154,13 +154,13 @@ class RowCall:
             joined.append(self._join(column))
         if self.objects:
             self._join_contents([call.objects for call in calls])
-            become(self.objects, calls[0].objects)
+            assign_attributes(self.objects, calls[0].objects)
             original = {id(copied): value for copied, value in zip(calls[0].objects, self.objects, strict=True)}
             joined = [original.get(id(value), value) for value in joined]
         return tree_unflatten(joined, flat[0][1])
 
     def _join_contents(self, objects: Sequence[Sequence[Any]]) -> None:
-        """Have the first member's objects hold the rows of all."""
+        """Put the rows of all members into the first member's objects."""
         held = [contents(own) for own in objects]
         columns = itertools.zip_longest(*(own.tensors() for own in held))
         held[0].exchange([self._join(column) for column in columns])
@@ -176,7 +176,10 @@ class RowCall:
                 return first
         elif is_container(first) or (isinstance(first, PLAIN_TYPES) and all(value == first for value in column)):
             return first
-        raise ValueError("the model returns values that cannot be put together for all members of population.folded()")
+        raise ValueError(
+            "the model returns values that cannot be joined over the members of population.folded(): return tensors"
+            " with one row for each row of the input"
+        )
 
 
 class MemberCall:
@@ -190,7 +193,7 @@ class MemberCall:
         rows = slice(member * call.each, (member + 1) * call.each)
         count = len(call.leaves)
         own = {id(t): dim is not None for t, dim in zip(call.held, call.dims[count:], strict=True)}
-        # Each has its own, as a forward may write into them.
+        # Copies, as a forward may write into the tensors.
         self.objects = copy_with(call.objects, lambda t: (t[rows] if own[id(t)] else t).clone())
         copied = {id(value): other for value, other in zip(call.objects, self.objects, strict=True)}
         leaves = [
@@ -200,7 +203,7 @@ class MemberCall:
         self.args, self.kwargs = tree_unflatten(leaves, call.spec)
 
     def copied(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Return the arguments once more, with further copies of the objects."""
+        """Return the arguments with further copies of the objects."""
         leaves, spec = tree_flatten((self.args, self.kwargs))
         others = copy_with(self.objects, Tensor.clone)
         copied = {id(value): other for value, other in zip(self.objects, others, strict=True)}
@@ -209,7 +212,7 @@ class MemberCall:
 
 
 def _number_of_rows(module: nn.Module, leaves: Sequence[Any], unit: int) -> int:
-    """Return the rows of the first tensor with more than one dimension that has a multiple of ``unit``."""
+    """Return the number of rows: of the first tensor with two or more dimensions that has a multiple of ``unit``."""
     for leaf in leaves:
         if isinstance(leaf, Tensor) and leaf.ndim >= 2 and leaf.shape[0] > 0 and leaf.shape[0] % unit == 0:
             return leaf.shape[0]

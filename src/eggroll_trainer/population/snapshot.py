@@ -1,4 +1,4 @@
-"""What was in a container, array or object: to see later whether it has changed, and to put it back."""
+"""Snapshots of containers, arrays and objects, to detect changes later and to undo them."""
 
 from __future__ import annotations
 
@@ -22,30 +22,30 @@ _IMMUTABLE = (
     types.FunctionType, types.BuiltinFunctionType, types.ModuleType, torch.dtype, torch.device, torch.layout,
     torch.memory_format, torch.Size, weakref.ref,
 )  # fmt: skip
-# Whoever holds them guards them.
+# Not followed: other code saves and restores modules and parameters.
 _GUARDED = (nn.Module, nn.Parameter, types.MethodType)
 
-# Of one item: a function that tells whether it differs, and one that puts it back.
+# For one item, two functions: one returns whether it has changed, the other restores it.
 _Note = tuple[Callable[[], bool], Callable[[], object]]
 
-# Tensors of which the values are compared.
+# For tensors up to this size, we compare values.
 _SMALL = 4096
 
-# More items than a model has for its state; what refers to so many is part of something larger.
+# Limit of the number of items: more than a model's state, so that we don't follow references to the whole program.
 _LIMIT = 1000
 
 
 def is_immutable(value: Any) -> bool:
-    """Return whether nothing in a value can change."""
+    """Return whether a value is immutable, including everything in it."""
     return isinstance(value, _IMMUTABLE) or (isinstance(value, (tuple, frozenset)) and all(map(is_immutable, value)))
 
 
 class Snapshot:
-    """The state of a value and of all that can be reached from it, down to modules and parameters.
+    """The state of a value and of everything that can be reached from it, except for modules and parameters.
 
     Args:
         value: A container, array, tensor or object.
-        seen: Identities of values that other snapshots have noted; added to.
+        seen: The ``id`` of values that other snapshots contain already; extended in place.
 
     Example:
         >>> notes = {"seen": [1, 2]}
@@ -71,17 +71,17 @@ class Snapshot:
                 todo += self._note(item)
 
     def changed(self) -> bool:
-        """Return whether anything is different now."""
+        """Return whether anything has changed."""
         return any(differs() for differs, _ in self._notes)
 
     def restore(self) -> None:
-        """Put back what is different."""
+        """Undo all changes."""
         for differs, put_back in self._notes:
             if differs():
                 put_back()
 
     def _note(self, item: Any) -> list[Any]:
-        """Note one item and return what it refers to."""
+        """Record one item and return the items that it refers to."""
         if isinstance(item, (tuple, frozenset)):
             return list(item)
         if isinstance(item, functools.partial):
@@ -101,7 +101,7 @@ class Snapshot:
         return held
 
 
-# What keeps its state out of Python's sight, with how to read and write it.
+# Types whose state is not in Python attributes, with functions to read and write it.
 _HIDDEN: dict[type, tuple[Callable[[Any], Any], Callable[[Any, Any], object]]] = {
     np.ndarray: (lambda array: array, lambda array, state: array.__setitem__(..., state)),
     bytearray: (bytes, lambda array, state: array.__setitem__(slice(None), state)),
@@ -118,7 +118,7 @@ def _note_hidden(item: Any, read: Callable[[Any], Any], write: Callable[[Any, An
 
 
 def _note_tensor(tensor: Tensor) -> _Note:
-    # Inference tensors don't count their versions, and batch normalisation does not count what it writes.
+    # Inference tensors have no version counter, and batch normalisation does not increment it: compare small ones.
     compared = tensor.is_inference() or tensor.numel() <= _SMALL
     copied, version = tensor.detach().clone(), 0 if compared else tensor._version
     return (
@@ -128,7 +128,7 @@ def _note_tensor(tensor: Tensor) -> _Note:
 
 
 def same_bits(one: Tensor, other: Tensor) -> bool:
-    """Return whether two tensors are of the same dtype, shape and values, NaNs among them."""
+    """Return whether two tensors have the same dtype, shape, device and values; NaN equals NaN."""
     if one.dtype != other.dtype or one.shape != other.shape or one.device != other.device:
         return False
     if one.layout is not torch.strided or other.layout is not torch.strided:
@@ -142,7 +142,7 @@ def same_bits(one: Tensor, other: Tensor) -> bool:
 
 
 def _parts(item: Any) -> list[Any]:
-    """Return the containers that make up an item: itself if it is one, and its attributes."""
+    """Return the containers that make up an item: the item itself if it is one, and its attributes."""
     parts = [item] if isinstance(item, (list, dict, set, collections.deque)) else []
     attributes = getattr(item, "__dict__", None)
     return [*parts, attributes] if type(attributes) is dict else parts

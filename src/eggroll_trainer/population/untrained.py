@@ -1,4 +1,4 @@
-"""The tensors of a model that are not trained: its buffers, and the parameters that stay as they are."""
+"""The tensors of a model that are not trained: its buffers and frozen parameters."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from torch import Tensor, nn
 
 
 def untrained(model: nn.Module, trained: Collection[str], *, persistent: bool = True) -> dict[str, Tensor]:
-    """Return a model's buffers and the parameters that are not among ``trained``: fitness depends on them as well.
+    """Return a model's buffers, and its parameters that are not among ``trained``.
 
     Args:
         model: The model.
         trained: Names of the trained parameters.
-        persistent: Whether to leave out the buffers that a model does not save: caches, which it makes anew.
+        persistent: Whether to leave out buffers that the model does not save, such as caches.
     """
     left_out = {
         f"{path}.{name}" if path else name
@@ -24,16 +24,14 @@ def untrained(model: nn.Module, trained: Collection[str], *, persistent: bool = 
     return {
         name: value
         for name, value in [*model.named_buffers(), *model.named_parameters()]
-        # Quantised weights and the like are classes of their own, which a checkpoint cannot hold.
+        # Other tensor classes, such as quantised weights, cannot be stored in a checkpoint.
         if name not in trained and type(value) in (Tensor, nn.Parameter) and not (persistent and name in left_out)
     }
 
 
 @torch.no_grad()
 def set_untrained(model: nn.Module, values: Mapping[str, Tensor]) -> None:
-    """Write values into the buffers and parameters of these names.
-
-    A buffer takes the shape of its value, as a forward may have given it another one.
+    """Write values into the buffers and parameters of these names. A buffer takes the shape of its value.
 
     Raises:
         ValueError: A parameter has another shape, or there is no such tensor.

@@ -1,4 +1,4 @@
-"""Parameters that tell when somebody looks at their values, while a model stands for several members."""
+"""Parameters that notify a watcher before their values are used, while a model represents several members."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from ..perturbation.tensor import METADATA
 
 
 class Watcher(Protocol):
-    """What is told."""
+    """Is notified when values of watched parameters are used."""
 
-    def form(self, parameter: nn.Parameter) -> None:
-        """Be told that a parameter's values are about to be used; it may set them, or raise."""
+    def materialize(self, parameter: nn.Parameter) -> None:
+        """Called before a parameter's values are used; may set them, or raise."""
 
 
-# Those that are told, by the parameters' id.
+# Watchers by the id of the parameter.
 _watchers: dict[int, weakref.ref[Any]] = {}
 
-# What neither looks at values nor changes any.
+# Operations that neither read nor change values.
 _TENSOR: Any = torch.Tensor
 _HARMLESS: set[Any] = METADATA | {
     _TENSOR.requires_grad_, _TENSOR.requires_grad.__set__, _TENSOR.grad.__set__,
     torch.Tensor.is_shared, torch.Tensor.__hash__, has_compatible_shallow_copy_type,
 }  # fmt: skip
-# What returns the tensor itself where it is of the right kind already.
+# Operations that return the tensor itself if it has the right dtype, device or layout already.
 _CONVERSIONS: set[Any] = {
     torch.Tensor.to, torch.Tensor.cpu, torch.Tensor.cuda, torch.Tensor.float, torch.Tensor.double, torch.Tensor.half,
     torch.Tensor.bfloat16, torch.Tensor.type, torch.Tensor.contiguous,
@@ -38,7 +38,7 @@ _SET_DATA: Any = _TENSOR.data.__set__
 
 
 def watch(parameters: Iterable[nn.Parameter], watcher: Watcher) -> None:
-    """Have ``watcher`` told when the values of one of the parameters, of class ``nn.Parameter``, are used."""
+    """Notify ``watcher`` before the values of these parameters, of class ``nn.Parameter``, are used."""
     reference = weakref.ref(watcher)
     for p in parameters:
         _watchers[id(p)] = reference
@@ -53,13 +53,13 @@ def unwatch(parameters: Iterable[nn.Parameter]) -> None:
 
 
 def watchers() -> list[Any]:
-    """Return those that are told of some parameter, each once."""
+    """Return all watchers, each once."""
     found = (reference() for reference in _watchers.values())
     return list({id(watcher): watcher for watcher in found if watcher is not None}.values())
 
 
 class WatchedParameter(nn.Parameter):
-    """What watched parameters are meanwhile."""
+    """The class of parameters while they are watched."""
 
     @classmethod
     def __torch_function__(
@@ -70,7 +70,7 @@ class WatchedParameter(nn.Parameter):
             if func in _HARMLESS:
                 return func(*args, **kwargs)
             if func in _CONVERSIONS:
-                # Moving a model to where it is already is common, and changes nothing.
+                # Moving a model to its own device is common, and uses no values.
                 result = func(*args, **kwargs)
                 if result is args[0]:
                     return result
@@ -78,37 +78,37 @@ class WatchedParameter(nn.Parameter):
                 return None
             for leaf in tree_leaves((args, kwargs)):
                 if type(leaf) is WatchedParameter:
-                    _form(leaf)
+                    _materialize(leaf)
             return func(*args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:
-        _form(self)
+        _materialize(self)
         memo[id(self)] = clone = nn.Parameter(data_of(self).clone(), self.requires_grad)
         return clone
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        _form(self)
+        _materialize(self)
         return nn.Parameter(data_of(self), self.requires_grad).__reduce_ex__(protocol)
 
     def __repr__(self) -> str:  # type: ignore[override]
-        _form(self)
+        _materialize(self)
         return repr(nn.Parameter(data_of(self), self.requires_grad))
 
 
-def _form(parameter: nn.Parameter) -> None:
+def _materialize(parameter: nn.Parameter) -> None:
     reference = _watchers.get(id(parameter))
     watcher = None if reference is None else reference()
     if watcher is not None:
-        watcher.form(parameter)
+        watcher.materialize(parameter)
 
 
 def data_of(parameter: nn.Parameter) -> Tensor:
-    """Return what a watched parameter holds, without telling anybody."""
+    """Return the current data of a watched parameter, without notifying its watcher."""
     with DisableTorchFunctionSubclass():
         return parameter.data
 
 
 def set_data(parameter: nn.Parameter, value: Tensor) -> None:
-    """Have a watched parameter hold ``value``."""
+    """Set the data of a watched parameter, without notifying its watcher."""
     with DisableTorchFunctionSubclass():
         parameter.data = value

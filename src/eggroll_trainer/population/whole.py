@@ -1,4 +1,4 @@
-"""All members of a generation, made in chunks as they are asked for."""
+"""All members of a generation, made in chunks when they are needed."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from .population import Population
 
 
 class WholePopulation(Population):
-    """The members of a generation, ``N`` of them, whose perturbations are drawn when they are needed.
+    """All ``N`` members of a generation. Perturbations are drawn when they are needed.
 
-    What :meth:`~eggroll_trainer.ESTrainer.ask` returns. It is a :class:`~eggroll_trainer.Population`, of which calls
-    are made chunk by chunk.
+    :meth:`~eggroll_trainer.ESTrainer.ask` returns it. It is a :class:`~eggroll_trainer.Population` that is called chunk
+    by chunk.
 
     Args:
         model: The centre.
-        make: From a first member and a number of members to their population.
+        make: Takes the first member and a number of members, and returns their population.
         chunks: First member and size of each chunk, in order.
-        unit: How many members share a draw; a member is drawn with those.
+        unit: Number of members that share a draw. They are drawn together.
 
     Attributes:
         names: Names of the perturbed parameters.
@@ -58,7 +58,7 @@ class WholePopulation(Population):
         return self._size
 
     def chunks(self) -> Iterator[Population]:
-        """Yield the members in chunks, as a trainer evaluates them: each a population that is called as one model.
+        """Yield the chunks that a trainer evaluates, each as a population.
 
         Example:
             >>> import eggroll_trainer
@@ -76,7 +76,7 @@ class WholePopulation(Population):
         return _joined([chunk(*args, **kwargs) for chunk in self._prepared()])
 
     def each(self, *args: Any, in_dims: int | Sequence[int | None] = 0, **kwargs: Any) -> Any:
-        """Call every member with arguments of its own; see :meth:`~eggroll_trainer.Population.each`."""
+        """Call every member with its own arguments; see :meth:`~eggroll_trainer.Population.each`."""
         dims = dims_of(args, kwargs, in_dims, len(self))
         leaves, spec = tree_flatten((args, kwargs))
         results = []
@@ -90,7 +90,10 @@ class WholePopulation(Population):
         return _joined(results)
 
     def train(self, mode: bool = True) -> Population:
-        """Run the members in training mode, whatever mode the model is in, and return ``self``."""
+        """Run the members in training mode (or evaluation mode, if False), and return ``self``.
+
+        The mode of the model itself does not matter, and does not change.
+        """
         self._mode = mode
         return self
 
@@ -104,16 +107,16 @@ class WholePopulation(Population):
         return population.member(own)
 
     def member_parameters(self, index: int, names: Sequence[str] | None = None) -> dict[str, Tensor]:
-        """Return the perturbed parameters of one member in full, those in ``names`` if given."""
+        """Return the perturbed parameters of one member as dense tensors; only those in ``names`` if given."""
         population, own = self._of(index)
         return population.member_parameters(own, names)
 
     def lora(self, index: int) -> dict[str, tuple[Tensor, Tensor, float]]:
-        """Return one member as low-rank adapters: ``{name: (A, B, scale)}``, its weight is ``W + scale·A Bᵀ``.
+        """Return one member as low-rank adapters ``{name: (A, B, scale)}``, for weights ``W + scale·A Bᵀ``.
 
-        ``A`` is ``[O, R]`` and ``B`` is ``[I, R]``, a kernel counting as the matrix ``[O, I·kh·kw]``; ``scale`` holds
-        the sign, sigma and ``1/√R``. Parameters that are perturbed at full rank, such as biases, are not among them:
-        take these from :meth:`member_parameters`, or train with ``freeze_nonlora=True``.
+        ``A`` is ``[O, R]`` and ``B`` is ``[I, R]``, where a kernel counts as the matrix ``[O, I·kh·kw]``. ``scale``
+        contains the sign, sigma and ``1/√R``. Parameters that are perturbed at full rank, such as biases, are not
+        included: get them from :meth:`member_parameters`, or train with ``freeze_nonlora=True``.
 
         Raises:
             IndexError: ``index`` is not below ``len(population)``.
@@ -123,26 +126,26 @@ class WholePopulation(Population):
 
     @contextlib.contextmanager
     def holding(self, index: int) -> Iterator[list[str]]:
-        """Have the user's own model hold one member's weights inside the block."""
+        """Inside the block, put one member's weights into the user's own model."""
         population, own = self._of(index)
         with population.holding(own) as changed:
             yield changed
 
     def repeated(self) -> Any:
-        """Refuse: calls are made over and over in a chunk.
+        """Refuse: calls are repeated in a chunk.
 
         Raises:
             TypeError: Always.
         """
-        raise TypeError("call repeated() of a chunk: for chunk in population.chunks(): …")
+        raise TypeError("use repeated() of a chunk: for chunk in population.chunks(): …")
 
     def folded(self, rows: int, *, key: Sequence[int | str] | None = None) -> Any:
-        """Refuse: rows of all members lie in one batch, which is a chunk's.
+        """Refuse: a chunk's rows are folded, not those of the whole population.
 
         Raises:
             TypeError: Always.
         """
-        raise TypeError("call folded() of a chunk: for chunk in population.chunks(): …")
+        raise TypeError("use folded() of a chunk: for chunk in population.chunks(): …")
 
     _mode: bool | None = None
 
@@ -152,7 +155,7 @@ class WholePopulation(Population):
             chunk.close()
 
     def _of(self, index: int) -> tuple[Population, int]:
-        """Return a small population with a member in it, and its index there."""
+        """Return a small population that contains a member, and its index there."""
         if not 0 <= index < self._size:
             raise IndexError(f"member {index} of a population of {self._size}")
         first = index // self._unit * self._unit

@@ -343,7 +343,7 @@ class _Evaluation:
             if kind in self._refusals:
                 return None, self._refusals[kind]
             group = self._groups[kind] = Group(module, spec, modes, model.training_modes(training), len(held))
-            group.opened = module in self.population.forwards.opening or any(map(is_container, held))
+            group.has_objects = module in self.population.forwards.returning_objects or any(map(is_container, held))
         if not group.take_objects(held):
             return None, "members call it with one and the same object, which it changes"
         group.members.append(member)
@@ -373,11 +373,11 @@ class _Evaluation:
         try:
             results = results_of(self.population, group)
         except NotBatchable as error:
-            # Opened, a call may also write into tensors that the module has made for one member.
-            if group.opened or not (isinstance(error, ReturnsObject) or "vmap: inplace" in str(error)):
+            # ObjectCallResult, a call may also write into tensors that the module has made for one member.
+            if group.has_objects or not (isinstance(error, ReturnsObject) or "vmap: inplace" in str(error)):
                 raise
-            self.population.forwards.opening.add(group.module)
-            group.opened = True
+            self.population.forwards.returning_objects.add(group.module)
+            group.has_objects = True
             results = results_of(self.population, group)
         self._check_drawing(states)
         sizes = [leaf.numel() for leaf in tree_leaves(results[0]) if isinstance(leaf, Tensor) and leaf.is_cpu]

@@ -199,7 +199,7 @@ class SharedModel:
             written = any(p._version != version for p, version in zip(self._parameters, self._versions, strict=True))
         return written or self._state.differs_in_place()
 
-    def form(self, parameter: nn.Parameter) -> None:
+    def materialize(self, parameter: nn.Parameter) -> None:
         """Have a parameter hold what it is for the member whose turn it is."""
         if self._turn is None or threading.get_ident() != self._thread:
             self.refuse()

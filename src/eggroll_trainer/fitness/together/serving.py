@@ -10,9 +10,9 @@ from torch import Tensor
 
 from ..._torch import tree_flatten, tree_unflatten
 from ...population import Population
-from ...population.containers import become, contents, copy_with, is_container
+from ...population.containers import assign_attributes, contents, copy_with, is_container
 from ...population.module_state import NotBatchable
-from ...population.opened import Opened, objects_in
+from ...population.object_calls import ObjectCallResult, objects_in
 from .. import thread_modes
 from .waiting import Group
 
@@ -37,8 +37,8 @@ def results_of(population: Population, group: Group) -> list[Any]:
     versions = [leaf._version for leaf in leaves if isinstance(leaf, Tensor)]
     members = [member.index for member in group.members]
     with thread_modes.autocast(group.modes):
-        if group.opened:
-            results = _opened(population, group, leaves, dims, members)
+        if group.has_objects:
+            results = _results_with_objects(population, group, leaves, dims, members)
         else:
             args, kwargs = (leaves, {}) if isinstance(group.spec, int) else tree_unflatten(leaves, group.spec)
             result = population.run(group.module, tuple(args), kwargs, dims, members, group.training)
@@ -62,7 +62,7 @@ def _slices(tensor: Tensor) -> list[Tensor]:
     return [own.data for own in tensor.unbind(0)]
 
 
-def _opened(
+def _results_with_objects(
     population: Population, group: Group, leaves: list[Any], dims: list[int | None], members: Sequence[int]
 ) -> list[Any]:
     """Make a call with objects among its arguments or results, such as caches: each member has its own."""
@@ -75,40 +75,40 @@ def _opened(
         value_dims.append(None if shared else 0)
     spec = tree_flatten((tuple(leaves), {}))[1] if isinstance(group.spec, int) else group.spec
     call = population.call_of(group.module, leaves, spec, dims, members)
-    opened = population.run_opened(call, objects[0], values, value_dims, group.training)
-    return _given_out(opened, objects)
+    result = population.run_with_objects(call, objects[0], values, value_dims, group.training)
+    return _given_out(result, objects)
 
 
-def _given_out(opened: Opened, objects: Sequence[Sequence[Any]]) -> list[Any]:
+def _given_out(result: ObjectCallResult, objects: Sequence[Sequence[Any]]) -> list[Any]:
     """Return each member's result, and have its objects hold what is its own; the first one's hold everybody's."""
     count, given = len(objects), len(objects[0])
-    template, made = opened.objects[:given], opened.objects[given:]
+    template, made = result.objects[:given], result.objects[given:]
     leaf_columns = [
-        _slices(leaf) if own else [leaf] * count for leaf, own in zip(opened.leaves, opened.own, strict=True)
+        _slices(leaf) if own else [leaf] * count for leaf, own in zip(result.leaves, result.varies, strict=True)
     ]
     tensor_columns = [
         _slices(tensor) if own else [tensor.clone() for _ in range(count)]
-        for tensor, own in zip(opened.tensors, opened.held_own, strict=True)
+        for tensor, own in zip(result.tensors, result.held_varies, strict=True)
     ]
     after = contents(template)
     results = []
     # The first one last, as the others are made after it.
     for i in reversed(range(count)):
-        tensors = {id(t): column[i] for t, column in zip(opened.tensors, tensor_columns, strict=True)}
+        tensors = {id(t): column[i] for t, column in zip(result.tensors, tensor_columns, strict=True)}
         mine = contents(objects[i])
         if i and mine.same_places(after):
             mine.take_over(after, [tensors[id(tensor)] for tensor in after.tensors()])
             new = copy_with(made, lambda t, own=tensors: own[id(t)])  # type: ignore[misc]
         else:
             copies = copy_with([*template, *made], lambda t, own=tensors: own[id(t)])  # type: ignore[misc]
-            become(objects[i], copies[:given])
+            assign_attributes(objects[i], copies[:given])
             new = copies[given:]
-        own_objects = dict(zip(map(id, opened.objects), [*objects[i], *new], strict=True))
+        own_objects = dict(zip(map(id, result.objects), [*objects[i], *new], strict=True))
         leaves = [
             own_objects.get(id(column[i]), column[i]) if is_container(column[i]) else column[i]
             for column in leaf_columns
         ]
-        results.append(tree_unflatten(leaves, opened.spec))
+        results.append(tree_unflatten(leaves, result.spec))
     return results[::-1]
 
 

@@ -25,7 +25,7 @@ class Group:
         width: How many leaves the arguments have.
 
     Attributes:
-        opened: Whether there are objects among the arguments or results, such as caches.
+        has_objects: Whether there are objects among the arguments or results, such as caches.
     """
 
     def __init__(
@@ -34,7 +34,7 @@ class Group:
         self.module, self.spec, self.modes, self.training = module, spec, modes, training
         self.members: list[Any] = []
         self.columns: list[list[Any]] = [[] for _ in range(width)]
-        self.opened = False
+        self.has_objects = False
         self._objects: set[int] = set()
 
     def take_objects(self, leaves: list[Any]) -> bool:
