@@ -1,1 +1,1 @@
-"""Fitness: how a fitness function is run for a population, and how its scores become weights."""
+"""Fitness: runs a fitness function for a population, and turns its scores into weights."""

@@ -1,6 +1,6 @@
-"""One member, evaluated alone: what a fitness *is*, by definition, and what everything else is compared with.
+"""Evaluates one member alone. This defines what a fitness is; faster evaluations are compared with it.
 
-The user's own model object holds the member's weights, the function is called, and everything is put back.
+The member's weights are put into the user's own model object, the function is called, and everything is restored.
 """
 
 from __future__ import annotations
@@ -24,14 +24,16 @@ def score(
     generators: Sequence[Source],
     interception: Interception | None = None,
 ) -> tuple[Score, list[str]]:
-    """Return the fitness of one member, and what its evaluation has changed in the model, which is undone.
+    """Return the fitness of one member, and descriptions of what its evaluation has changed in the model.
+
+    The changes are undone.
 
     Args:
         population: The members.
-        function: From a model to its fitness.
-        index: Of the member in the population.
+        function: Takes a model and returns its fitness.
+        index: Index of the member in the population.
         generators: The global generators, which are seeded from the seed, the generation and the member.
-        interception: Is on meanwhile, if given.
+        interception: An interception of the model's calls to switch on during the evaluation, or None.
     """
     with contextlib.ExitStack() as stack:
         stack.enter_context(keyed(generators, *population.member_key(index)))

@@ -1,8 +1,8 @@
-"""The check of members that are evaluated together: a member is evaluated alone as well, and compared.
+"""The check of members that are evaluated together: a member is also evaluated alone, and compared.
 
-It is evaluated alone *on the recorded outputs* of its calls, so that rounding cannot drive two evaluations apart. Then
-every input to the model, the order of calls and the score must be the same to the bit, and every output must be what
-the model gives with that member's weights, to the tolerance of its dtype.
+It is evaluated alone *on the recorded outputs* of its calls, so that rounding cannot make two evaluations diverge. Then
+all inputs to the model, the order of calls and the score must be bitwise equal. Each output must equal that of the
+model with the member's weights, within the tolerance of its dtype.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from ..population.interception import Interception, plain_call
 from ..population.object_calls import objects_in
 from ..population.snapshot import same_bits
 from . import alone, thread_modes
-from .held import History
 from .randomness import Source
 from .record import Record, aligned_copy, copies, describe
 from .scores import Score, described
+from .tensor_history import TensorHistory
 
 Function = Callable[[nn.Module], Score]
 
@@ -36,29 +36,29 @@ SHARED = "the function seems to share something, such as a simulator or a random
 
 
 class DiffersFromItself(Exception):
-    """The function, run alone twice, does not do the same: nothing can be said about it."""
+    """Two evaluations of a member alone differ, so the function cannot be checked."""
 
 
 def difference(
     population: Population, function: Function, index: int, record: Record, generators: Sequence[Source]
 ) -> str | None:
-    """Return how a member's evaluation together with others differs from the one alone, or None.
+    """Describe how a member's evaluation together with others differs from its evaluation alone, or return None.
 
     Args:
         population: The members.
-        function: From a model to its fitness.
-        index: Of the member in the population.
-        record: What it did together with the others.
+        function: Takes a model and returns its fitness.
+        index: Index of the member in the population.
+        record: The record of its evaluation together with others.
         generators: The global generators.
 
     Raises:
-        DiffersFromItself: Run alone twice, the function does not do the same.
-        Exception: The function raised, run alone.
+        DiffersFromItself: Two evaluations of the member alone differ.
+        Exception: The function raised when the member was evaluated alone.
     """
     try:
         found = _Replay(population, record).run(function, index, generators)
     except Exception as error:
-        # Alone, the model's outputs may want gradients.
+        # For example, outputs of the model may require gradients when it is evaluated alone.
         found = f"it raised {type(error).__name__} when evaluated by itself: {error}"
     if found is None:
         return None
@@ -72,8 +72,8 @@ def difference(
     return found.replace("{member}", str(population.first + index))
 
 
-class _Alone(ABC):
-    """One evaluation of a member alone, in which each call of the model is led to :meth:`call`."""
+class _Intercepted(ABC):
+    """An evaluation of a member alone, in which :meth:`call` handles each call of the model."""
 
     def __init__(self, population: Population) -> None:
         self.population = population
@@ -85,16 +85,16 @@ class _Alone(ABC):
 
     def _on_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if threading.get_ident() != self._thread or thread_modes.in_transform():
-            # In another thread, or of tensors that have no values yet.
+            # We cannot compare calls in other threads, nor tensors without values.
             return plain_call(module, args, kwargs)
         return self.call(module, args, kwargs)
 
     @abstractmethod
     def call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Return what a call of the model returns."""
+        """Return the result of a call of the model."""
 
     def plain(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Call a module, and those inside it, as if nothing were intercepted."""
+        """Call a module without intercepting the call or those of its submodules."""
         self._interception.stop()
         try:
             return module(*args, **kwargs)
@@ -102,18 +102,18 @@ class _Alone(ABC):
             self._interception.start()
 
 
-def evaluate_noting(
+def evaluate_observed(
     population: Population,
     function: Function,
     index: int,
     generators: Sequence[Source],
     note: Callable[[tuple[Any, ...], dict[str, Any]], None],
 ) -> tuple[Score, list[str]]:
-    """Evaluate a member alone as :func:`.alone.score` does, and note the arguments of calls of the model."""
-    return _Noting(population, note).score(function, index, generators)
+    """Evaluate a member alone as :func:`.alone.score` does; pass the arguments of calls of the model to ``note``."""
+    return _CallObserver(population, note).score(function, index, generators)
 
 
-class _Recording(_Alone):
+class _Recording(_Intercepted):
     """Records an evaluation alone."""
 
     def __init__(self, population: Population) -> None:
@@ -125,7 +125,7 @@ class _Recording(_Alone):
         self.record.score, _ = self.score(function, index, generators)
 
     def call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Make a call, and note it."""
+        """Make a call, and record it."""
         leaves, spec = describe(args, kwargs)
         recorded = self.record.begin(module, copies(leaves), spec)
         result = self.plain(module, args, kwargs)
@@ -133,39 +133,39 @@ class _Recording(_Alone):
         return result
 
 
-class _Noting(_Alone):
-    """Evaluates a member alone and notes the arguments of calls of the model."""
+class _CallObserver(_Intercepted):
+    """Evaluates a member alone, and passes the arguments of calls of the model to a function."""
 
     def __init__(self, population: Population, note: Callable[[tuple[Any, ...], dict[str, Any]], None]) -> None:
         super().__init__(population)
         self._note = note
 
     def call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Make a call, and note its arguments if it is one of the whole model."""
+        """Make a call, and pass on its arguments if it is a call of the whole model."""
         if module is self.population.model:
             self._note(args, kwargs)
         return self.plain(module, args, kwargs)
 
 
-class _Found(BaseException):
-    """Ends an evaluation that has turned out to differ; the message says how."""
+class _Difference(BaseException):
+    """Ends an evaluation at the first difference; the message describes it."""
 
 
-class _Replay(_Alone):
+class _Replay(_Intercepted):
     """Evaluates a member alone on recorded outputs."""
 
     def __init__(self, population: Population, record: Record) -> None:
         super().__init__(population)
         self._record, self._at = record, 0
-        self._held = History()
+        self._history = TensorHistory()
 
     def run(self, function: Function, index: int, generators: Sequence[Source]) -> str | None:
-        """Return how the evaluation differs from the recorded one, or None."""
+        """Describe how the evaluation differs from the recorded one, or return None."""
         threads = torch.get_num_threads()
         torch.set_num_threads(self._record.threads)
         try:
             score, _ = self.score(function, index, generators)
-        except _Found as found:
+        except _Difference as found:
             return str(found)
         finally:
             torch.set_num_threads(threads)
@@ -182,23 +182,25 @@ class _Replay(_Alone):
         number, self._at = self._at, self._at + 1
         where = f"in its {_ordinal(number + 1)} call member {{member}}"
         if number == len(self._record.calls):
-            raise _Found(f"member {{member}} called the model less often than when it is evaluated by itself: {SHARED}")
+            raise _Difference(
+                f"member {{member}} called the model less often than when it is evaluated by itself: {SHARED}"
+            )
         recorded = self._record.calls[number]
         if recorded.module is not module:
-            raise _Found(f"{where} called another module than when it is evaluated by itself: {SHARED}")
+            raise _Difference(f"{where} called another module than when it is evaluated by itself: {SHARED}")
         leaves, spec = describe(args, kwargs)
         objects = objects_in(leaves)
-        given, held = self._held.follow(recorded.given), contents(objects).tensors()
+        given, held = self._history.replay(recorded.given), contents(objects).tensors()
         same = spec == recorded.spec and all(map(_same, leaves, recorded.leaves)) and len(given) == len(held)
         if not same or not all(map(same_bits, given, held)):
-            raise _Found(f"{where} was given another input than when it is evaluated by itself: {SHARED}")
+            raise _Difference(f"{where} was given another input than when it is evaluated by itself: {SHARED}")
         if not recorded.batched:
             return plain_call(module, args, kwargs)
 
         outputs: list[Any] = []
-        # A call changes the objects that it is given, such as caches: further ones are made with copies.
+        # A call changes objects such as caches, so further calls get copies.
         spare = copy_with(objects, Tensor.clone)
-        left = self._held.follow(recorded.left)
+        left = self._history.replay(recorded.left)
 
         def call() -> Any:
             given = objects if not outputs else copy_with(spare, Tensor.clone)
@@ -212,7 +214,7 @@ class _Replay(_Alone):
             eps = precision(self.population.model, leaves)
             off = disagreement(self.population.model, call, (_compared(recorded.result), left), eps)
         if off is not None:
-            raise _Found(
+            raise _Difference(
                 f"{where} got an output, computed for several members at once, that is not what the model gives with"
                 f" its weights: {off}"
             )
@@ -227,11 +229,11 @@ def _handed_back(recorded: Any, output: Any) -> Any:
 
 
 class _Differentiable(torch.autograd.Function):
-    """A recorded output that asks for gradients as the true one does, and would get none."""
+    """Makes a recorded output require gradients like the true output. It propagates none."""
 
     @staticmethod
     def of(recorded: Any, output: Any) -> Any:
-        """Return the recorded leaf, which asks for gradients if the output does."""
+        """Return the recorded leaf, which requires gradients if the output does."""
         if isinstance(output, Tensor) and output.requires_grad:
             return _Differentiable.apply(torch.empty(0, requires_grad=True, device="cpu"), recorded)
         return recorded
@@ -246,13 +248,13 @@ class _Differentiable(torch.autograd.Function):
 
 
 def _earned(score: Score | None, alone: Score) -> str | None:
-    """Return what a member earned together with others, and alone, if these differ."""
+    """Describe the scores of a member together with others, and alone, if they differ."""
     scores, own = (value if isinstance(value, tuple) else (value,) for value in (score, alone))
     if isinstance(score, tuple) != isinstance(alone, tuple) or len(scores) != len(own):
         counts = [[len(value)] if isinstance(value, tuple) else [] for value in (score, alone)]
         return f"earned {described(counts[0])}, and {described(counts[1])}"
     for task, (one, other) in enumerate(zip(scores, own, strict=True)):
-        # NaN is the same as NaN.
+        # NaN counts as equal to NaN.
         if one != other and not (one != one and other != other):
             where = f" in task {task}" if len(own) > 1 else ""
             return f"earned {one!r}{where}, and {other!r}"
@@ -264,12 +266,12 @@ def _same(one: Any, other: Any) -> bool:
         return isinstance(one, Tensor) and isinstance(other, Tensor) and same_bits(one.detach(), other.detach())
     if isinstance(one, PLAIN_TYPES):
         return type(one) is type(other) and (one == other or one != one)
-    # Objects of the user's own may be other ones each time.
+    # Other objects may be created anew in each evaluation; their tensors are compared elsewhere.
     return True
 
 
 def _compared(result: Any) -> Any:
-    """Return a result without its objects, of which the tensors are compared."""
+    """Return a result without its objects, whose tensors are compared separately."""
     return tree_map(lambda leaf: None if is_container(leaf) else leaf, result)
 
 

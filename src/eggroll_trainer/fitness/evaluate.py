@@ -1,7 +1,8 @@
-"""From a fitness function to scores: the one entrance.
+"""Evaluates a population with a fitness function.
 
-A function marked as batched is called with the population. A plain function is run for the members together, or alone,
-if that was asked for or nothing else is right. What is quick is checked, now and then, against what is right.
+A function that is marked as batched is called with the population. A plain function is run for the members together.
+Now and then, this is checked against the evaluation of single members. If that differs, or on request, members are
+evaluated alone.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from .._utils.memory import is_out_of_memory
 from .._utils.warned import Warned
 from ..population import Audit, Population
 from . import alone, together
-from .check import DiffersFromItself, difference, evaluate_noting
+from .check import DiffersFromItself, difference, evaluate_observed
 from .findings import Findings
 from .learning import Learner, discard_statistics
 from .randomness import Source, keyed, sources
@@ -31,7 +32,7 @@ Coalesce = bool | Literal["unchecked"]
 
 SAME_TASKS = "all members of a generation must be scored on the same tasks"
 
-# Seconds that an evaluation waits for one in another thread before it says so.
+# Seconds that an evaluation waits for one in another thread before it warns.
 _LONG_WAIT = 10.0
 
 
@@ -40,18 +41,22 @@ def batched(fitness_fn: F, *, check: bool = True) -> F: ...
 @overload
 def batched(fitness_fn: None = None, *, check: bool = True) -> Callable[[F], F]: ...
 def batched(fitness_fn: Callable[..., Any] | None = None, *, check: bool = True) -> Any:
-    """Mark a fitness function as written for a whole population.
+    """Mark a fitness function as one that evaluates a whole population at once.
 
     It is called with a :class:`~eggroll_trainer.Population` of ``N`` members (a chunk of the population) and returns
     ``N`` scores, ``[N]``, or ``[N, K]`` with a column for each of ``K`` tasks, such as prompts or episodes; higher is
-    better.
+    better. Use it if the function can work on the outputs of all members as tensors; otherwise write a plain function
+    of one model.
 
     Args:
-        fitness_fn: The function. If it holds much memory for every member, such as the caches of a language model, it
-            may have a method ``member_bytes(model)`` that says how many bytes: where the trainer has no ``chunk_size``,
-            chunks are then made small enough.
-        check: Whether to compare, now and then, the outputs of some members with those of the model holding their
+        fitness_fn: The function. If it needs much memory for each member, as for the caches of a language model, give
+            it a method ``member_bytes(model)`` that returns the bytes for one member. A trainer without ``chunk_size``
+            then makes chunks that fit.
+        check: Whether to compare, now and then, the outputs of some members with those of the model with their
             weights.
+
+    Returns:
+        The function itself, marked; or a decorator if ``fitness_fn`` is None.
 
     Example:
         >>> @batched
@@ -83,12 +88,12 @@ def is_batched(fitness_fn: Callable[..., Any]) -> bool:
 
 
 class Scored(NamedTuple):
-    """What an evaluation gave.
+    """The result of an evaluation.
 
     Attributes:
         scores: ``[N]`` in float64, or ``[N, K]`` for ``K`` tasks.
-        statistics: What it has shown to a function that learns along the way, or None.
-        alone: Why the members must be evaluated alone instead, if this has been found out; the scores mean nothing.
+        statistics: The statistics that a learner has collected, or None.
+        alone: The reason why the members must be evaluated alone instead, or None. If given, the scores are invalid.
     """
 
     scores: Tensor
@@ -102,12 +107,12 @@ class Evaluation:
 
     Attributes:
         population: The members.
-        fitness_fn: From a model to its fitness or, marked as batched, from the population to all.
-        coalesce: Whether a function of one model is run for the members together, and whether that is checked.
-        findings: What is known about the function; added to.
-        to_check: Indices of members that are to be checked, if anything is.
-        learner: The function, if it learns along the way.
-        warned: The warnings already given; each is given once.
+        fitness_fn: Takes a model and returns its fitness; if marked as batched, takes the population and returns all.
+        coalesce: Whether a plain function is run for the members together, and whether that is checked.
+        findings: What is known about the function; updated in place.
+        to_check: Indices of the members to check.
+        learner: The function, if it is a learner, or None.
+        warned: The warnings that have been issued; each is issued once.
     """
 
     population: Population
@@ -122,8 +127,8 @@ class Evaluation:
         """Return the fitness of every member.
 
         Raises:
-            TypeError: The function returned something that is not a number.
-            ValueError: The function returned an array of the wrong shape.
+            TypeError: The function does not return a number.
+            ValueError: The function returns an array of the wrong shape.
         """
         together.refuse_nested()
         with _one_at_a_time(self.warned):
@@ -133,7 +138,7 @@ class Evaluation:
                 self.population.close()
 
     def alone(self, index: int) -> Score:
-        """Return the fitness of one member, evaluated by itself; what it shows to a function that learns is dropped."""
+        """Return the fitness of one member, evaluated alone. A learner's statistics of it are discarded."""
         together.refuse_nested()
         with _one_at_a_time(self.warned):
             try:
@@ -190,7 +195,7 @@ class Evaluation:
             return self._alone()
         if _is_scripted(self.population.model):
             return self._refused("the model is a TorchScript module")
-        check = self.coalesce != "unchecked" and not self.findings.unjudgeable
+        check = self.coalesce != "unchecked" and not self.findings.nondeterministic
         records = {index: Record() for index in self.to_check} if check else {}
         try:
             scores = together.scores(
@@ -217,14 +222,14 @@ class Evaluation:
 
     def _alone(self) -> Scored:
         scores = []
-        # What the members held who waited for each other may be held still.
-        with together.Watch(self.findings.alone == together.DEADLOCK) as watch:
+        # Members that deadlocked before may still hold locks.
+        with together.DeadlockWatch(self.findings.alone == together.DEADLOCK) as watch:
             for watch.turns in range(len(self.population)):
                 scores.append(self._score_alone(watch.turns))
         return Scored(self._table(scores), self._statistics())
 
     def _note_draws(self, before: Sequence[Any]) -> None:
-        """Note whether the global generators have moved since they were in these states."""
+        """Note whether the global generators have been used since they were in these states."""
         if before and not self.findings.draws:
             self.findings.draws = any(
                 not source.same(source.get(), state) for source, state in zip(self._generators, before, strict=True)
@@ -234,7 +239,7 @@ class Evaluation:
         """Return the scores of the members, ``[N]`` or ``[N, K]``.
 
         Raises:
-            ValueError: They are of different numbers of tasks.
+            ValueError: Members have different numbers of tasks.
         """
         tasks = [(len(score),) if isinstance(score, tuple) else () for score in scores]
         odd = next((index for index, own in enumerate(tasks) if own != tasks[0]), None)
@@ -251,32 +256,32 @@ class Evaluation:
     def _score(self, model: nn.Module) -> Score:
         return to_score(self.fitness_fn(model))
 
-    def _score_noting(self, model: nn.Module) -> Score:
+    def _score_and_note_draws(self, model: nn.Module) -> Score:
         before = [source.get() for source in self._generators]
         score = self._score(model)
         self._note_draws(before)
         return score
 
     def _score_alone(self, index: int) -> Score:
-        score = self._score_noting if index in self.to_check and not self.findings.draws else self._score
+        score = self._score_and_note_draws if index in self.to_check and not self.findings.draws else self._score
         try:
             if self.findings.sample is None and index == 0 and not _is_scripted(self.population.model):
-                value, changed = evaluate_noting(
+                value, changed = evaluate_observed(
                     self.population, score, index, self._generators, self.findings.note_sample
                 )
             else:
                 value, changed = alone.score(self.population, score, index, self._generators)
         except together.Deadlock as error:
             stuck = RuntimeError(
-                "the fitness function waits for ever, for a lock, a queue or the like that earlier calls have left in"
-                " use: make it inside the function, or pass coalesce=False from the beginning"
+                "the fitness function waits forever for a lock, a queue or the like that earlier calls have not"
+                " released: create it inside the function, or pass coalesce=False from the beginning"
             )
             self._annotate(stuck, f"member {self.population.first + index}")
             raise stuck from error
         except BaseException as error:
             self._annotate(error, f"member {self.population.first + index}")
             raise
-        # What the model does not save is a cache.
+        # Buffers that the model does not save are caches, which need no warning.
         buffers = [what for what in changed if what.startswith("buffer ")]
         if buffers:
             self.warned.once(
@@ -288,7 +293,7 @@ class Evaluation:
         return value
 
     def _failed(self, failed: together.MemberFailed) -> Scored:
-        """Find out whether a member who failed together with others does so alone as well."""
+        """Raise a member's error if the member also fails alone; otherwise members must be evaluated alone."""
         error = failed.error
         if self.coalesce == "unchecked" or not isinstance(error, Exception) or is_out_of_memory(error):
             self._annotate(error, f"member {self.population.first + failed.index}")
@@ -300,24 +305,24 @@ class Evaluation:
         )
 
     def _difference(self, index: int, record: Record) -> str | None:
-        """Return how a member's evaluation differs from the one alone, or None."""
+        """Describe how a member's evaluation differs from its evaluation alone, or return None."""
         try:
             return difference(self.population, self._score, index, record, self._generators)
         except DiffersFromItself:
-            self.findings.unjudgeable = True
+            self.findings.nondeterministic = True
             self.warned.once(
-                "the scores cannot be checked: evaluated twice with the same weights, the fitness function does not do"
-                " the same, as with an unseeded simulator. Seed it, say from a global generator, torch's, NumPy's or"
-                ' Python\'s, or pass coalesce="unchecked" to silence this. If its calls share a simulator or generator,'
-                " the scores are wrong: pass coalesce=False",
-                "unjudgeable",
+                "the scores cannot be checked: two evaluations with the same weights differ, as with an unseeded"
+                " simulator. Seed it, for example from torch's, NumPy's or Python's global generator, or pass"
+                ' coalesce="unchecked" to silence this warning. If calls of the fitness function share a simulator or a'
+                " generator, the scores are wrong: pass coalesce=False",
+                "nondeterministic",
             )
             return None
         except Exception as error:
             self._annotate(error, f"member {self.population.first + index} (evaluated by itself)")
             raise
         finally:
-            # What the check has shown to a function that learns was shown to it before.
+            # The statistics of a checked member have been collected already.
             discard_statistics(self.learner)
 
     def _statistics(self) -> Tensor | None:
@@ -332,7 +337,7 @@ class Evaluation:
         if hasattr(error, "add_note"):
             error.add_note(text)
         else:
-            # Python 3.10 has no notes; the message is the only place left.
+            # Python 3.10 has no notes: add the text to the message.
             error.args = (f"{error.args[0]} ({text})", *error.args[1:]) if error.args else (text,)
 
 
@@ -341,7 +346,7 @@ def _is_scripted(model: nn.Module) -> bool:
 
 
 class _one_at_a_time:
-    """Let one thread at a time evaluate: generators belong to the process, and models may be shared."""
+    """Lets one thread at a time evaluate, as threads share the global generators and possibly models."""
 
     _lock = threading.RLock()
 
@@ -351,8 +356,8 @@ class _one_at_a_time:
     def __enter__(self) -> None:
         if not self._lock.acquire(timeout=_LONG_WAIT):
             self._warned.once(
-                "this evaluation waits for one that another thread has under way, as only one can run at a time in a"
-                " process. If that one waits for this one in turn, neither will ever end"
+                "this evaluation waits for another one in another thread, as only one can run at a time in a process."
+                " If the other one waits for this one, neither will ever end: evaluate in one thread only"
             )
             self._lock.acquire()
 

@@ -1,4 +1,4 @@
-"""What evaluations have shown about a fitness function: how its members may be run, and when that is checked again."""
+"""What is known about a fitness function from its evaluations: how members may be run, and when that is checked."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .._torch import tree_flatten, tree_unflatten
 from ..noise.keys import derive_seed
 from .record import copies
 
-# Of the sample.
+# Largest size of a sample call.
 _MOST_BYTES = 2**24
 
 
@@ -22,16 +22,15 @@ class Findings:
     """What is known about a trainer's fitness function.
 
     Attributes:
-        alone: Why members are evaluated alone, or None while nothing speaks against running them together.
-        reason: Why they will have to be, found out in this process, before all processes have been told.
-        isolate: Whether members set attributes of the model, which are then kept apart.
-        divided: Indices of the global generators that the function draws from: each member has a state of its own.
-        sample: Arguments and keyword arguments of a call of the model, unless they are large.
-        unjudgeable: Whether the function differs from itself, so that no check can say anything.
-        model_seconds: What forwards that members waited for have taken in this process.
-        draws: Whether it draws random numbers, or the model does.
-        differs: Whether some process has found one of these: with other random numbers the same weights earn something
-            else.
+        alone: The reason why members are evaluated alone, or None if they are evaluated together.
+        reason: A reason to evaluate them alone that this process has found, until all processes know it.
+        isolate: Whether members set attributes of the model. These are then kept separately for each member.
+        divided: Indices of the global generators that the function uses. Each member then has its own state of them.
+        sample: Positional and keyword arguments of a call of the model; None if they are large.
+        nondeterministic: Whether two evaluations with the same weights differ, so that checks are impossible.
+        model_seconds: Seconds that this process has spent in batched forwards for waiting members.
+        draws: Whether the function, or the model, draws random numbers.
+        differs: Whether any process has found that evaluations of the same weights may differ.
     """
 
     alone: str | None = None
@@ -39,11 +38,11 @@ class Findings:
     isolate: bool = False
     divided: set[int] = dataclasses.field(default_factory=set)
     sample: tuple[tuple[Any, ...], dict[str, Any]] | None = None
-    unjudgeable: bool = False
+    nondeterministic: bool = False
     model_seconds: float = 0.0
     draws: bool = False
     differs: bool = False
-    # Generations that this process has taken part in since the checks began, and the last one of them.
+    # Number of generations that this process has evaluated since checks began, and the last of them.
     _evaluated: int = 0
     _generation: int | None = None
     _kind: Hashable = None
@@ -51,15 +50,21 @@ class Findings:
     _first_chunk: bool = True
 
     def __reduce__(self) -> Any:
-        # The rest holds for this process.
+        # Everything else is about this process.
         return _findings, (self.alone, self.differs)
 
     def begin_generation(self, generation: int, fitness_fn: Callable[..., Any], model: nn.Module) -> None:
-        """Note that a generation begins; another function or another structure of the model begins checks anew."""
+        """Note that a generation begins. Checks start again if the function or the structure of the model is new."""
         kind, structure = _kind_of(fitness_fn), _structure_of(model)
         if kind != self._kind or structure != self._structure:
             if self._kind is not None and kind != self._kind:
-                self.alone, self.reason, self.isolate, self.divided, self.unjudgeable = None, None, False, set(), False
+                self.alone, self.reason, self.isolate, self.divided, self.nondeterministic = (
+                    None,
+                    None,
+                    False,
+                    set(),
+                    False,
+                )
                 self.draws = self.differs = False
             self._kind, self._structure = kind, structure
             self._evaluated, self._generation, self._first_chunk = 0, None, True
@@ -69,38 +74,39 @@ class Findings:
 
     @property
     def noise(self) -> bool:
-        """Whether this process has found that the same weights do not always earn the same."""
-        return self.unjudgeable or self.draws or bool(self.divided)
+        """Whether this process has found that evaluations of the same weights may differ."""
+        return self.nondeterministic or self.draws or bool(self.divided)
 
     def noisy(self, fitness_fn: Callable[..., Any]) -> bool:
-        """Return whether a fitness may be luck: as the function's attribute ``noisy`` says, or was found."""
+        """Return whether the fitness is noisy: the function's attribute ``noisy``, or ``differs`` without one."""
         while isinstance(fitness_fn, functools.partial) and not hasattr(fitness_fn, "noisy"):
             fitness_fn = fitness_fn.func
         return bool(getattr(fitness_fn, "noisy", self.differs))
 
     def decide(self, alone: str | None) -> None:
-        """Note what all processes have been told: why members are evaluated alone, or None."""
+        """Set, in every process, the reason why members are evaluated alone, or None."""
         self.alone = alone
         if alone is not None:
             self.reason = None
 
     def note_sample(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Note a call of the model, if there is none yet, with copies of its tensors."""
+        """Keep the arguments of a call of the model as the sample, if there is none yet."""
         if self.sample is None:
             leaves, spec = tree_flatten((args, kwargs))
             if sum(leaf.nbytes for leaf in leaves if isinstance(leaf, Tensor)) <= _MOST_BYTES:
                 self.sample = tree_unflatten(copies(leaves), spec)
 
     def to_check(self, seed: int, first: int, size: int, population_size: int) -> list[int]:
-        """Return which members of a chunk are to be checked, by their indices in it.
+        """Return the members of a chunk to check, by their indices in it.
 
-        In the first generation these are the first, the last and one drawn from the seed, in generations 2, 4, 8, …
-        after it one. A process whose first chunk has none of them checks its first member.
+        In the first generation, these are the first member, the last, and one drawn from the seed. In generations 2, 4,
+        8, … it is one drawn from the seed. If the first chunk of a process contains none of them, its first member is
+        checked.
 
         Args:
-            seed: Of the run.
+            seed: Seed of the run.
             first: Index of the chunk's first member.
-            size: How many members it has.
+            size: Number of members in the chunk.
             population_size: ``N``.
         """
         at_first, self._first_chunk = self._first_chunk, False
@@ -118,7 +124,7 @@ def _findings(alone: str | None, differs: bool) -> Findings:
 
 
 def _kind_of(fitness_fn: Callable[..., Any]) -> Hashable:
-    """Return what functions have in common that do the same with other data."""
+    """Return a key that is equal for functions with the same code, such as closures over different data."""
     while isinstance(fitness_fn, functools.partial):
         fitness_fn = fitness_fn.func
     function = getattr(fitness_fn, "__func__", fitness_fn)

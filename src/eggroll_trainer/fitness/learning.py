@@ -1,4 +1,4 @@
-"""What a fitness function learns along the way, such as the statistics of the observations that its members meet."""
+"""Fitness functions that collect statistics during evaluations, such as the mean of observations: learners."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from ..population.untrained import set_untrained, untrained
 
 
 class Learner(Protocol):
-    """A fitness function that keeps something for the next generation, in buffers of the model.
+    """A fitness function that collects statistics and uses them from the next generation on.
 
-    It must not change within a generation: members are evaluated in chunks, in any order and maybe in other processes.
-    What it keeps elsewhere than in the model it hands out by a ``state_dict()`` of numbers and tensors, and takes back
-    by ``load_state_dict``. One that keeps nothing in the model says so by ``changes_model = False``: the model's
-    buffers and untrained parameters are then not copied in every generation.
+    It must not change within a generation, as members are evaluated in chunks, in any order and possibly in other
+    processes. It keeps the statistics in buffers of the model. If it has other state, it needs ``state_dict()``, which
+    returns numbers and tensors, and ``load_state_dict``. If it keeps nothing in the model, set an attribute
+    ``changes_model = False``: the model's buffers and untrained parameters are then not copied in every generation.
 
     Example:
         >>> import torch
@@ -46,39 +46,39 @@ class Learner(Protocol):
     """
 
     def pop_statistics(self) -> Tensor:
-        """Return what has been seen since the last call, in one tensor, and forget it.
+        """Return the statistics collected since the last call, in one tensor, and reset them.
 
-        Called after the evaluation of each chunk, and before it as well: what an evaluation that failed, or one outside
-        a generation, has left is thrown away. It may raise if there is nothing.
+        It is called after the evaluation of each chunk. It is also called before it, to discard what a failed
+        evaluation, or one outside of a generation, has collected. It may raise if there are no statistics.
         """
 
     def merge_statistics(self, model: nn.Module, statistics: Sequence[Tensor]) -> None:
-        """Take in what all chunks of a generation have shown, in the order of their members.
+        """Merge the statistics of all chunks of a generation, in the order of their members.
 
-        If it raises, the buffers and parameters of the model and :meth:`state_dict` are put back, and the generation
-        counts as not made.
+        If it raises, the model's buffers and parameters and the :meth:`state_dict` are restored, and the generation is
+        not made.
 
         Args:
             model: The model that is trained.
-            statistics: From :meth:`pop_statistics`, here or in other processes; on the CPU, wherever the model is.
+            statistics: Results of :meth:`pop_statistics` from this or other processes, always on the CPU.
         """
 
 
 def learner(fitness_fn: Any) -> Learner | None:
-    """Return the fitness function if it learns, else None."""
+    """Return the fitness function if it is a learner, else None."""
     learns = hasattr(fitness_fn, "pop_statistics") and hasattr(fitness_fn, "merge_statistics")
     return cast(Learner, fitness_fn) if learns else None
 
 
 def changes_model(learner: Learner | None) -> bool:
-    """Return whether a learner may keep something in the model."""
+    """Return whether a learner may change the model's buffers or untrained parameters."""
     return learner is not None and bool(getattr(learner, "changes_model", True))
 
 
 def discard_statistics(learner: Learner | None) -> None:
-    """Throw away what earlier evaluations have left, so that it is not counted with the next chunk."""
+    """Discard collected statistics, so that they don't count with the next chunk."""
     if learner is not None:
-        # One that has seen nothing may have nothing to return.
+        # A learner may raise if it has no statistics.
         with contextlib.suppress(Exception):
             learner.pop_statistics()
 
@@ -87,13 +87,13 @@ def discard_statistics(learner: Learner | None) -> None:
 def merged(
     learner: Learner | None, model: nn.Module, statistics: Sequence[Tensor], trained: Collection[str]
 ) -> Iterator[None]:
-    """Let a learner take in a generation's statistics; if it, or the block, raises, undo that.
+    """Merge a generation's statistics into a learner; undo it if the learner or the block raises.
 
     Args:
-        learner: Who takes them in, or None.
+        learner: The learner, or None.
         model: The model that is trained.
         statistics: One tensor for each chunk.
-        trained: Names of its trained parameters, which a learner leaves alone.
+        trained: Names of its trained parameters, which a learner does not change.
     """
     if learner is None:
         yield
@@ -110,13 +110,13 @@ def merged(
 
 
 def learner_state(learner: Learner | None) -> Any:
-    """Return a copy of what a learner keeps elsewhere than in its model, or None."""
+    """Return a copy of a learner's ``state_dict()``, or None if it has none."""
     state_dict = getattr(learner, "state_dict", None)
     return None if state_dict is None else plain_copy(state_dict())
 
 
 def set_learner_state(learner: Learner | None, state: Any) -> None:
-    """Give a learner back what :func:`learner_state` returned."""
+    """Restore what :func:`learner_state` returned."""
     load_state_dict = getattr(learner, "load_state_dict", None)
     if state is not None and load_state_dict is not None:
         load_state_dict(plain_copy(state))

@@ -1,7 +1,7 @@
-"""The global generators of random numbers, seeded for each member's evaluation and put back after all of them.
+"""The global random generators: seeded for each evaluation, and restored after it.
 
-A fitness function that draws from torch's, NumPy's or Python's global generator gets numbers that follow from the seed
-of the run, the generation and the member.
+A fitness function that draws from torch's, NumPy's or Python's global generator gets numbers that depend only on the
+seed of the run, the generation and the member.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Key = tuple[int | str, ...]
 
 
 class Source(ABC):
-    """One of the global sources of random numbers."""
+    """A global random generator."""
 
     @abstractmethod
     def get(self) -> Any:
@@ -29,11 +29,11 @@ class Source(ABC):
 
     @abstractmethod
     def set(self, state: Any) -> None:
-        """Put a state back."""
+        """Set its state."""
 
     @abstractmethod
     def seed(self, key: Key) -> None:
-        """Begin a stream that is a function of the key."""
+        """Seed it from the key."""
 
     def same(self, one: Any, other: Any) -> bool:
         """Return whether two states are equal."""
@@ -41,7 +41,7 @@ class Source(ABC):
 
 
 class TorchSource(Source):
-    """Torch's generator of a device."""
+    """torch's global generator of a device."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -53,11 +53,11 @@ class TorchSource(Source):
         return self._module.get_rng_state(*self._where)
 
     def set(self, state: Any) -> None:
-        """Put a state back."""
+        """Set its state."""
         self._module.set_rng_state(state, *self._where)
 
     def seed(self, key: Key) -> None:
-        """Begin a stream that is a function of the key."""
+        """Seed it from the key."""
         self.set(keyed_generator(*key, device=self._device).get_state())
 
     def same(self, one: Any, other: Any) -> bool:
@@ -73,11 +73,11 @@ class NumPySource(Source):
         return np.random.get_state()
 
     def set(self, state: Any) -> None:
-        """Put a state back."""
+        """Set its state."""
         np.random.set_state(state)
 
     def seed(self, key: Key) -> None:
-        """Begin a stream that is a function of the key."""
+        """Seed it from the key."""
         seed = derive_seed("numpy", *key)
         np.random.seed([seed % 2**32, seed >> 32])
 
@@ -94,23 +94,23 @@ class PythonSource(Source):
         return random.getstate()
 
     def set(self, state: Any) -> None:
-        """Put a state back."""
+        """Set its state."""
         random.setstate(state)
 
     def seed(self, key: Key) -> None:
-        """Begin a stream that is a function of the key."""
+        """Seed it from the key."""
         random.seed(derive_seed("python", *key))
 
 
 def sources(device: torch.device) -> list[Source]:
-    """Return the global sources that a fitness function may draw from, torch's first."""
+    """Return the global generators that a fitness function may use, torch's first."""
     own = [] if device.type in ("cpu", "meta") else [TorchSource(device)]
     return [TorchSource(torch.device("cpu")), *own, NumPySource(), PythonSource()]
 
 
 @contextlib.contextmanager
 def keyed(generators: Sequence[Source], *key: int | str) -> Iterator[None]:
-    """Seed global generators from ``key`` inside the block, and put them back after it."""
+    """Seed global generators from ``key`` inside the block, and restore them after it."""
     before = [source.get() for source in generators]
     try:
         seed_all(generators, *key)

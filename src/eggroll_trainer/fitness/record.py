@@ -1,4 +1,4 @@
-"""What one member's fitness function hands to its model and gets back."""
+"""Records the calls that one member's fitness function makes of its model, with their results."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from .._torch import tree_flatten, tree_leaves, tree_map, tree_unflatten
 from ..population.object_calls import objects_in
-from .held import Change, History
 from .scores import Score
+from .tensor_history import Change, TensorHistory
 
 _ALIGNMENT = 64
 
@@ -24,11 +24,11 @@ class RecordedCall:
         module: The model, or one of its modules.
         leaves: The leaves of its arguments, tensors as copies.
         spec: Their structure.
-        given: What objects among them, such as caches, held before.
-        result: What it returned, if ``batched``.
-        left: What these objects, and those in the result, held after it, if ``batched``.
-        batched: Whether it was computed for several members at once. Otherwise the calls of the modules inside follow.
-        threads: Number of torch's threads that the function went on with.
+        given: Changes of tensors in objects among the arguments, such as caches, since the last call.
+        result: The result, if ``batched``.
+        left: Changes of tensors in these objects, and those in the result, by the call, if ``batched``.
+        batched: Whether it was computed for several members at once. Otherwise the calls of its submodules follow.
+        threads: Number of torch's threads after the call.
     """
 
     module: nn.Module
@@ -46,23 +46,23 @@ class Record:
 
     Attributes:
         calls: The calls.
-        threads: Number of torch's threads that the function began with.
-        score: What the function returned in the end.
+        threads: Number of torch's threads when the function began.
+        score: The function's result, or None.
     """
 
     def __init__(self) -> None:
         self.clear()
 
     def clear(self) -> None:
-        """Begin again."""
+        """Discard everything, for a new evaluation."""
         self.calls: list[RecordedCall] = []
-        self._held = History()
+        self._history = TensorHistory()
         self.threads = torch.get_num_threads()
         self.score: Score | None = None
 
     def begin(self, module: nn.Module, leaves: list[Any], spec: Any) -> RecordedCall:
-        """Note a call, with copies of its arguments."""
-        call = RecordedCall(module, leaves, spec, self._held.note(objects_in(leaves)))
+        """Record a call with its arguments, whose tensors must be copies, and return it."""
+        call = RecordedCall(module, leaves, spec, self._history.record(objects_in(leaves)))
         self.calls.append(call)
         return call
 
@@ -74,26 +74,26 @@ class Record:
         return (tuple(call.leaves), {}) if isinstance(call.spec, int) else tree_unflatten(call.leaves, call.spec)
 
     def end(self, call: RecordedCall, result: Any) -> None:
-        """Note what a call that was computed for several members has returned."""
+        """Record the result of a call that was computed for several members."""
         call.result, call.batched = tree_map(aligned_copy, result), True
-        call.left = self._held.note(objects_in([*call.leaves, *tree_leaves(result)]))
+        call.left = self._history.record(objects_in([*call.leaves, *tree_leaves(result)]))
         call.threads = torch.get_num_threads()
 
 
 def describe(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], Any]:
-    """Return the leaves of a call's arguments and their structure: for positional tensors alone, their number."""
+    """Return the leaves of a call's arguments and their structure; if all are positional tensors, just their number."""
     if not kwargs and all(type(arg) is Tensor for arg in args):
         return list(args), len(args)
     return tree_flatten((args, kwargs))
 
 
 def copies(leaves: list[Any]) -> list[Any]:
-    """Return leaves in which tensors are copies."""
+    """Return the leaves with tensors copied."""
     return [leaf.detach().clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
 
 
 def aligned_copy(leaf: Any) -> Any:
-    """Return a copy of a tensor that kernels treat alike: they begin and end their vectors where memory is aligned."""
+    """Return a copy of a tensor with the same memory alignment, for which vectorised kernels round in the same way."""
     if not isinstance(leaf, Tensor):
         return leaf
     leaf = leaf.detach()

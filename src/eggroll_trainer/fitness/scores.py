@@ -1,4 +1,4 @@
-"""From what a fitness function returns to the scores of a population."""
+"""Scores: checks and converts the results of fitness functions, and computes metrics."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# Of one model: a number, or one for each of several tasks.
+# The score of one model: a number, or one for each of several tasks.
 Score = float | tuple[float, ...]
 
 _EXPECTED = "a float, a 0-d tensor or a NumPy scalar (higher is better)"
@@ -38,7 +38,7 @@ def to_score(value: Any) -> Score:
         value = value.item()
     if value is None:
         raise TypeError(f"the fitness function must return {_EXPECTED}, got None; is a return missing?")
-    # NumPy's booleans are not among Python's numbers, as Python's own are.
+    # Unlike Python's, NumPy's booleans are not numbers.Real.
     if isinstance(value, (numbers.Real, np.bool_)):
         return float(value)
     raise TypeError(f"the fitness function must return {_EXPECTED}, got {type(value).__name__} {value!r}")
@@ -52,20 +52,20 @@ def _of_tasks(value: Tensor | np.ndarray[Any, Any]) -> tuple[float, ...]:
 
 
 def mean_over_tasks(scores: Score | Tensor | np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """Return the mean fitness over tasks, ``[..., K] → [...]``; a single number is its own."""
+    """Return the mean fitness over tasks, ``[..., K] → [...]``; a single number stays the same."""
     values = np.atleast_1d(np.asarray(scores, np.float64))
     if values.shape[-1] == 1:
         return values[..., 0]
     with np.errstate(over="ignore", invalid="ignore"):
         means = values.mean(-1)
-        # The sum of huge scores overflows, their mean does not.
+        # The sum of huge scores may overflow, although their mean does not.
         return np.where(np.isfinite(means), means, (values / values.shape[-1]).sum(-1))
 
 
 def to_scores(value: Any, count: int) -> Tensor:
-    """Return what a batched fitness function gave for ``count`` members in float64: ``[count]``, or ``[count, K]``.
+    """Return the scores of a batched fitness function for ``count`` members in float64: ``[count]`` or ``[count, K]``.
 
-    A single column ``[count, 1]`` is the same as none.
+    A single column ``[count, 1]`` becomes ``[count]``.
 
     Raises:
         TypeError: ``value`` is not an array of numbers.
@@ -73,7 +73,7 @@ def to_scores(value: Any, count: int) -> Tensor:
     """
     expected = f"a batched fitness function must return one score for each of its {count} members"
     try:
-        # A list of Python's floats would be rounded to float32.
+        # torch would round a list of Python floats to float32.
         dtype = torch.float64 if isinstance(value, (list, tuple)) else None
         scores = torch.as_tensor(value, dtype=dtype, device="cpu")
     except (TypeError, ValueError, RuntimeError):
@@ -93,12 +93,12 @@ def is_table(scores: Tensor, count: int) -> bool:
 
 
 def without_single_column(scores: Tensor) -> Tensor:
-    """Return ``[n, 1]`` as ``[n]``, so that one task is the same as none; other scores as they are."""
+    """Return ``[n, 1]`` as ``[n]``, and other scores unchanged."""
     return scores[:, 0] if scores.shape[1:] == (1,) else scores
 
 
 def described(tasks: Sequence[int]) -> str:
-    """Return in words what a member has whose scores have these further dimensions.
+    """Describe the scores of a member, given the further dimensions of the scores.
 
     Example:
         >>> described([]), described([3])
@@ -108,7 +108,7 @@ def described(tasks: Sequence[int]) -> str:
 
 
 def packed(scores: Tensor) -> np.ndarray[Any, Any]:
-    """Return scores in float32 if they lose nothing by it, as most come from such tensors, else in float64.
+    """Return scores in float32 if that is exact, as for scores computed in float32, else in float64.
 
     Example:
         >>> packed(torch.tensor([0.5, float("nan")], dtype=torch.float64)).dtype.name
@@ -144,9 +144,9 @@ class CheckedScores:
         values: ``[N]``, or ``[N, K]`` for the tasks that have any finite score, in float64 and finite: NaN and ±inf are
             replaced by the worst finite score of their task and group.
         means: ``[N]``, the mean of each member over the tasks.
-        num_nonfinite: How many scores were not finite.
-        num_tied: How many members share their mean with another one.
-        best: Index of the member with the highest mean; one with a finite score of its own.
+        num_nonfinite: Number of scores that were not finite.
+        num_tied: Number of members that share their mean with another one.
+        best: Index of the member with the highest mean, among those with a finite score.
     """
 
     values: Tensor
@@ -157,15 +157,15 @@ class CheckedScores:
 
 
 def check_scores(scores: Tensor, generation: int, group_size: int = 0) -> CheckedScores:
-    """Replace scores that are not finite by the worst finite one of their group, in each task on its own.
+    """Replace scores that are not finite by the worst finite one of their group, in each task separately.
 
-    In a group without a finite score they become the worst of the generation: no member of it is better than another.
-    A task without a finite score in the whole generation is left out.
+    In a group without a finite score, all become the worst of the generation, so that no member of it is better than
+    another. A task without a finite score in the whole generation is left out.
 
     Args:
         scores: ``[N]``, or ``[N, K]`` with a column for each task.
-        generation: Its index, counted from 1.
-        group_size: Members in a group; 0 for one group of all.
+        generation: Number of the generation, counted from 1.
+        group_size: Number of members in a group; 0 for one group of all.
 
     Raises:
         ValueError: No score is finite.
@@ -177,7 +177,7 @@ def check_scores(scores: Tensor, generation: int, group_size: int = 0) -> Checke
     if num_nonfinite == finite.size:
         raise ValueError(
             f"no member of generation {generation} has a finite fitness (NaN or inf from all {count});"
-            " the parameters were not changed. Lower sigma or learning_rate, or mend the fitness function."
+            " the parameters were not changed. Lower sigma or learning_rate, or fix the fitness function."
         )
     judged = finite.any(0)
     if not judged.all():
@@ -190,7 +190,7 @@ def check_scores(scores: Tensor, generation: int, group_size: int = 0) -> Checke
     ordered = np.sort(means)
     same = ordered[1:] == ordered[:-1]
     tied = np.append(same, False) | np.append(False, same)
-    # Of equal ones the first of those who failed least.
+    # Among members with equal means, the first one of those with the most finite scores.
     eligible = np.where(finite.any(1), means, -np.inf)
     best = int(np.where(eligible == eligible.max(), finite.sum(1), -1).argmax())
     values = torch.from_numpy(table if scores.ndim > 1 else means)
@@ -198,7 +198,7 @@ def check_scores(scores: Tensor, generation: int, group_size: int = 0) -> Checke
 
 
 def nonfinite_warning(scores: Tensor, group_size: int) -> str:
-    """Return what a user is told once whose scores, ``[N]`` or ``[N, K]``, are not all finite."""
+    """Return the warning about scores, ``[N]`` or ``[N, K]``, that are not all finite."""
     whose = "group" if group_size else "generation"
     if scores.ndim > 1:
         whose += " and task, and a task without any is left out"
@@ -215,15 +215,15 @@ def metrics_of(
     sigma: float,
     maximize: bool = True,
 ) -> dict[str, Any]:
-    """Return the metrics of a generation, the step not taken yet.
+    """Return the metrics of a generation before its step, with an ``update_norm`` of 0.
 
     Args:
-        scores: Of its members.
-        generation: Its index, counted from 1.
+        scores: Scores of its members.
+        generation: Number of the generation, counted from 1.
         best_fitness: The best fitness so far, in the fitness function's sign.
-        learning_rate: Of the first parameter group.
-        sigma: Of the first parameter group.
-        maximize: Whether the fitness function's scores are as they are here, where higher is better, or the negative.
+        learning_rate: Learning rate of the first parameter group.
+        sigma: Sigma of the first parameter group.
+        maximize: Whether higher is better for the fitness function. If not, metrics have the negative of ``scores``.
     """
     sign = 1.0 if maximize else -1.0
     fitness = sign * scores.means.max().item()

@@ -1,8 +1,7 @@
 """Shaping: from the scores of a population to the weights of its perturbations.
 
-A shaper is any callable ``[n] → [n]`` in float64; it is applied to each group of members on its own. Those here also
-take many groups at once, ``[..., n] → [..., n]``. How members with a score for each of several tasks are shaped,
-:func:`shape` says.
+A shaper is any callable ``[n] → [n]`` in float64. It is applied to each group of members separately. The shapers here
+also take many groups at once, ``[..., n] → [..., n]``. See :func:`shape` for members with scores for several tasks.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ Shaper = Callable[[Tensor], Tensor]
 
 
 def zscore(scores: Tensor) -> Tensor:
-    """Return ``(f - mean(f)) / std(f)``, and zeros where all scores are equal.
+    """Return ``(f - mean(f)) / std(f)``, or zeros if all scores are equal.
 
     The standard deviation is the population's own (divided by ``n``), so the weights have unit variance.
 
@@ -37,9 +36,9 @@ def _zscore_of_tasks(scores: Tensor) -> Tensor:
     ``std`` is that of all ``K·n`` scores, each centred on the mean of its task.
     """
     equal = (scores == scores[..., :1]).all(-1, keepdim=True)
-    # By rounding, the mean of equal numbers may be another one.
+    # The mean of equal numbers may differ from them by rounding.
     centred = torch.where(equal, 0.0, scores - scores.mean(-1, keepdim=True))
-    # Scaled first, so that tiny or huge scores neither vanish nor overflow when squared.
+    # Scale first, so that squares of tiny or huge scores neither underflow nor overflow.
     centred = centred / centred.abs().amax((-2, -1), keepdim=True)
     spread = centred.square().mean((-2, -1), keepdim=True).sqrt()
     return torch.where(equal.all(-2), 0.0, (centred / spread).mean(-2))
@@ -71,7 +70,7 @@ def antithetic_sign(scores: Tensor) -> Tensor:
 
 
 def raw(scores: Tensor) -> Tensor:
-    """Return the scores as they are.
+    """Return the scores unchanged.
 
     Example:
         >>> raw(torch.tensor([1.0, 3.0])).tolist()
@@ -89,7 +88,7 @@ SHAPERS: dict[str, Shaper] = {
 
 
 def get_shaper(shaping: str | Shaper, noise_reuse: int) -> Shaper:
-    """Return the shaper that ``shaping`` names or is.
+    """Return the shaper of a name, or a callable itself.
 
     Raises:
         ValueError: There is no shaper of that name, or it needs antithetic pairs and there are none.
@@ -109,7 +108,7 @@ def get_shaper(shaping: str | Shaper, noise_reuse: int) -> Shaper:
 
 
 def shaper_name(shaping: str | Shaper) -> str:
-    """Return a name that tells shapers apart: those here by their own, others by where and how they are written.
+    """Return a name that identifies a shaper: a name of this module, or module, name and a checksum of the code.
 
     Example:
         >>> shaper_name(zscore), shaper_name("raw")
@@ -129,7 +128,7 @@ def shaper_name(shaping: str | Shaper) -> str:
 
 
 def _written(shaper: Any) -> bytes:
-    """Return the code of a function, with the numbers and words that it closes over or an object holds."""
+    """Return the bytes of a function's code, and of numbers and strings in its closure, defaults or attributes."""
     code = getattr(shaper, "__code__", None)
     held = [cell.cell_contents for cell in getattr(shaper, "__closure__", None) or ()]
     held += [*(getattr(shaper, "__defaults__", None) or ()), *getattr(shaper, "__dict__", {}).values()]
@@ -145,23 +144,21 @@ def _code_bytes(code: types.CodeType) -> bytes:
 def shape(scores: Tensor, shaper: Shaper, group_size: int = 0) -> Tensor:
     """Return the weight of each member's perturbation, ``[N]``.
 
-    With a score for each of ``K`` tasks, every task is shaped over the members (of a group) by itself, and a member's
-    weight is its mean over the tasks: of its ranks for ``"centered_ranks"``, of its pair's signs for
-    ``"antithetic_sign"``, of its scores for ``"raw"``, of what a callable returns for each task's scores ``[n]``.
-    Z-scores alone look at all tasks of a group at once: ``w = mean_k(f_k - mean(f_k)) / std``, where ``std`` is that of
-    all centred scores. A task in which members hardly differ then counts for little; a z-score of its own would make
-    it count as much as any other.
+    With a score for each of ``K`` tasks, each task is shaped separately over the members of a group, and a member's
+    weight is the mean over tasks. Only z-scores use all tasks of a group at once:
+    ``w = mean_k(f_k - mean(f_k)) / std``, where ``std`` is that of all centred scores. A task in which members hardly
+    differ then has little influence. With a z-score for each task, it would have as much as any other.
 
     Args:
         scores: Finite scores ``[N]``, or ``[N, K]``.
-        shaper: What to apply to each group.
-        group_size: Members in a group; 0 for one group of all.
+        shaper: The shaper, which is applied to each group.
+        group_size: Number of members in a group; 0 for one group of all.
 
     Returns:
         ``[N]``.
 
     Raises:
-        ValueError: The shaper returned something other than one finite number for each score.
+        ValueError: The shaper does not return one finite number for each score.
 
     Example:
         >>> shape(torch.tensor([1.0, 2.0, 30.0, 40.0]), zscore, group_size=2).tolist()

@@ -1,8 +1,8 @@
-"""What belongs to a thread or a process, and would have to belong to one member's fitness function.
+"""Modes of the thread and globals of the process, which are switched with the members' fitness functions.
 
-A function that is switched out inside ``with torch.inference_mode():`` must find the mode on when it goes on, and no
-other function may see it meanwhile. Modes for which there is no such hand-over are reported by
-:func:`foreign_context`; inside them a function is not switched out.
+A function that is suspended inside ``with torch.inference_mode():`` must find the mode on when it resumes, and other
+functions must not see it. Modes that cannot be switched are reported by :func:`foreign_context`. Inside them, a
+function is not suspended.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def current() -> Modes:
 
 
 def apply(modes: Modes) -> None:
-    """Set gradients and autocast as ``modes`` says; inference mode is entered and left by its guards alone."""
+    """Set the gradient and autocast modes. Inference mode can only be changed by its own guards."""
     torch.set_grad_enabled(modes[1])
     _set_autocast(modes)
 
@@ -65,13 +65,13 @@ def autocast(modes: Modes) -> Iterator[None]:
 
 
 def autocast_to(dtype: torch.dtype | None, device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Run the block under autocast to ``dtype``, or as it is if that is None."""
+    """Run the block under autocast to ``dtype``, or unchanged if that is None."""
     return contextlib.nullcontext() if dtype is None else torch.autocast(device.type, dtype)
 
 
 @contextlib.contextmanager
 def kept() -> Iterator[Modes]:
-    """Leave the thread's modes after the block as they were before it, also where code inside set and left them."""
+    """Restore the thread's modes after the block, even if code in it has set modes without resetting them."""
     modes = current()
     try:
         yield modes
@@ -81,7 +81,7 @@ def kept() -> Iterator[Modes]:
 
 @contextlib.contextmanager
 def neutral() -> Iterator[None]:
-    """Run the block on ordinary tensors, without gradients and in full precision, whatever the modes around it."""
+    """Run the block with ordinary tensors, no gradients and full precision, whatever the modes of the caller."""
     with contextlib.ExitStack() as stack:
         if peek_interpreter_stack() is not None:
             stack.enter_context(temporarily_clear_interpreter_stack())
@@ -94,76 +94,76 @@ def neutral() -> Iterator[None]:
         yield
 
 
-# What belongs to the process: (sys.stdout, sys.stderr, the filters of warnings and how they are shown).
-Surroundings = tuple[Any, ...]
+# (sys.stdout, sys.stderr, warning filters, functions that show warnings)
+ProcessGlobals = tuple[Any, ...]
 
 
-def surroundings() -> Surroundings:
-    """Return what ``contextlib.redirect_stdout``, ``warnings.catch_warnings`` and the like replace."""
+def process_globals() -> ProcessGlobals:
+    """Return the globals that ``contextlib.redirect_stdout``, ``warnings.catch_warnings`` and the like replace."""
     return (sys.stdout, sys.stderr, warnings.filters, warnings.showwarning, warnings._showwarnmsg_impl)  # type: ignore[attr-defined]
 
 
-def surround(values: Surroundings) -> None:
-    """Put back what :func:`surroundings` returned."""
+def set_process_globals(values: ProcessGlobals) -> None:
+    """Set what :func:`process_globals` returned."""
     sys.stdout, sys.stderr, warnings.filters, warnings.showwarning, shown = values
     warnings._showwarnmsg_impl = shown  # type: ignore[attr-defined]
-    # Cached decisions of what to show hold for other filters.
+    # Python caches which warnings to show; the cache is for the previous filters.
     getattr(warnings, "_filters_mutated", getattr(warnings, "_filters_mutated_lock_held", lambda: None))()
 
 
-class Stage:
-    """The modes and surroundings under which the members take turns."""
+class HubContext:
+    """The modes and globals of the hub: the code that switches between members."""
 
     def __init__(self) -> None:
-        self.modes, self.surroundings = current(), surroundings()
+        self.modes, self.process_globals = current(), process_globals()
         self.autocast_depth = _autocast_depth()
 
-    def clear(self, modes: Modes) -> Suspended | None:
-        """Put the stage back in order after a function has run on it, and return what it needs to go on.
+    def restore(self, modes: Modes) -> Suspended | None:
+        """Restore the hub's modes and globals after a function was suspended; return the function's if they differ.
 
         Args:
-            modes: The modes that it has left on.
+            modes: The modes of the suspended function.
         """
-        around = surroundings()
-        # The filters of warnings are a list, which may be equal to another one.
-        same = around == self.surroundings and around[2] is self.surroundings[2]
+        globals_now = process_globals()
+        # Warning filters are a list: compare its identity, not its contents.
+        same = globals_now == self.process_globals and globals_now[2] is self.process_globals[2]
         if same and modes == self.modes:
             return None
-        return Suspended(self, modes, None if same else around)
+        return Suspended(self, modes, None if same else globals_now)
 
 
 def _autocast_depth() -> int:
-    """Return how many autocast blocks are open."""
+    """Return the number of open autocast blocks."""
     depth = torch.autocast_increment_nesting() - 1
     torch.autocast_decrement_nesting()
     return depth
 
 
 class Suspended:
-    """The modes and surroundings of a function that is switched out."""
+    """The modes and globals of a suspended function."""
 
-    def __init__(self, stage: Stage, modes: Modes, around: Surroundings | None) -> None:
-        self._modes, self._around = modes, around
+    def __init__(self, hub: HubContext, modes: Modes, globals_now: ProcessGlobals | None) -> None:
+        self._modes, self._globals = modes, globals_now
         self._guard = None
-        if modes[0] != stage.modes[0]:
-            # A guard remembers the thread's whole state and restores it absolutely: guards of different functions
-            # may end in any order.
-            self._guard = torch.inference_mode(stage.modes[0])
+        if modes[0] != hub.modes[0]:
+            # A guard saves and restores the whole state of the thread, so guards of different functions may end in any
+            # order.
+            self._guard = torch.inference_mode(hub.modes[0])
             self._guard.__enter__()
-        self._depth, self._casts = 0, modes[2:] != stage.modes[2:]
+        self._depth, self._casts = 0, modes[2:] != hub.modes[2:]
         if self._casts:
-            _set_autocast(stage.modes)
-            # The casts that autocast keeps are dropped when the last block ends: blocks of others must not count.
-            self._depth = _autocast_depth() - stage.autocast_depth
+            _set_autocast(hub.modes)
+            # Autocast clears its cache of casts when the last open block ends. Don't count blocks of other functions.
+            self._depth = _autocast_depth() - hub.autocast_depth
             for _ in range(self._depth):
                 torch.autocast_decrement_nesting()
             torch.clear_autocast_cache()
-        torch.set_grad_enabled(stage.modes[1])
-        if around is not None:
-            surround(stage.surroundings)
+        torch.set_grad_enabled(hub.modes[1])
+        if globals_now is not None:
+            set_process_globals(hub.process_globals)
 
     def resume(self) -> None:
-        """Put them in force again."""
+        """Set them again."""
         if self._guard is not None:
             self._guard.__exit__(None, None, None)
         if self._casts:
@@ -171,15 +171,15 @@ class Suspended:
                 torch.autocast_increment_nesting()
             _set_autocast(self._modes)
         torch.set_grad_enabled(self._modes[1])
-        if self._around is not None:
-            surround(self._around)
+        if self._globals is not None:
+            set_process_globals(self._globals)
 
 
 def foreign_context() -> tuple[Any, ...]:
-    """Return what else of the thread's state a function may have changed and cannot take along when it is switched.
+    """Return the thread's modes that cannot be switched with a function.
 
-    Function and dispatch modes (``torch.device`` as a context), functorch transforms, the default dtype, and a running
-    asyncio loop.
+    These are function and dispatch modes (such as ``torch.device`` as a context), functorch transforms, the default
+    dtype, and a running asyncio loop.
     """
     return (
         len_torch_function_stack(),
@@ -191,11 +191,11 @@ def foreign_context() -> tuple[Any, ...]:
 
 
 def in_transform() -> bool:
-    """Return whether a transform of torch.func is under way, whose tensors have no values of their own."""
+    """Return whether a transform of torch.func is active, whose tensors have no values."""
     return peek_interpreter_stack() is not None
 
 
-# Asked at every call of every member: without the way through their modules, in half the time.
+# Called at every call of every member. Bound here, without attribute lookups, they take half the time.
 _running_loop = asyncio._get_running_loop
 _inference, _gradients = torch.is_inference_mode_enabled, torch.is_grad_enabled
 _autocast, _autocast_dtype = torch.is_autocast_enabled, torch.get_autocast_dtype

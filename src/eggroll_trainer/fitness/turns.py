@@ -1,4 +1,4 @@
-"""What makes a thousand members' turns quick: one thread for small work, and no search for old garbage."""
+"""Speeds up the turns of many members: one thread for small tensors, and fewer garbage collections."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-# torch does not share elementwise work of fewer numbers than this among threads.
+# torch uses several threads for elementwise operations from this many numbers on.
 _GRAIN = 32768
-# Objects after which garbage of the functions' own making is looked for, cycles that hold tensors say.
+# Number of new objects after which we collect young garbage, such as cycles that hold tensors.
 _YOUNG = 100_000
 
 
 @contextlib.contextmanager
 def threads_for(numbers: int | None) -> Iterator[None]:
-    """Run the block with one intra-op thread if what it works on is small.
+    """Run the block with one intra-op thread if its tensors are small.
 
-    The members work one after the other on their own results. On small tensors a second thread gains nothing and is
-    waited for all the same, for milliseconds where another process is on its core.
+    Members work one after the other on their own results. For small tensors a second thread is no gain, but torch waits
+    for it: for milliseconds, if another process is using its core.
 
     Args:
-        numbers: Size of the largest tensor that is worked on, or None if it is not known.
+        numbers: Size of the largest tensor in the block, or None if unknown.
     """
     with contextlib.nullcontext() if numbers is None or numbers >= _GRAIN else one_thread():
         yield
@@ -30,7 +30,7 @@ def threads_for(numbers: int | None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
-    """Run the block with one intra-op thread, unless it sets another number itself."""
+    """Run the block with one intra-op thread, unless the block sets another number itself."""
     threads = torch.get_num_threads()
     if threads == 1:
         yield
@@ -45,10 +45,10 @@ def one_thread() -> Iterator[None]:
 
 @contextlib.contextmanager
 def young_garbage_only() -> Iterator[Callable[[], None]]:
-    """Pause automatic garbage collection inside the block, and yield a function to be called now and then instead.
+    """Pause automatic garbage collection inside the block, and yield a function to call now and then instead.
 
-    So many live objects at once would set off collections of everything in the process, for nothing: members leave
-    hardly a cycle behind.
+    The live objects of many members would trigger full collections of the process. These would find almost nothing, as
+    members leave few cycles behind.
     """
     if not gc.isenabled():
         yield lambda: None
@@ -61,6 +61,6 @@ def young_garbage_only() -> Iterator[Callable[[], None]]:
 
 
 def _collect() -> None:
-    """Look for cycles among the objects made since the last time, if there are many."""
+    """Collect the young generations, if there are many new objects."""
     if gc.get_count()[0] > _YOUNG:
         gc.collect(1)

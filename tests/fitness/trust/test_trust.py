@@ -41,7 +41,7 @@ def test_no_score_is_silently_wrong(name: str, judge: Judge) -> None:
 @pytest.mark.parametrize("name", trust_waits.STUCK)
 def test_what_waits_for_ever_is_an_error(name: str, judge: Judge) -> None:
     verdict = judge(name)
-    assert verdict.outcome == "raised" and "make it inside the function" in verdict.detail, verdict.detail
+    assert verdict.outcome == "raised" and "create it inside the function" in verdict.detail, verdict.detail
 
 
 def accepted(kind: Kind) -> set[str]:

@@ -1,6 +1,6 @@
-"""Members of a population taking turns in a plain fitness function, on one and the same model object."""
+"""Runs a plain fitness function for many members together: they take turns, on the same model object."""
 
-from .deadlock import Deadlock, Watch
+from .deadlock import Deadlock, DeadlockWatch
 from .members import DEADLOCK, MemberFailed, NotTogether, refuse_nested, scores
 
-__all__ = ["DEADLOCK", "Deadlock", "MemberFailed", "NotTogether", "Watch", "refuse_nested", "scores"]
+__all__ = ["DEADLOCK", "Deadlock", "MemberFailed", "NotTogether", "DeadlockWatch", "refuse_nested", "scores"]

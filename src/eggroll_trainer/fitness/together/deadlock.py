@@ -1,7 +1,7 @@
-"""Members that wait for each other: found out, instead of waited for for ever.
+"""Detects members that wait for each other.
 
-A member that holds a lock while it waits for the model blocks the next one that takes the lock, and with it the thread
-in which all members run. Nothing would ever happen again.
+All members run in one thread. If a member holds a lock while it waits for the model, the next member that takes the
+lock blocks the thread forever.
 """
 
 from __future__ import annotations
@@ -13,31 +13,31 @@ import time
 from types import FrameType
 from typing import Any
 
-# Seconds without a turn, nothing being computed, after which all must be waiting for each other: where no thread of
-# the process could change that, and where others wait for something else, such as those of a notebook.
+# Seconds without a turn and without computation that count as a deadlock: if all threads of the process wait for locks,
+# and if only the main thread does (others may wait for something else, as in a notebook).
 _PATIENCE, _LONG_PATIENCE = 3.0, 30.0
 _LITTLE_PATIENCE = 0.3
 _TICK = 0.1
-# Seconds for which the thread stays after the last block, so that it need not begin again for each.
+# Seconds that the watching thread stays alive after the last block, to be reused.
 _STAY = 1.0
-# Its default is to do nothing, and Python uses it for nothing.
+# By default this signal is ignored, and Python does not use it.
 _SIGNAL: signal.Signals | None = getattr(signal, "SIGURG", None)
 _TASKS = "/proc/self/task"
 
 
 class Deadlock(BaseException):
-    """Raised in a function that waits for what another member holds."""
+    """Raised in a fitness function that waits for something that another member holds."""
 
 
-class Watch:
-    """Raises :class:`Deadlock` in the block where members wait for each other. On Linux, in the main thread.
+class DeadlockWatch:
+    """Raises :class:`Deadlock` inside the block if members wait for each other. Works on Linux, in the main thread.
 
     Args:
-        on: Whether to do anything.
+        on: Whether to detect anything.
 
     Attributes:
-        turns: To be changed whenever a member gets its turn.
-        patience: Seconds without a turn after which it looks closer.
+        turns: A counter that the caller changes at each turn of a member.
+        patience: Seconds without a turn after which threads are inspected.
     """
 
     def __init__(self, on: bool = True) -> None:
@@ -46,7 +46,7 @@ class Watch:
         self._suspect = -1
         self._handler: Any = None
 
-    def __enter__(self) -> Watch:
+    def __enter__(self) -> DeadlockWatch:
         global _watched
         main = threading.current_thread() is threading.main_thread()
         if self._on and main and _SIGNAL is not None and os.path.isdir(_TASKS):
@@ -64,12 +64,12 @@ class Watch:
             assert _SIGNAL is not None
             signal.signal(_SIGNAL, self._handler)
 
-    def hurry(self) -> None:
-        """Find further deadlocks sooner: after one, others are likely."""
+    def shorten_patience(self) -> None:
+        """Use less patience: after one deadlock, others are likely."""
         self.patience = _LITTLE_PATIENCE
 
     def suspect(self, turn: int) -> None:
-        """Raise in the main thread if the turn is still the same."""
+        """Raise :class:`Deadlock` in the main thread, if the turn is still the same there."""
         self._suspect = turn
         assert _SIGNAL is not None
         signal.pthread_kill(threading.main_thread().ident or 0, _SIGNAL)
@@ -80,17 +80,17 @@ class Watch:
 
 
 class _Watcher:
-    """A thread that looks at the watch in force now and then, and ends when there has been none for a while."""
+    """A thread that inspects the active watch now and then. It ends when none was active for a while."""
 
     def __init__(self) -> None:
         self._thread: threading.Thread | None = None
         self._awake, self._lock = threading.Event(), threading.Lock()
 
     def watch(self) -> None:
-        """Begin, if need be."""
+        """Start the thread, if necessary."""
         thread = self._thread
         if thread is not None and not thread.is_alive():
-            # Of the process of which this is a fork, with a lock that might never be opened.
+            # After a fork, the thread is gone, and its lock may never be released.
             self._thread, self._awake, self._lock = None, threading.Event(), threading.Lock()
         with self._lock:
             if self._thread is None:
@@ -109,7 +109,7 @@ class _Watcher:
                     return
                 continue
             now, used = time.monotonic(), time.process_time()
-            # What computes, in whatever thread, may be what the members wait for.
+            # While any thread computes, members may be waiting for its result.
             if known != (watch, watch.turns) or used - cpu > 0.1 * (now - since):
                 known, since, cpu = (watch, watch.turns), now, used
             elif now - since > watch.patience and (
@@ -120,14 +120,14 @@ class _Watcher:
             time.sleep(_TICK)
 
     def _over(self) -> bool:
-        """Return whether nobody has asked for the thread meanwhile."""
+        """Return whether the thread may end: nothing has woken it since."""
         with self._lock:
             if not self._awake.is_set():
                 self._thread = None
             return self._thread is None
 
 
-_watched: Watch | None = None
+_watched: DeadlockWatch | None = None
 _watcher = _Watcher()
 
 
@@ -141,5 +141,5 @@ def _waits(task: int | None) -> bool:
         with open(f"{_TASKS}/{task}/wchan", encoding="ascii") as file:
             return "futex" in file.read()
     except OSError:
-        # It has just ended.
+        # The thread has just ended.
         return True

@@ -1,9 +1,9 @@
-"""Members taking turns: a fitness function of one model, run for many members at the speed of batched inference.
+"""Members take turns: a fitness function of one model runs for many members at the speed of batched inference.
 
-Every member's call of the function runs in a greenlet of its own. Where it calls the model it waits; when all members
-wait or have finished, one batched forward serves those that wait at the same place with inputs of the same shape, and
-each goes on with its own result. What cannot be batched runs in the member's greenlet as the user wrote it, on that
-member's weights.
+Each member's call of the function runs in its own greenlet. When it calls the model, it waits. Once all members wait or
+have finished, one batched forward serves those that wait for the same module with inputs of the same shape. Then each
+member continues with its own result. A call that cannot be batched runs in the member's greenlet, as the user wrote it,
+with the member's weights.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ from ..randomness import Source, TorchSource, keyed, seed_all
 from ..record import Record, copies, describe
 from ..scores import Score
 from . import workers
-from .deadlock import Deadlock, Watch
-from .model import Holding, SharedModel
+from .deadlock import Deadlock, DeadlockWatch
+from .model import MemberState, SharedModel
 from .serving import results_of
 from .waiting import Group, Inputs
 
-# Why a call runs in the member's own greenlet, on its own weights.
+# Reasons why a call runs in the member's own greenlet, with its own weights.
 _READS = "the fitness function, or a method of the model, reads them"
 _CHANGED = "the fitness function changes the model"
 _FOREIGN = (
@@ -48,7 +48,7 @@ _FOREIGN = (
 _HOOKS = "the model has forward hooks"
 _DIFFERENTIATES = "the fitness function differentiates"
 
-# Why members cannot take turns at all.
+# Reasons why members cannot take turns at all.
 _THREAD = "it uses the model in another thread or greenlet"
 DEADLOCK = "a member waits for something, such as a lock, that another one holds"
 _WRITES = "it changes buffers or parameters of the model in place"
@@ -56,15 +56,15 @@ _NESTED = "it evaluates a population of its own"
 
 
 class NotTogether(RuntimeError):
-    """Members cannot take turns in the function; the message says why."""
+    """Members cannot take turns in the fitness function; the message says why."""
 
 
 class MemberFailed(Exception):
     """The function raised for a member.
 
     Attributes:
-        index: Of the member in the population.
-        error: What it raised.
+        index: Index of the member in the population.
+        error: The exception.
     """
 
     def __init__(self, index: int, error: BaseException) -> None:
@@ -73,11 +73,11 @@ class MemberFailed(Exception):
 
 
 class _Blocked(Exception):
-    """A member waits for something that another one holds."""
+    """A member waits for something that another member holds."""
 
 
-class _Again(Exception):
-    """The evaluation has to begin again, as more has been found out about the function."""
+class _Restart(Exception):
+    """The evaluation must be restarted, as new findings about the function change how it is run."""
 
 
 def scores(
@@ -93,11 +93,11 @@ def scores(
 
     Args:
         population: The members.
-        function: From a model to its fitness.
-        findings: What is known about the function; added to.
-        warned: The warnings already given; each is given once.
-        generators: The global generators of random numbers.
-        records: For some members, by their index, what is to be filled with their calls.
+        function: Takes a model and returns its fitness.
+        findings: What is known about the function; updated in place.
+        warned: The warnings that have been issued; each is issued once.
+        generators: The global random generators.
+        records: For some members, by their index, the records to fill with their calls.
 
     Raises:
         NotTogether: Members cannot take turns.
@@ -109,9 +109,9 @@ def scores(
         evaluation = _Evaluation(population, function, findings, generators, records)
         try:
             with thread_modes.kept(), turns.young_garbage_only() as collect:
-                # The members are gone when garbage is collected again, which would go through all that they hold.
+                # Members are freed in here, before garbage collection is on again and would traverse their objects.
                 values = evaluation.run(collect)
-        except _Again:
+        except _Restart:
             continue
         for kind, message in evaluation.reports:
             warned.once(message, kind)
@@ -119,7 +119,7 @@ def scores(
 
 
 def refuse_nested() -> None:
-    """Leave a member's turn, if one is under way in this thread: two evaluations cannot take turns in each other."""
+    """End a member's turn if there is one in this thread: evaluations cannot be nested while members take turns."""
     for evaluation in _running:
         if evaluation.thread == threading.get_ident():
             evaluation.refused = _NESTED
@@ -132,26 +132,26 @@ _running: list[_Evaluation] = []
 class _Member:
     """One member's run of the fitness function."""
 
-    # What the function returned or raised, if it has ended.
+    # The function's result or exception, once it has ended.
     value: Any = None
     failure: BaseException | None = None
     ended = False
-    # How its last call was served: a result, or the reason why it was not.
+    # The result of its last call, or the reason why the call was not batched.
     result: Any = None
     refusal: str | None = None
-    # The modes under which it waits, and what is to be put in force when it goes on.
+    # The modes in which it waits, and those to restore when it continues.
     waiting_modes: thread_modes.Modes | None = None
     suspended: thread_modes.Suspended | None = None
-    # Where it runs, once it has begun.
+    # Its greenlet, from its start to its end.
     greenlet: greenlet.greenlet | None = None
-    # States of the generators that are each member's own.
+    # Its own states of generators that differ between members.
     random: dict[int, Any] | None = None
-    # Why its weights are formed, where they are.
+    # The reason to report if its weights are materialized; None to report nothing.
     why: str | None = _READS
 
     def __init__(self, index: int, record: Record | None) -> None:
         self.index, self.record = index, record
-        self.holding = Holding()
+        self.state = MemberState()
 
 
 class _Evaluation:
@@ -175,23 +175,26 @@ class _Evaluation:
         self._members = [_Member(i, records.get(i)) for i in range(len(population))]
         self._current: _Member | None = None
         self._aborted = self._finishing = False
-        # Calls that could not be batched, with the reason.
+        # Kinds of calls that cannot be batched, with the reason.
         self._refusals = population.forwards.refused
         self._groups: dict[Any, Group] = {}
         self._inputs = Inputs()
-        # Numbers in the largest tensor that a member was last given; None before the first.
+        # Size of the largest tensor in the last results; None before the first.
         self._largest: int | None = None
 
     def run(self, collect: Callable[[], None]) -> list[Score]:
-        """Let the members take turns until all have ended, and return what the function returned for each."""
+        """Let the members take turns until all have ended, and return their scores."""
         population = self.population
         with keyed(self._generators, population.seed, population.generation, "evaluation", population.first):
-            self._stage, self._foreign = thread_modes.Stage(), thread_modes.foreign_context()
+            self._hub_context, self._foreign = thread_modes.HubContext(), thread_modes.foreign_context()
             self._model = SharedModel(population, self._call, isolate=self.findings.isolate)
-            self._model.formed, self._model.refuse = self._report_formed, self._refuse
+            self._model.on_materialized, self._model.on_foreign_use = (
+                self._report_materialized,
+                self._refuse_foreign_use,
+            )
             _running.append(self)
             try:
-                with Watch() as self._watch:
+                with DeadlockWatch() as self._watch:
                     try:
                         self._take_turns(collect)
                     except _Blocked:
@@ -216,7 +219,7 @@ class _Evaluation:
                     self._take_turn(member)
                 active = [member for member in active if not member.ended]
             collect()
-            self._look_around()
+            self._check_shared_state()
             if active:
                 began = time.perf_counter()
                 self._serve()
@@ -224,10 +227,10 @@ class _Evaluation:
                 self._note_generators()
 
     def _take_turn(self, member: _Member) -> None:
-        """Run a member until it waits or has ended."""
+        """Run a member until it waits or ends."""
         self._watch.turns += 1
         self._current = member
-        self._model.enter(member.index, member.holding)
+        self._model.enter(member.index, member.state)
         if self.findings.divided:
             self._enter_generators(member)
         if member.suspended is not None:
@@ -239,10 +242,10 @@ class _Evaluation:
                 member.greenlet.switch()
         finally:
             modes, member.waiting_modes = member.waiting_modes, None
-            member.suspended = self._stage.clear(thread_modes.current() if modes is None else modes)
+            member.suspended = self._hub_context.restore(thread_modes.current() if modes is None else modes)
             if self.findings.divided:
                 self._leave_generators(member)
-            self._model.leave(member.holding)
+            self._model.leave(member.state)
             self._current = None
         if self._finishing:
             return
@@ -270,7 +273,7 @@ class _Evaluation:
     # Calls of the model.
 
     def _call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Call a module of the model: together with other members if that is possible."""
+        """Call a module of the model, together with other members if possible."""
         member = self._current
         if member is None or greenlet.getcurrent() is not member.greenlet:
             self.refused = _THREAD
@@ -280,7 +283,7 @@ class _Evaluation:
         leaves, spec = describe(args, kwargs)
         if self._finishing:
             return plain_call(module, args, kwargs)
-        why, refusal = self._join(member, module, leaves, spec)
+        why, refusal = self._enqueue(member, module, leaves, spec)
         recorded = None
         if member.record is not None and not thread_modes.in_transform():
             recorded = member.record.begin(module, copies(leaves), spec)
@@ -301,10 +304,12 @@ class _Evaluation:
             self._report_refusal(module, refusal)
         return result
 
-    def _join(self, member: _Member, module: nn.Module, leaves: list[Any], spec: Any) -> tuple[str | None, str | None]:
-        """Wait with others of the same kind, or return why not: a reason of the function's, or of the model's."""
+    def _enqueue(
+        self, member: _Member, module: nn.Module, leaves: list[Any], spec: Any
+    ) -> tuple[str | None, str | None]:
+        """Add a member's call to its group. If that is impossible, return why: due to the function, or to the model."""
         model = self._model
-        if member.holding.weights and model.wrote_weights(member.holding):
+        if member.state.weights and model.wrote_weights(member.state):
             self.refused = _WRITES
             raise greenlet.GreenletExit
         changed = model.changed_modules()
@@ -315,7 +320,7 @@ class _Evaluation:
         if thread_modes.foreign_context() != self._foreign:
             return _FOREIGN, None
         modes, training = thread_modes.current(), model.training_now()
-        # Structures of older releases of torch cannot be hashed.
+        # As text, because older releases of torch cannot hash a TreeSpec.
         key: list[Any] = [module, spec if isinstance(spec, int) else str(spec), modes[2:], training]
         held: list[Any] = []
         for leaf in leaves:
@@ -324,7 +329,7 @@ class _Evaluation:
                     return _DIFFERENTIATES, None
                 if type(leaf) not in (Tensor, nn.Parameter) or leaf.layout is not torch.strided:
                     return None, f"it is called with a {type(leaf).__name__} of layout {leaf.layout}"
-                held.append(self._inputs.hold(leaf))
+                held.append(self._inputs.copy_of(leaf))
                 key += (leaf.shape, leaf.dtype, leaf.device)
             elif isinstance(leaf, PLAIN_TYPES):
                 held.append(leaf)
@@ -360,7 +365,7 @@ class _Evaluation:
         with self._model.released():
             for kind, group in groups.items():
                 try:
-                    # Ordinary tensors, whatever the caller's modes are: they count their versions.
+                    # Outside of inference mode, as inference tensors have no version counter.
                     with torch.inference_mode(False), torch.no_grad():
                         self._run(group)
                 except (NotBatchable, ValueError) as error:
@@ -373,7 +378,7 @@ class _Evaluation:
         try:
             results = results_of(self.population, group)
         except NotBatchable as error:
-            # ObjectCallResult, a call may also write into tensors that the module has made for one member.
+            # Calls with objects may also write values of members into tensors that the module has made.
             if group.has_objects or not (isinstance(error, ReturnsObject) or "vmap: inplace" in str(error)):
                 raise
             self.population.forwards.returning_objects.add(group.module)
@@ -385,17 +390,17 @@ class _Evaluation:
         for member, result in zip(group.members, results, strict=True):
             member.result = result
 
-    # What members might share.
+    # State that members share.
 
-    def _look_around(self) -> None:
-        """See whether the members of this round have changed something that they share."""
+    def _check_shared_state(self) -> None:
+        """Check whether the members of this round have changed shared state."""
         if self.refused is not None:
             raise NotTogether(self.refused)
         if self._model.changed_in_place():
             raise NotTogether(_WRITES)
         if not self._model.isolate and self._model.changed():
             self.findings.isolate = True
-            raise _Again
+            raise _Restart
         moved = {
             i
             for i, before in zip(self._shared, self._noted, strict=True)
@@ -403,7 +408,7 @@ class _Evaluation:
         }
         if moved:
             self.findings.divided |= moved
-            raise _Again
+            raise _Restart
 
     def _note_generators(self) -> None:
         self._noted = [self._generators[i].get() for i in self._shared]
@@ -419,9 +424,9 @@ class _Evaluation:
         member.random = {i: self._generators[i].get() for i in self.findings.divided}
 
     def _check_drawing(self, states: Sequence[Any]) -> None:
-        """Raise where a batched forward has drawn what would have to be each member's own."""
+        """Raise if a batched forward has used a generator of which each member has its own state."""
         for i, (source, state) in enumerate(zip(self._generators, states, strict=True)):
-            # torch.vmap draws for every member by itself.
+            # torch.vmap draws separate numbers for each member.
             allowed = isinstance(source, TorchSource) and i not in self.findings.divided
             if allowed and (self.findings.draws or not self._records):
                 continue
@@ -430,25 +435,25 @@ class _Evaluation:
             self.findings.draws = True
             if not allowed:
                 source.set(state)
-                raise NotBatchable("the model's forward draws from a generator that each member needs for itself")
+                raise NotBatchable("the model's forward draws from a generator of which each member has its own state")
 
     # Reports and the end.
 
-    def _refuse(self) -> None:
+    def _refuse_foreign_use(self) -> None:
         self.refused = _THREAD
 
     def _report(self, kind: str, message: str) -> None:
-        """Keep a warning until the members have finished, who may have filters of their own in force."""
+        """Keep a warning until the members have ended, as they may have set their own warning filters."""
         if all(kind != other for other, _ in self.reports):
             self.reports.append((kind, message))
 
-    def _report_formed(self) -> None:
+    def _report_materialized(self) -> None:
         why = None if self._current is None else self._current.why
         if why is not None:
             self._report("dense", f"the weights of each member are formed in full, which is slow: {why}")
 
     def _report_refusal(self, module: nn.Module, reason: str) -> None:
-        """Warn of a module that the members had to run one by one."""
+        """Report a module that had to run for one member after the other."""
         name = next((name for name, other in self.population.model.named_modules() if other is module), "")
         together = ", its submodules together" if len(self._model.subtree(module)) > 1 else ""
         self._report(
@@ -457,22 +462,22 @@ class _Evaluation:
         )
 
     def _finish(self) -> None:
-        """Let the functions that have begun run to their end, one after the other: they give back what they hold."""
+        """Run the functions that have begun to their end, one after the other, so that they release their locks."""
         self._finishing = True
-        self._watch.hurry()
+        self._watch.shorten_patience()
         for member in self._members:
             if member.greenlet is not None:
                 member.refusal = DEADLOCK
                 self._take_turn(member)
 
     def _abort(self) -> None:
-        """End the functions that still wait, so that their ``with`` and ``finally`` blocks run."""
+        """End the functions that still wait, and run their ``with`` and ``finally`` blocks."""
         self._aborted = True
         for member in self._members:
             if member.greenlet is None:
                 continue
             self._current = member
-            self._model.enter(member.index, member.holding)
+            self._model.enter(member.index, member.state)
             if self.findings.divided and member.random is not None and member.random.keys() == self.findings.divided:
                 self._enter_generators(member)
             if member.suspended is not None:
@@ -480,14 +485,14 @@ class _Evaluation:
             try:
                 member.greenlet.throw()
             finally:
-                self._stage.clear(thread_modes.current())
-                self._model.leave(member.holding)
+                self._hub_context.restore(thread_modes.current())
+                self._model.leave(member.state)
                 self._current = None
 
 
 def _uncompiled() -> contextlib.AbstractContextManager[Any]:
-    """Run what torch.compile has made of the user's code as it was written: it knows nothing of turns."""
-    # Who has compiled something has imported this, which takes a second.
+    """Inside the block, run compiled user code eagerly, as compiled code cannot be suspended."""
+    # Without this module, nothing is compiled; importing it takes a second.
     if "torch._dynamo" not in sys.modules:
         return contextlib.nullcontext()
     stance: contextlib.AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")

@@ -1,8 +1,8 @@
 """The user's own model while members take turns with it.
 
-All members see one and the same object. Where a member calls it or one of its modules, the call is intercepted. Its
-parameters are the centre's until the member does something with the values of one: then that parameter holds the
-member's, as long as it is the member's turn. What a member sets in the modules, such as training modes, goes with it.
+All members use the same object. Calls of the model and its modules are intercepted. Its parameters have the values of
+the centre until a member reads one: then this parameter is materialized, with the member's values, for the rest of the
+member's turn. What a member sets in modules, such as training modes, is switched with the member.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from ...population.module_state import ModuleState
 from ...population.watched import data_of, set_data, unwatch, watch, watchers
 from .. import thread_modes
 
-# The dictionaries of a module that calls, or the function, may change.
+# Dictionaries of a module that the fitness function, or calls, may change.
 _REGISTRIES = ("_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks")
 
 
-class Holding:
-    """What one member has changed in the model: weights that it holds, training modes, and attributes.
+class MemberState:
+    """The state of the model that belongs to one member: materialized weights, training modes, and attributes.
 
     Attributes:
-        weights: For each parameter that it has used, its data, and a copy of what it was.
-        training: The training modes of all modules, if it has had a turn.
-        changes: By their index, dictionaries of modules that differ from the model's.
+        weights: For each materialized parameter, its data and a copy of its original values.
+        training: The training modes of all modules; None before the first turn.
+        changes: Dictionaries of modules that the member has changed, by their index.
     """
 
     __slots__ = ("changes", "training", "weights")
@@ -50,18 +50,18 @@ class SharedModel:
 
     Args:
         population: The members.
-        call: What to do for a call of one of the model's modules.
-        isolate: Whether attributes that a member sets are its own, which takes a look at all modules at each turn.
+        call: Handles a call of one of the model's modules.
+        isolate: Whether to keep attributes that a member sets separately. This inspects all modules at each turn.
 
     Attributes:
-        formed: Called when a weight of a member is formed in full.
-        refuse: Called when a weight is looked at where it is nobody's turn.
+        on_materialized: Called when a member's weight is materialized.
+        on_foreign_use: Called when a weight is read outside of a member's turn.
     """
 
     def __init__(self, population: Population, call: Handler, *, isolate: bool) -> None:
         self.population, self.isolate = population, isolate
-        self.formed: Callable[[], None] = lambda: None
-        self.refuse: Callable[[], None] = lambda: None
+        self.on_materialized: Callable[[], None] = lambda: None
+        self.on_foreign_use: Callable[[], None] = lambda: None
         model = population.model
         self._interception = Interception(model, call)
         self._modules = list(model.modules())
@@ -71,14 +71,14 @@ class SharedModel:
         self._names = {named[name]: name for name in population.perturbations.draws}
         self._centres = {p: p.data for p in self._names if type(p) is nn.Parameter}
         self._gradients = {p: (p.requires_grad, p.grad) for p in self._centres}
-        self._turn: tuple[int, Holding] | None = None
+        self._turn: tuple[int, MemberState] | None = None
         self._thread = threading.get_ident()
         self._training = self._training_now = self._read_training()
         self._note()
         self._start()
 
     def _note(self) -> None:
-        """Note what the modules hold: outside of turns, it must not change."""
+        """Record the state of the modules. It must not change outside of turns."""
         self._places = [
             place
             for attributes in self._attributes
@@ -102,7 +102,7 @@ class SharedModel:
 
     @contextlib.contextmanager
     def released(self) -> Iterator[None]:
-        """Let the model be the user's own in the block, with the centre's weights."""
+        """Inside the block, the model is an ordinary module again, with the centre's weights."""
         self._set_training(self._training)
         self._stop()
         caches = self.population.caches
@@ -114,7 +114,7 @@ class SharedModel:
             self._start()
 
     def restore(self) -> None:
-        """Put back all that members may have left, for good."""
+        """Undo all changes by members, at the end of the evaluation."""
         self._stop()
         self._turn = None
         for p, data in self._centres.items():
@@ -123,40 +123,40 @@ class SharedModel:
             p.requires_grad_(trained)
         self._state.restore()
 
-    def enter(self, index: int, holding: Holding) -> None:
+    def enter(self, index: int, state: MemberState) -> None:
         """Begin a member's turn."""
-        self._turn = index, holding
-        self._set_training(self._training if holding.training is None else holding.training)
-        if holding.weights:
-            for p, (data, _) in holding.weights.items():
+        self._turn = index, state
+        self._set_training(self._training if state.training is None else state.training)
+        if state.weights:
+            for p, (data, _) in state.weights.items():
                 set_data(p, data)
             torch.clear_autocast_cache()
-        for place, contents in holding.changes.items():
+        for place, contents in state.changes.items():
             self._places[place].clear()
             self._places[place].update(contents)
 
-    def leave(self, holding: Holding) -> None:
+    def leave(self, state: MemberState) -> None:
         """End a member's turn."""
         self._turn = None
-        holding.training = self._training_now = self._read_training()
-        if holding.weights:
-            for p, (_, copied) in holding.weights.items():
-                holding.weights[p] = data_of(p), copied
+        state.training = self._training_now = self._read_training()
+        if state.weights:
+            for p, (_, copied) in state.weights.items():
+                state.weights[p] = data_of(p), copied
                 set_data(p, self._centres[p])
             torch.clear_autocast_cache()
         if self.isolate:
             self._set_training(self._training)
-            holding.changes = self._differences()
-            for place in holding.changes:
+            state.changes = self._differences()
+            for place in state.changes:
                 self._places[place].clear()
                 self._places[place].update(self._before[place])
 
     def subtree(self, module: nn.Module) -> frozenset[nn.Module]:
-        """Return a module and all below it."""
+        """Return a module and all its submodules."""
         return self._subtree(module)[0]
 
     def has_hooks(self, module: nn.Module) -> bool:
-        """Return whether a module, or one below it, has forward hooks."""
+        """Return whether a module, or one of its submodules, has forward hooks."""
         return self._subtree(module)[1]
 
     def _subtree(self, module: nn.Module) -> tuple[frozenset[nn.Module], bool]:
@@ -168,26 +168,26 @@ class SharedModel:
         return known
 
     def training_now(self) -> tuple[Any, ...] | None:
-        """Return the training modes of all modules, in a member's turn, or None if they are the model's."""
+        """Return the training modes of all modules in a member's turn, or None if they are those of the model."""
         training = self._read_training()
         return None if training == self._training else training
 
     def training_modes(self, training: tuple[Any, ...] | None) -> dict[nn.Module, bool]:
-        """Return the modules whose mode differs from the model's, with the mode."""
+        """Return the training modes that differ from those of the model, by module."""
         if training is None:
             return {}
         pairs = zip(self._modules, training, self._training, strict=True)
         return {module: mode for module, mode, before in pairs if mode != before}
 
     def changed_modules(self) -> set[nn.Module]:
-        """Return the modules of which the member whose turn it is has changed attributes, if these are kept apart."""
+        """Return the modules whose attributes the current member has changed, if these are kept separately."""
         if not self.isolate:
             return set()
         return {self._modules[i // (1 + len(_REGISTRIES))] for i in self._differences()}
 
-    def wrote_weights(self, holding: Holding) -> bool:
-        """Return whether a member, in its turn, has changed the weights that it holds."""
-        return any(not torch.equal(data_of(p), copied) for p, (_, copied) in holding.weights.items())
+    def wrote_weights(self, state: MemberState) -> bool:
+        """Return whether a member, in its turn, has changed its materialized weights in place."""
+        return any(not torch.equal(data_of(p), copied) for p, (_, copied) in state.weights.items())
 
     def changed(self) -> bool:
         """Return whether attributes of modules have changed, outside of a turn."""
@@ -200,31 +200,31 @@ class SharedModel:
         return written or self._state.differs_in_place()
 
     def materialize(self, parameter: nn.Parameter) -> None:
-        """Have a parameter hold what it is for the member whose turn it is."""
+        """Give a parameter its values for the current member."""
         if self._turn is None or threading.get_ident() != self._thread:
-            self.refuse()
+            self.on_foreign_use()
             return
-        index, holding = self._turn
-        if parameter in holding.weights:
+        index, state = self._turn
+        if parameter in state.weights:
             return
-        self.formed()
+        self.on_materialized()
         name = self._names[parameter]
         with thread_modes.neutral():
             value = self.population.member_parameters(index, [name])[name]
-            holding.weights[parameter] = value, value.clone()
+            state.weights[parameter] = value, value.clone()
         set_data(parameter, value)
 
-    def leave_to_child(self) -> None:
-        """In a forked process: be the model of the member whose turn it was, by itself."""
+    def detach_in_child(self) -> None:
+        """In a forked process, become an ordinary model with the weights of the current member."""
         self._thread = threading.get_ident()
         if self._turn is None:
             self._stop()
         else:
-            # Weights are still formed when they are looked at: few processes do, and torch's threads are not here.
+            # Weights are still materialized on use: few processes read any, and torch's threads end in a fork.
             self._interception.stop()
 
     def _differences(self) -> dict[int, dict[str, Any]]:
-        """Return the dictionaries of modules that are not as they were, by their index."""
+        """Return the dictionaries of modules that have changed, by their index."""
         found = {}
         for i, (place, values) in enumerate(zip(self._places, self._values, strict=True)):
             if len(place) == len(values) and all(map(operator.is_, place.values(), values)):
@@ -245,10 +245,10 @@ class SharedModel:
 
 
 def _leave_to_the_parent() -> None:
-    """In a forked process: take no part in the turns."""
+    """In a forked process, leave the turns to the parent."""
     for model in watchers():
         if isinstance(model, SharedModel):
-            model.leave_to_child()
+            model.detach_in_child()
 
 
 if hasattr(os, "register_at_fork"):

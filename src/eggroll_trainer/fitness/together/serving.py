@@ -1,4 +1,4 @@
-"""The call that members wait for, made for all of them at once."""
+"""Makes the call that a group of members waits for, for all of them at once."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from ...population.object_calls import ObjectCallResult, objects_in
 from .. import thread_modes
 from .waiting import Group
 
-# Numbers in tensors of objects that are compared, and not batched where they are the same for all members.
+# Up to this size, tensors in objects are compared, and not batched if they are equal for all members.
 _SMALL = 16
 
 
 def results_of(population: Population, group: Group) -> list[Any]:
-    """Make the call that a group waits for and return each member's result.
+    """Make the call that a group waits for, and return each member's result.
 
     Raises:
-        NotBatchable: It cannot be made for all members at once.
+        NotBatchable: The call cannot be made for all members at once.
         ValueError: A BatchNorm layer is in training mode.
     """
     leaves: list[Any] = []
@@ -49,7 +49,7 @@ def results_of(population: Population, group: Group) -> list[Any]:
 
 
 def _shares(result: Any, count: int) -> list[Any]:
-    """Return what each member gets of a batched result."""
+    """Return each member's part of a batched result."""
     if isinstance(result, Tensor):
         return _slices(result)
     leaves, spec = tree_flatten(result)
@@ -58,14 +58,14 @@ def _shares(result: Any, count: int) -> list[Any]:
 
 
 def _slices(tensor: Tensor) -> list[Tensor]:
-    # Like fresh outputs, slices taken by `data` don't share a version counter.
+    # Through .data, slices have separate version counters, like separate outputs.
     return [own.data for own in tensor.unbind(0)]
 
 
 def _results_with_objects(
     population: Population, group: Group, leaves: list[Any], dims: list[int | None], members: Sequence[int]
 ) -> list[Any]:
-    """Make a call with objects among its arguments or results, such as caches: each member has its own."""
+    """Make a call with objects among its arguments or results, such as caches. Each member has its own objects."""
     objects = [objects_in([column[i] for column in group.columns]) for i in range(len(members))]
     held = [contents(own) for own in objects]
     values, value_dims = [], []
@@ -80,7 +80,7 @@ def _results_with_objects(
 
 
 def _given_out(result: ObjectCallResult, objects: Sequence[Sequence[Any]]) -> list[Any]:
-    """Return each member's result, and have its objects hold what is its own; the first one's hold everybody's."""
+    """Return each member's result, and update its objects. Before, the first member's objects hold all tensors."""
     count, given = len(objects), len(objects[0])
     template, made = result.objects[:given], result.objects[given:]
     leaf_columns = [
@@ -92,7 +92,7 @@ def _given_out(result: ObjectCallResult, objects: Sequence[Sequence[Any]]) -> li
     ]
     after = contents(template)
     results = []
-    # The first one last, as the others are made after it.
+    # The first member last, as the others' objects are copied from its objects.
     for i in reversed(range(count)):
         tensors = {id(t): column[i] for t, column in zip(result.tensors, tensor_columns, strict=True)}
         mine = contents(objects[i])
@@ -113,7 +113,7 @@ def _given_out(result: ObjectCallResult, objects: Sequence[Sequence[Any]]) -> li
 
 
 def _stacked(column: Sequence[Tensor]) -> Tensor:
-    """Return tensors of one shape as one with a leading dimension, without a copy where they lie so in memory."""
+    """Stack tensors of one shape; if they are evenly spaced in the same memory, return a view."""
     first, size = column[0], column[0].element_size()
     step = column[1].data_ptr() - first.data_ptr() if len(column) > 1 else 0
     memory = first.untyped_storage().data_ptr()

@@ -1,4 +1,4 @@
-"""What members wait for: a call that they can make together, with inputs that are the same or of the same shape."""
+"""Members that wait for calls: grouped by module and input shapes, with copies of their inputs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ...population.containers import is_container
 from .. import thread_modes
 
-# Up to so many values, looking whether they are the same costs no more than asking for the version.
+# Up to this size, comparing values is as fast as comparing version counters.
 _SMALL = 1024
 
 
@@ -21,8 +21,8 @@ class Group:
         module: The module.
         spec: The structure of the arguments, or the number of positional tensors.
         modes: Modes of the thread.
-        training: Modules whose training mode differs from the model's.
-        width: How many leaves the arguments have.
+        training: Training modes of modules that differ from those in the model.
+        width: Number of leaves of the arguments.
 
     Attributes:
         has_objects: Whether there are objects among the arguments or results, such as caches.
@@ -38,7 +38,7 @@ class Group:
         self._objects: set[int] = set()
 
     def take_objects(self, leaves: list[Any]) -> bool:
-        """Note the objects among a member's arguments, and return whether they are nobody else's."""
+        """Add the objects among a member's arguments; return False if another member has one of them."""
         objects = {id(leaf) for leaf in leaves if is_container(leaf)}
         if not objects.isdisjoint(self._objects):
             return False
@@ -46,53 +46,55 @@ class Group:
         return True
 
 
-class Held:
-    """An input that members wait with.
+class WaitingInput:
+    """An input tensor of waiting members.
 
     Attributes:
-        source: As it was handed in. It stays alive until it is served, so that its memory means nothing else meanwhile.
-        copied: Its values at that time.
+        source: The tensor itself. It is kept alive until the call is made, so that its memory is not reused.
+        copied: A copy of its values at the time of the call.
     """
 
-    __slots__ = ("_looked_at", "_version", "copied", "source")
+    __slots__ = ("_compares_values", "_version", "copied", "source")
 
     def __init__(self, source: Tensor) -> None:
         self.source, self.copied = source, source.detach().clone()
-        # Memory of NumPy's and inference tensors don't count all changes as versions.
+        # The version counter misses changes of NumPy's memory, and inference tensors have none.
         self._version = source._version if not source.is_inference() and source.untyped_storage().resizable() else None
-        self._looked_at = self._version is None or (source.numel() <= _SMALL and source.is_cpu)
+        self._compares_values = self._version is None or (source.numel() <= _SMALL and source.is_cpu)
 
-    def holds(self, tensor: Tensor) -> bool:
-        """Return whether a tensor at the same place has the values still."""
+    def is_unchanged(self, tensor: Tensor) -> bool:
+        """Return whether a tensor at the same memory address still has these values."""
         source = self.source
-        if self._looked_at or not (source is tensor or (tensor._base is not None and tensor._base is source._base)):
+        if self._compares_values or not (
+            source is tensor or (tensor._base is not None and tensor._base is source._base)
+        ):
             return tensor.dtype is self.copied.dtype and torch.equal(self.copied, tensor)
         return tensor._version == self._version
 
 
 class Inputs:
-    """The inputs of those who wait."""
+    """The inputs of waiting members."""
 
     def __init__(self) -> None:
-        self._held: dict[Any, Held] = {}
+        self._known: dict[Any, WaitingInput] = {}
 
     def clear(self) -> None:
-        """Forget them: they have been served."""
-        self._held.clear()
+        """Discard them, after their calls have been made."""
+        self._known.clear()
 
-    def hold(self, tensor: Tensor) -> Tensor:
-        """Return a copy of an input, one and the same for inputs that are at the same place with the same values.
+    def copy_of(self, tensor: Tensor) -> Tensor:
+        """Return a copy of an input. Inputs with the same memory address and values share one copy.
 
-        It is a copy because the function, or another member's, may fill the same memory anew before it is served.
+        It must be a copy, because a fitness function may write into the same memory before the call is made.
         """
-        # Mostly all members call with one and the same tensor.
-        known = self._held.get(id(tensor))
-        if known is not None and known.source is tensor and known.holds(tensor):
+        # Usually, all members pass the same tensor.
+        known = self._known.get(id(tensor))
+        if known is not None and known.source is tensor and known.is_unchanged(tensor):
             return known.copied
         key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.is_conj(), tensor.is_neg())
-        known = self._held.get(key)
-        if known is None or not known.holds(tensor):
-            known = self._held[key] = Held(tensor)
+        known = self._known.get(key)
+        if known is None or not known.is_unchanged(tensor):
+            known = self._known[key] = WaitingInput(tensor)
         if known.source is tensor:
-            self._held[id(tensor)] = known
+            self._known[id(tensor)] = known
         return known.copied

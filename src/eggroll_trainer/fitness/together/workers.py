@@ -1,4 +1,4 @@
-"""Greenlets that run fitness functions, used again and again: to make one takes as long as two calls of a model."""
+"""A pool of greenlets that run fitness functions. Making a greenlet takes as long as two calls of a model."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from collections.abc import Callable
 
 import greenlet
 
-# As many as a chunk has members; each holds some 20 kB.
+# Largest size of the pool: the members of a chunk. A greenlet takes about 20 kB.
 _MOST = 1024
 
 
 class _Idle(threading.local):
-    """The greenlets of a thread that have nothing to do."""
+    """The idle greenlets of a thread."""
 
     def __init__(self) -> None:
         self.greenlets: list[greenlet.greenlet] = []
@@ -26,11 +26,11 @@ def start(job: Callable[[], None], hub: greenlet.greenlet) -> greenlet.greenlet:
     """Run ``job`` in a greenlet, with a copy of the caller's context variables, until it switches to ``hub`` or ends.
 
     Args:
-        job: Must not raise.
-        hub: The calling greenlet, which goes on when the job has ended.
+        job: The function to run. It must not raise.
+        hub: The calling greenlet, which continues when the job has ended.
 
     Returns:
-        The greenlet; it may have other jobs once this one has ended.
+        The greenlet. It may run other jobs after this one has ended.
     """
     worker = _idle.greenlets.pop() if _idle.greenlets else greenlet.greenlet(_work)
     worker.parent, worker.gr_context = hub, contextvars.copy_context()

@@ -1,4 +1,4 @@
-"""Copies of what objects such as caches hold, call after call: of what has only grown, the new part is kept."""
+"""Records the tensors in objects such as caches, call after call. If a tensor has only grown, we store the new part."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from ..population.snapshot import same_bits
 
 
 class Change(NamedTuple):
-    """How a tensor follows from the one that was in its place before.
+    """The difference between a tensor and the one that was in its place before.
 
     Attributes:
-        path: How its place is reached.
-        new: Its values, or those that were appended; None where nothing has changed.
-        dim: The dimension in which they were appended, or None where ``new`` is all of it.
+        path: Path of the place.
+        new: All values, or those that were appended; None if nothing has changed.
+        dim: The dimension in which ``new`` was appended, or None if ``new`` is the whole tensor.
     """
 
     path: Hashable
@@ -26,18 +26,20 @@ class Change(NamedTuple):
     dim: int | None = None
 
 
-class History:
-    """The tensors in places, one version after the other."""
+class TensorHistory:
+    """The successive versions of tensors in objects, to record them or to replay a record."""
 
     def __init__(self) -> None:
         self._last: dict[Hashable, Tensor] = {}
 
-    def note(self, objects: Sequence[Any]) -> list[Change]:
-        """Return what has changed in what objects hold since it was last noted."""
+    def record(self, objects: Sequence[Any]) -> list[Change]:
+        """Record the tensors in objects, and return how they have changed since the last record."""
         found = contents(objects)
-        return [self._note(path, tensor.detach()) for path, tensor in zip(found.paths(), found.tensors(), strict=True)]
+        return [
+            self._record(path, tensor.detach()) for path, tensor in zip(found.paths(), found.tensors(), strict=True)
+        ]
 
-    def _note(self, key: Hashable, tensor: Tensor) -> Change:
+    def _record(self, key: Hashable, tensor: Tensor) -> Change:
         before = self._last.get(key)
         self._last[key] = tensor.clone()
         if before is None or before.ndim != tensor.ndim or before.dtype != tensor.dtype:
@@ -50,8 +52,8 @@ class History:
             return Change(key, self._last[key])
         return Change(key, tensor.narrow(dim, size, tensor.shape[dim] - size).clone(), dim)
 
-    def follow(self, changes: Sequence[Change]) -> list[Tensor]:
-        """Return what objects held when the changes were noted, in the order in which they were."""
+    def replay(self, changes: Sequence[Change]) -> list[Tensor]:
+        """Replay recorded changes, and return the tensors as they were then, in the order of the record."""
         for path, new, dim in changes:
             if new is not None:
                 self._last[path] = new if dim is None else torch.cat([self._last[path], new], dim)
