@@ -212,13 +212,16 @@ OTHERS: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
     "model": (
         lambda: {"model": wider()},
         r"the checkpoint is of another model: 3 parameters or buffers differ, the first is '0.weight' with shape"
-        r" \(8, 4\) there and \(16, 4\) here",
+        r" \(8, 4\) in the file and \(16, 4\) in the model",
     ),
     "more layers": (
         lambda: {"model": network().append(nn.Linear(2, 2))},
-        r"2 parameters or buffers differ, the first is '4.weight' with shape missing there and \(2, 2\) here",
+        r"2 parameters or buffers differ, the first is '4.weight' with shape missing in the file and \(2, 2\) in the",
     ),
-    "buffers": (lambda: {"model": with_buffer(3)}, r"the first is 'scale' with shape missing there and \(3,\) here"),
+    "buffers": (
+        lambda: {"model": with_buffer(3)},
+        r"is 'scale' with shape missing in the file and \(3,\) in the model",
+    ),
     "order": (reordered, r"the checkpoint has the parameter groups \[\['0.weight'.* this trainer has \[\['3.bias'"),
     "groups": (grouped, r"the checkpoint has the parameter groups .* this trainer has"),
     "optimizer": (

@@ -152,7 +152,7 @@ def test_a_repeated_generation_that_fails_changes_nothing(tmp_path: Path) -> Non
 def test_the_settings_of_an_optimizer_count(tmp_path: Path) -> None:
     log = ScoreLog(tmp_path / "scores.jsonl")
     run(make(), log, 1)
-    with pytest.raises(ValueError, match="other settings; here are optimizer_options="):
+    with pytest.raises(ValueError, match="other settings; this trainer has optimizer_options="):
         log.replay(make(optimizer=functools.partial(torch.optim.Adam, betas=(0.5, 0.9))))
 
 

@@ -378,7 +378,7 @@ def test_a_log_is_small_and_says_what_is_wrong(tmp_path: Path) -> None:
     lines = log.path.read_text().splitlines()
     with pytest.raises(ValueError, match="ends at generation 4, before 6"):
         log.replay(make(EGGROLLTrainer, LocalEngine(), population_size=600), until=6)
-    with pytest.raises(ValueError, match="other settings; here are chunk_size=6"):
+    with pytest.raises(ValueError, match="other settings; this trainer has chunk_size=6"):
         log.replay(make(EGGROLLTrainer, LocalEngine(), population_size=600, chunk_size=6))
     other = make(EGGROLLTrainer, LocalEngine(), population_size=600)
     with torch.no_grad():
@@ -390,7 +390,7 @@ def test_a_log_is_small_and_says_what_is_wrong(tmp_path: Path) -> None:
         log.path.write_text("\n".join([*lines[:3], damaged]))
         assert log.replay(make(EGGROLLTrainer, LocalEngine(), population_size=600)) == 2
     log.path.write_text("[1]\n")
-    with pytest.raises(ValueError, match="no log of scores"):
+    with pytest.raises(ValueError, match="not a score log"):
         log.replay(other)
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints: what a run is kept in, and gone on from."""
+"""Checkpoints: files from which a run can be resumed or replayed."""
 
 from .folder import Checkpoints
 from .score_log import ScoreLog

@@ -21,14 +21,14 @@ FORMAT = 1
 
 
 def write_checkpoint(state: dict[str, Any], path: str | os.PathLike[str]) -> None:
-    """Write ``state`` to ``path``; whenever the process is killed, the file is the old one or the whole new one.
+    """Write ``state`` to ``path`` atomically: if the process is killed, the file is the old or the complete new one.
 
     Raises:
-        TypeError: ``state`` holds something that could only be loaded by running code.
+        TypeError: ``state`` holds something that can only be loaded by running code.
     """
     if "history" in state:
         state = {**state, "history": pack(state["history"])}
-    # A link keeps pointing to where it does.
+    # Replace the target of a link, not the link.
     target = Path(os.path.realpath(path))
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
     try:
@@ -40,8 +40,8 @@ def write_checkpoint(state: dict[str, Any], path: str | os.PathLike[str]) -> Non
         unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(temporary)
         if unsafe:
             raise TypeError(
-                f"the state holds {', '.join(unsafe)}, which could not be loaded without running code; an optimizer's"
-                " or scheduler's state may hold tensors, numbers and strings"
+                f"the state holds {', '.join(unsafe)}, which could not be loaded without running code; keep only"
+                " tensors, numbers and strings in the state of an optimizer or scheduler"
             )
         if target.exists():
             os.chmod(temporary, target.stat().st_mode & 0o777)
@@ -54,14 +54,14 @@ def write_checkpoint(state: dict[str, Any], path: str | os.PathLike[str]) -> Non
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Return the state in the file at ``path``, its tensors on the CPU.
+    """Return the state in the file at ``path``, with tensors on the CPU.
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: The file is damaged, holds anything but data, or is no checkpoint of a trainer.
+        ValueError: The file is damaged, holds more than data, or is not a checkpoint of a trainer.
     """
     with open(path, "rb") as file:
-        # torch does not compare the checksums that it writes.
+        # torch does not verify the checksums that it writes.
         if not _is_intact(file):
             raise ValueError(f"{path} is damaged or not a checkpoint")
         file.seek(0)
@@ -81,7 +81,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def check_format(state: Any, origin: str) -> None:
-    """Raise ``ValueError`` unless ``state`` is what a trainer's ``state_dict`` returned, in a format known here."""
+    """Raise ``ValueError`` unless ``state`` is a trainer's ``state_dict``, in the format of this version."""
     if not isinstance(state, dict) or "format" not in state:
         raise ValueError(f"{origin} is not the state of a trainer")
     if type(state["format"]) is not int or state["format"] != FORMAT:
@@ -92,11 +92,11 @@ def check_format(state: Any, origin: str) -> None:
 
 
 def check_same_model(state: dict[str, Any], own: dict[str, Any], resizable: Collection[str]) -> None:
-    """Check that a state fits the model and the parameter groups of a trainer's own, neither of which is changed.
+    """Check that a state has the same parameters, buffers and parameter groups as a trainer's own.
 
     Args:
-        state: The one to be loaded.
-        own: The trainer's.
+        state: The state to check.
+        own: The trainer's own state.
         resizable: Names of tensors whose shape may differ.
 
     Raises:
@@ -117,7 +117,7 @@ def check_same_model(state: dict[str, Any], own: dict[str, Any], resizable: Coll
         name = differing[0]
         raise ValueError(
             f"the checkpoint is of another model: {len(differing)} parameters or buffers differ, the first is {name!r}"
-            f" with shape {there.get(name, 'missing')} there and {here.get(name, 'missing')} here"
+            f" with shape {there.get(name, 'missing')} in the file and {here.get(name, 'missing')} in the model"
         )
     if groups_there != groups_here:
         raise ValueError(f"the checkpoint has the parameter groups {groups_there}, this trainer has {groups_here}")
@@ -142,7 +142,7 @@ def _is_intact(file: IO[bytes]) -> bool:
 
 
 def _sync_folder(folder: Path) -> None:
-    # Without it the new name may not survive a power cut. Not every system lets a folder be opened.
+    # Without this, the new name may be lost in a power cut. Not every system can open a folder.
     with contextlib.suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:

@@ -1,4 +1,4 @@
-"""Checkpoints of a run, kept in a folder."""
+"""A folder with the checkpoints of a run."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from .score_log import ScoreLog
 
 
 class Checkpoints:
-    """Keeps the newest checkpoints of a run and its best, and the scores of all generations.
+    """Keeps the newest checkpoints of a run, the best one, and the scores of all generations.
 
-    In the folder are ``checkpoint-GENERATION.pt``, ``best.pt`` (the one whose last generation had the best mean
-    fitness) and ``scores.jsonl`` (a :class:`~eggroll_trainer.checkpoints.score_log.ScoreLog`). Of several processes the
-    first one reads and writes.
+    The folder contains ``checkpoint-GENERATION.pt``, ``best.pt`` (the checkpoint with the best mean fitness in its last
+    generation) and ``scores.jsonl`` (a :class:`~eggroll_trainer.checkpoints.score_log.ScoreLog`). With several
+    processes, the first one reads and writes.
 
     Args:
-        folder: Where; made if it does not exist.
-        every: Write a checkpoint every so many generations. :meth:`ESTrainer.train` writes one in the end as well,
-            whatever ends it.
-        keep_last: How many of the newest to keep.
-        keep_best: Whether to keep the best.
+        folder: The folder. It is created if it does not exist.
+        every: Number of generations between checkpoints. :meth:`ESTrainer.train` also writes one when training ends,
+            even by an exception.
+        keep_last: Number of newest checkpoints to keep.
+        keep_best: Whether to keep the best checkpoint.
         log: Whether to log the scores.
 
     Raises:
@@ -66,13 +66,13 @@ class Checkpoints:
         self._best: float | None = None
 
     def restore(self, trainer: Run) -> bool:
-        """Go on from the newest checkpoint that can be read; of several processes, all must call this.
+        """Restore the newest checkpoint that can be read. With several processes, call it in all of them.
 
         Returns:
-            Whether there was one.
+            Whether there is a checkpoint.
 
         Raises:
-            ValueError: There are checkpoints, and none can be read, or they are of another model.
+            ValueError: There are checkpoints, but none can be read, or they are of another model.
         """
         state = trainer.engine.from_main(self._newest)
         if state is not None:
@@ -82,28 +82,28 @@ class Checkpoints:
         return state is not None
 
     def begin(self, trainer: Run) -> None:
-        """Get ready for the trainer's next generation.
+        """Prepare the folder for the trainer's next generation.
 
         Raises:
-            FileExistsError: The folder holds a run, which the trainer does not go on with.
+            FileExistsError: The folder holds another run, which the trainer does not continue.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         logged = trainer.generation == 0 and self.log is not None and self.log.is_begun()
         paths = self.paths()
         if logged or (paths and paths[-1] > self._path(trainer.generation)):
             raise FileExistsError(
-                f"{self.folder} holds a run already: go on with it by checkpoints.restore(trainer), or take another"
+                f"{self.folder} holds a run already: continue it with checkpoints.restore(trainer), or use another"
                 " folder"
             )
         if self.log is not None:
             self.log.begin(trainer)
 
     def after_generation(self, trainer: Run) -> None:
-        """Log the generation, and write a checkpoint if it is time; where that fails, warn and go on."""
+        """Log the generation, and write a checkpoint if it is due. If that fails, issue a warning."""
         if not trainer.is_main:
             return
         try:
-            # A signal between the two would leave a checkpoint whose generation is not logged.
+            # An interrupt between the two could leave a log without the checkpoint.
             with delayed_interrupt():
                 if self.log is not None:
                     self.log.append(trainer)
@@ -111,15 +111,16 @@ class Checkpoints:
                     self.save(trainer)
         except OSError as error:
             warnings.warn(
-                f"generation {trainer.generation} was not written to {self.folder}, and training goes on: {error}",
+                f"generation {trainer.generation} was not written to {self.folder}, and training goes on: {error}."
+                " Free space, or check the folder's permissions",
                 stacklevel=2,
             )
 
     def save(self, trainer: Run) -> None:
-        """Write a checkpoint of the generation that the trainer is at, unless there is one.
+        """Write a checkpoint of the trainer's current generation, unless there is one.
 
         Raises:
-            OSError: It cannot be written; the older ones are as they were.
+            OSError: It cannot be written. Older checkpoints are unchanged.
         """
         path = self._path(trainer.generation)
         if not trainer.is_main or trainer.generation == 0 or path.exists():
@@ -136,7 +137,7 @@ class Checkpoints:
             trainer.save(self.folder / "best.pt")
 
     def paths(self) -> list[Path]:
-        """Return the checkpoints that there are, the newest last."""
+        """Return the paths of all checkpoints, the newest last."""
         return sorted(self.folder.glob("checkpoint-*.pt"))
 
     def _path(self, generation: int) -> Path:
@@ -149,14 +150,16 @@ class Checkpoints:
                 return read_checkpoint(path)
             except ValueError as error:
                 warnings.warn(f"{error}; taking the checkpoint before it", stacklevel=2)
-                # It would be in the way of the one that this generation gets again.
+                # Make room for the new checkpoint of this generation.
                 path.rename(path.with_suffix(".damaged"))
         if paths:
-            raise ValueError(f"none of the {len(paths)} checkpoints in {self.folder} can be read")
+            raise ValueError(
+                f"none of the {len(paths)} checkpoints in {self.folder} can be read: use another folder for a new run"
+            )
         return None
 
     def _best_fitness(self) -> float | None:
-        """Return the mean fitness of the best checkpoint, or None if there is none that can be read."""
+        """Return the mean fitness of the best checkpoint, or None if it is missing or damaged."""
         if self._best is None:
             with contextlib.suppress(FileNotFoundError, ValueError, KeyError, IndexError):
                 self._best = read_checkpoint(self.folder / "best.pt")["history"]["mean_fitness"][-1]

@@ -1,6 +1,6 @@
-"""The record of a generation: everything that its numbers depend on besides the weights, model and fitness function.
+"""The settings of a generation: everything that its results depend on, besides weights, model and fitness function.
 
-Processes that share a generation compare it, callbacks change it, a log of scores and a checkpoint keep it.
+Processes that share a generation compare them, callbacks change them, and score logs and checkpoints store them.
 """
 
 from __future__ import annotations
@@ -20,26 +20,26 @@ from ..fitness.shaping import SHAPERS, shaper_name
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What a generation's numbers depend on.
+    """The settings that a generation's results depend on.
 
     Attributes:
-        trainer: Class of the trainer.
-        optimizer: Class of the optimizer that takes the step.
-        optimizer_options: Its options, such as betas and weight decay, in words; one entry for each group.
-        lr_scheduler: Class of ``lr_scheduler=``.
-        sigma_scheduler: Class of ``sigma_scheduler=``.
+        trainer: Class name of the trainer.
+        optimizer: Class name of the optimizer that takes the step.
+        optimizer_options: Its options, such as betas and weight decay, as text; one entry for each group.
+        lr_scheduler: Class name of the scheduler from ``lr_scheduler=``.
+        sigma_scheduler: Class name of the scheduler from ``sigma_scheduler=``.
         population_size: ``N``.
-        chunk_size: How many members were evaluated at a time.
-        coalesce: Whether members may run together.
+        chunk_size: Number of members evaluated at a time.
+        coalesce: Whether members may be evaluated together.
         compile: Whether forwards are compiled.
-        evaluation_dtype: What autocast evaluates in.
+        evaluation_dtype: Dtype of autocast during evaluation.
         device: Type of the device.
-        dtypes: Of the parameters.
-        seed: Of the run.
-        options: Of the parameter groups: learning rate, sigma, rank and what schedulers keep there.
+        dtypes: Dtypes of the parameters.
+        seed: Seed of the run.
+        options: Options of the parameter groups: learning rate, sigma, rank, and values that schedulers store there.
         frozen: Names of the given parameters with ``requires_grad=False``: neither perturbed nor updated.
-        noise_reuse: Members that share a noise draw.
-        group_size: Members whose scores are shaped together; 0 for all.
+        noise_reuse: Number of members that share a noise draw.
+        group_size: Number of members whose scores are shaped together; 0 for all.
         noise: Distribution of the factors.
         shaping: Name of the shaper.
         freeze_nonlora: Whether only matrices are trained.
@@ -69,29 +69,29 @@ class Settings:
     maximize: bool = True
 
     def plain(self) -> dict[str, Any]:
-        """Return the record as a dictionary of numbers, strings, lists and dictionaries, by name."""
+        """Return the settings by name, as a dictionary of numbers, strings, lists and dictionaries: the plain form."""
         return plain_copy({field.name: getattr(self, field.name) for field in dataclasses.fields(self)})
 
 
-# What records of earlier versions lack.
+# Defaults for settings that files of earlier versions lack.
 _DEFAULTS = {
     field.name: field.default for field in dataclasses.fields(Settings) if field.default is not dataclasses.MISSING
 }
 
 
-# What cannot change after construction.
+# Settings that cannot change after construction.
 FIXED = (
     *("trainer", "optimizer", "optimizer_options", "lr_scheduler", "sigma_scheduler"),
     *("device", "dtypes", "freeze_nonlora", "maximize"),
 )  # fmt: skip
 
 
-# What trainers keep in attributes of the same name and type.
+# Settings that are attributes of the trainer with the same name and type.
 _ATTRIBUTES = ("population_size", "coalesce", "compile", "noise_reuse", "group_size", "noise")
 
 
 def differences(now: Mapping[str, Any], then: Mapping[str, Any], ignored: Collection[str] = ()) -> dict[str, str]:
-    """Return, by name and in words, the settings that differ between two records in plain form."""
+    """Return descriptions of the settings that differ between two sets in plain form, by name."""
     return {
         name: f"{name}={value!r} (was {then.get(name, _DEFAULTS.get(name))!r})"
         for name, value in now.items()
@@ -106,10 +106,10 @@ def adopt(trainer: Any, settings: Mapping[str, Any]) -> None:
 
     Args:
         trainer: The trainer.
-        settings: A record in plain form, or a part of one. ``shaping`` may be a shaper instead of its name.
+        settings: Some or all settings in plain form. ``shaping`` may be a shaper instead of its name.
 
     Raises:
-        ValueError: The record names a shaper of a user's that the trainer does not have.
+        ValueError: ``shaping`` is the name of a user-defined function that the trainer does not have.
     """
     if settings.get("seed", trainer.seed) != trainer.seed:
         trainer.seed = settings["seed"]
@@ -125,14 +125,14 @@ def adopt(trainer: Any, settings: Mapping[str, Any]) -> None:
             group.update(plain_copy(options))
     if "frozen" in settings:
         trainer.set_frozen(settings["frozen"])
-    # In the end, as how many members fit depends on the rest. A trainer that chooses the same by itself may go on to.
+    # At the end, as the automatic chunk size depends on other settings. If it is the same, it stays automatic.
     if settings.get("chunk_size", trainer.settings().chunk_size) != trainer.settings().chunk_size:
         trainer.chunk_size = settings["chunk_size"]
 
 
 @contextlib.contextmanager
 def adopted(trainer: Any, settings: Mapping[str, Any]) -> Iterator[None]:
-    """Give a trainer settings, as :func:`adopt` does, and take them back if the block raises."""
+    """Give a trainer settings, as :func:`adopt` does, and undo that if the block raises."""
     names = (*_ATTRIBUTES, "shaping", "chunk_size", "evaluation_dtype", "seed")
     before = {name: getattr(trainer, name) for name in names if hasattr(trainer, name)}
     record = trainer.settings()
@@ -147,7 +147,7 @@ def adopted(trainer: Any, settings: Mapping[str, Any]) -> Iterator[None]:
 
 
 def to_send(trainer: Any, before: Settings) -> dict[str, Any]:
-    """Return a trainer's settings for other processes, which still have those ``before``.
+    """Return a trainer's settings to send to other processes, which still have the settings ``before``.
 
     Raises:
         TypeError: The shaper has changed to one that other processes cannot import.
@@ -177,15 +177,14 @@ def _adopt_shaping(trainer: Any, shaping: Any) -> None:
 
 
 class Generation(NamedTuple):
-    """What it takes to make the step of a generation again.
+    """The data that is needed to repeat the step of a generation.
 
     Attributes:
-        number: Counted from 1.
-        settings: What it depended on, in plain form.
-        scores: ``[N]`` or ``[N, K]`` in float64, as they came from the fitness function.
-        statistics: What a fitness function that learns has seen in each chunk.
-        again: What the best member has earned when it was evaluated again; NaN if it should have been and was not, None
-            if there was no need to.
+        number: Number of the generation, counted from 1.
+        settings: The settings that it depends on, in plain form.
+        scores: ``[N]`` or ``[N, K]`` in float64, as returned by the fitness function.
+        statistics: Statistics that a learner has collected from each chunk.
+        again: Fitness of the best member when evaluated again; NaN if that was skipped, None if there was no need.
     """
 
     number: int

@@ -1,4 +1,4 @@
-"""The history of a run in a file: columns of bytes instead of millions of Python's numbers."""
+"""The history of a run in a checkpoint: compressed columns instead of millions of Python numbers."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# What a column may hold, and how it is written. Booleans are no numbers here, and large integers stay as they are.
+# Types of compressed columns and their formats. Booleans and integers beyond 64 bits are stored as they are.
 _KINDS: dict[type, np.dtype[Any]] = {float: np.dtype("<f8"), int: np.dtype("<i8")}
 
 
 def pack(history: Mapping[str, list[Any]]) -> dict[str, Any]:
-    """Return a history for a file: each list of numbers as compressed bytes, whatever else as it is.
+    """Return a history for a file: each list of numbers as compressed bytes, other lists unchanged.
 
-    Single precision where it holds the same numbers; the bytes of equal significance side by side, where those that
-    change little compress well.
+    Numbers are stored in single precision if that is exact. Bytes of equal significance are stored next to each other:
+    high bytes change little, so they compress well.
 
     Args:
-        history: A list for each metric, with one entry a generation. An entry may be None.
+        history: A list for each metric, with one entry for each generation. An entry may be None.
 
     Example:
         >>> history = {"generation": list(range(1, 1001)), "sigma": [0.1] * 1000, "note": [None, "new"]}
@@ -35,7 +35,7 @@ def pack(history: Mapping[str, list[Any]]) -> dict[str, Any]:
 
 
 def unpack(history: Mapping[str, Any]) -> dict[str, list[Any]]:
-    """Return the history that :func:`pack` was given; lists, as older files have them, stay as they are."""
+    """Return the history that :func:`pack` was given. Lists, as in older files, stay unchanged."""
     return {key: _unpack(values) if isinstance(values, dict) else list(values) for key, values in history.items()}
 
 
@@ -57,7 +57,7 @@ def _pack(values: list[Any]) -> Any:
         if narrow.astype("<f8").tobytes() == numbers.tobytes():
             numbers, column["dtype"] = narrow, narrow.dtype.str
     else:
-        # Counters rise by one, and most other whole numbers stay as they are.
+        # Store differences: counters rise by one, and most other integers are constant.
         numbers = np.diff(numbers, prepend=np.zeros(1, numbers.dtype))
     column["data"] = _compressed(numbers)
     return column if known is None else {**column, "known": _compressed(np.packbits(known))}
@@ -77,7 +77,7 @@ def _unpack(column: Mapping[str, Any]) -> list[Any]:
 
 
 def _compressed(numbers: np.ndarray[Any, Any]) -> Tensor:
-    # [significance, index] instead of [index, significance].
+    # Transpose bytes from [index, significance] to [significance, index].
     planes = numbers.view(np.uint8).reshape(len(numbers), -1).T
     return torch.frombuffer(bytearray(zlib.compress(planes.tobytes(), 2)), dtype=torch.uint8)
 

@@ -1,4 +1,4 @@
-"""What is kept of a run: the face that trainers show to those who keep it."""
+"""The interface of a trainer that checkpoints and logs use."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from .generation import Generation, Settings
 
 
 class Engine(Protocol):
-    """What processes share."""
+    """The engine of a trainer."""
 
     def from_main(self, function: Any) -> Any:
         """Run ``function`` in the first process, and return its result in all of them."""
 
 
 class Run(Protocol):
-    """A trainer, as checkpoints and logs see it."""
+    """A trainer."""
 
     generation: int
     history: dict[str, list[Any]]
@@ -24,7 +24,7 @@ class Run(Protocol):
 
     @property
     def engine(self) -> Engine:
-        """Who evaluates, and how many processes take part."""
+        """The engine, which tells how many processes take part."""
 
     @property
     def maximize(self) -> bool:
@@ -32,19 +32,19 @@ class Run(Protocol):
 
     @property
     def is_main(self) -> bool:
-        """Whether this process is the one to write."""
+        """Whether this process writes files."""
 
     def settings(self) -> Settings:
-        """Return the record of what a generation depends on."""
+        """Return the settings that a generation depends on."""
 
     def checksum(self) -> int:
-        """Return a number that tells parameters apart that differ in any bit."""
+        """Return a checksum over every bit of the parameters."""
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write a checkpoint."""
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a state."""
+        """Restore a state."""
 
     def repeat(self, generation: Generation) -> dict[str, Any]:
-        """Make the step of a logged generation again."""
+        """Repeat the step of a logged generation, and return its metrics."""

@@ -1,4 +1,4 @@
-"""A log of scores: a few bytes a member, from which a run can be repeated without its fitness function."""
+"""The score log: a few bytes for each member, from which a run can be repeated without its fitness function."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ FORMAT = 1
 class ScoreLog:
     """The scores of every generation, in a file of JSON lines.
 
-    Perturbations follow from seeds, so with the initial weights the scores are all that it takes to make the same
-    steps again: four bytes a score (eight where the scores are not float32 numbers), a third more as text. The first
-    line tells the settings and a checksum of the initial weights, each other one the settings that have changed since.
+    Perturbations follow from the seed, so the initial weights and the scores suffice to repeat all steps. A score takes
+    four bytes (eight if it is not a float32 number), and a third more as text. The first line contains the settings and
+    a checksum of the initial weights. Every other line is a generation, with the settings that differ from these.
 
     Args:
-        path: Of the file.
+        path: Path of the file.
 
     Example:
         >>> import tempfile
@@ -64,13 +64,13 @@ class ScoreLog:
             return bool(file.readline())
 
     def begin(self, trainer: Run) -> None:
-        """Write the first line, if no generation was logged and the trainer is at its beginning."""
+        """Write the first line, if no generation was logged and the trainer has made none."""
         if trainer.generation == 0 and not self.is_begun():
             head = {"format": FORMAT, "settings": trainer.settings().plain(), "initial": trainer.checksum()}
             self.path.write_text(json.dumps(head) + "\n")
 
     def append(self, trainer: Run) -> None:
-        """Add the trainer's last generation.
+        """Append the trainer's last generation.
 
         Raises:
             OSError: The file cannot be written.
@@ -92,7 +92,7 @@ class ScoreLog:
             file.write(json.dumps({**line, "crc": _checksum(line)}) + "\n")
 
     def truncate(self, generation: int) -> None:
-        """Forget what comes after ``generation``, and a last line that was not written to its end."""
+        """Remove generations after ``generation``, and an incomplete last line."""
         if not self.path.exists():
             return
         kept = []
@@ -104,14 +104,14 @@ class ScoreLog:
         self.path.write_text("".join(kept))
 
     def generations(self) -> Iterator[Generation]:
-        """Iterate over the generations that were logged, up to the first line that is damaged.
+        """Iterate over the logged generations, up to the first damaged line.
 
         Yields:
             Each generation, in order: its number, settings and scores.
 
         Raises:
             FileNotFoundError: There is no such file.
-            ValueError: It is no log, or one of another format.
+            ValueError: It is not a score log, or has another format.
         """
         head = self._head()
         for line in self.path.read_text().splitlines()[1:]:
@@ -123,23 +123,23 @@ class ScoreLog:
             yield Generation(record["generation"], settings, scores.double(), statistics, record.get("again"))
 
     def replay(self, trainer: Run, until: int | None = None) -> int:
-        """Repeat the steps of a run, from where the trainer is, without its fitness function.
+        """Repeat the steps of a run from the trainer's current generation on, without its fitness function.
 
         Args:
-            trainer: One of the same model, with the same initial weights and arguments, or at a later generation of
-                the run. What was changed during the run is changed again.
+            trainer: A trainer of the same model, with the same initial weights and arguments; or one that was restored
+                at a later generation of the run. Settings that changed during the run change again.
             until: The last generation to repeat; all if None.
 
         Returns:
-            The generation that the trainer is at.
+            The trainer's generation after that.
 
         Raises:
             FileNotFoundError: There is no log.
-            ValueError: The log is of another run, damaged, or ends before ``until``.
+            ValueError: The log is of another run, is damaged, or ends before ``until``.
         """
         head = self._head()
         mine = json.loads(json.dumps(trainer.settings().plain()))
-        # The first line's others hold for the first generation.
+        # Other settings in the first line are those of the first generation.
         changed = differences(
             mine if trainer.generation == 0 else {name: mine[name] for name in FIXED},
             head["settings"],
@@ -147,10 +147,12 @@ class ScoreLog:
         )
         if changed:
             raise ValueError(
-                f"the log {self.path} is of a run with other settings; here are {', '.join(changed.values())}"
+                f"the log {self.path} is of a run with other settings; this trainer has {', '.join(changed.values())}"
             )
         if trainer.generation == 0 and trainer.checksum() != head["initial"]:
-            raise ValueError(f"the log {self.path} is of a run with other initial weights")
+            raise ValueError(
+                f"the log {self.path} is of a run with other initial weights: load these into the model first"
+            )
         for generation in self.generations():
             if until is not None and generation.number > until:
                 break
@@ -166,7 +168,7 @@ class ScoreLog:
         with open(self.path) as file:
             head = _json(file.readline())
         if head is None or head.get("format") != FORMAT:
-            raise ValueError(f"{self.path} is no log of scores in format {FORMAT}")
+            raise ValueError(f"{self.path} is not a score log in format {FORMAT}")
         return head
 
 

@@ -1,4 +1,4 @@
-"""Engines that share the chunks of a population among processes and machines."""
+"""Engines, which distribute the chunks of a population among processes and machines."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ __all__ = [
 
 
 def make_engine(engine: str | Engine | None) -> Engine:
-    """Return the engine that ``engine`` names or is.
+    """Return the engine of a name, or an engine itself.
 
     Args:
-        engine: ``"local"``, ``"torch"`` or ``"ray"``; None for ``torch.distributed`` where the script was started by
-            ``torchrun`` or has made a process group of several processes, else for this process alone.
+        engine: ``"local"``, ``"torch"``, ``"ray"`` or an engine. None stands for ``"torch"`` if the script was started
+            by ``torchrun`` or has made a process group of several processes, else for ``"local"``.
 
     Raises:
         ValueError: There is no engine of that name.
-        TypeError: It is neither a name nor an engine.
-        ModuleNotFoundError: It is Ray's, and Ray is not installed.
+        TypeError: ``engine`` is neither a name nor an engine.
+        ModuleNotFoundError: ``"ray"`` was chosen, and Ray is not installed.
 
     Example:
         >>> make_engine("local").size

@@ -1,7 +1,7 @@
-"""Engines: who evaluates the chunks of a population.
+"""Engines: they evaluate the chunks of a population.
 
-The trainer hands an engine the chunks of a generation and gets their outcomes in the order of their members. What a
-chunk's outcome is depends on the chunk alone, so a run is the same on every engine.
+The trainer passes the chunks of a generation to an engine, and gets their outcomes in the order of their members. An
+outcome depends only on its chunk, so a run is the same on every engine.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 
 class Chunk(NamedTuple):
-    """Members ``first, …, first + size - 1`` of a population: what is evaluated in one piece."""
+    """Members ``first, …, first + size - 1`` of a population, which are evaluated together."""
 
     first: int
     size: int
@@ -31,14 +31,14 @@ class Chunk(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What the evaluation of a chunk gave.
+    """The result of the evaluation of a chunk.
 
     Attributes:
         scores: ``[size]``, or ``[size, K]`` for ``K`` tasks, in float64, on the CPU.
-        statistics: What it has shown to a fitness function that learns along the way, on the CPU; else None.
-        warnings: Messages and kinds of the warnings that the first process is to give.
-        alone: Why all members must be evaluated alone instead, if the evaluation has found that out.
-        noise: Whether it has found that the same weights do not always earn the same.
+        statistics: Statistics that a fitness function has collected from the chunk, on the CPU; else None.
+        warnings: Messages and kinds of warnings for the first process to issue.
+        alone: The reason why all members must be evaluated alone instead, or None.
+        noise: Whether evaluations of the same weights were found to differ.
     """
 
     scores: Tensor
@@ -49,34 +49,34 @@ class Outcome(NamedTuple):
 
 
 class Evaluator(Protocol):
-    """What an engine sees of a trainer."""
+    """The interface of a trainer that engines use."""
 
     generation: int
     fitness_fn: Any
 
     def evaluate_chunk(self, chunk: Chunk) -> Outcome:
-        """Evaluate a chunk of the current generation in this process, and return what that gave."""
+        """Evaluate a chunk of the current generation in this process, and return its outcome."""
 
     def fingerprint(self) -> dict[str, Any]:
-        """Return, by name, what must be the same for all who take part in the current generation."""
+        """Return, by name, what must be the same in all processes of the current generation."""
 
     def checksum(self) -> int:
-        """Return a number that tells parameters apart that differ in any bit."""
+        """Return a checksum over every bit of the parameters."""
 
     def working_state(self) -> dict[str, Any]:
-        """Return what changes from generation to generation and outcomes depend on, for a copy of the trainer."""
+        """Return the part of the state that changes between generations and that outcomes depend on."""
 
 
 class Engine(ABC):
-    """Evaluates the chunks of a generation, maybe together with other processes that run the same script.
+    """Evaluates the chunks of a generation, possibly together with other processes that run the same script.
 
     Args:
         timeout: Seconds that the evaluation of a chunk may take; no limit if None.
-        retries: How often a chunk is evaluated again whose evaluation took longer.
+        retries: How often the evaluation of a chunk is repeated after a timeout.
 
     Attributes:
         rank: Index of this process among those that run the script.
-        size: How many there are.
+        size: Number of processes that run the script.
 
     Raises:
         TypeError: An argument is of the wrong type.
@@ -95,31 +95,31 @@ class Engine(ABC):
         """Return the outcomes of all chunks, in their order.
 
         Args:
-            trainer: Whose generation it is.
+            trainer: The trainer.
             chunks: All chunks of the population, in order.
 
         Raises:
-            TimeoutError: A chunk took longer than ``timeout``, every time.
-            Exception: Whatever the fitness function raised.
+            TimeoutError: A chunk took longer than ``timeout`` in every attempt.
+            Exception: Any exception of the fitness function.
         """
 
     @abstractmethod
     def own_part(self, chunks: Sequence[Chunk], bytes_of_sums: int, seconds_of_noise: float) -> Sequence[Chunk]:
-        """Return the chunks whose contributions to the update this process should sum; :meth:`add_up` does the rest.
+        """Return the chunks whose contributions to the update this process sums. :meth:`add_up` adds the others.
 
         Args:
-            chunks: All of them.
-            bytes_of_sums: Bytes of the sums.
-            seconds_of_noise: What it takes to sum all contributions here, about.
+            chunks: All chunks of the population.
+            bytes_of_sums: Size of the sums in bytes.
+            seconds_of_noise: Estimated seconds to sum the contributions of all chunks in one process.
         """
 
     @abstractmethod
     def add_up(self, totals: Mapping[str, Tensor]) -> None:
-        """Replace integer sums over :meth:`own_part`, in place, by those over all chunks."""
+        """Replace integer sums over :meth:`own_part`, in place, by sums over all chunks."""
 
     @abstractmethod
     def from_main(self, function: Callable[[], T]) -> T:
-        """Run ``function`` in the first process, and return its result, or raise what it raises, in all of them."""
+        """Run ``function`` in the first process, and return its result, or raise its exception, in all of them."""
 
     @abstractmethod
     def copy_main(self, tensors: Sequence[Tensor]) -> None:
@@ -128,8 +128,8 @@ class Engine(ABC):
     def _evaluate_here(
         self, trainer: Evaluator, chunks: Sequence[Chunk], *, exit_when_stuck: bool = False
     ) -> list[Outcome]:
-        """Return the outcomes of chunks, evaluated in this process one after the other."""
-        # Made at once: small pieces that stay would lie in the way of large ones that come and go.
+        """Evaluate chunks in this process, one after the other, and return their outcomes."""
+        # Allocate all scores at once: small tensors that stay alive would fragment the memory.
         total = sum(chunk.size for chunk in chunks)
         scores = torch.empty(total, dtype=torch.float64, device="cpu")
         outcomes: list[Outcome] = []
@@ -137,10 +137,10 @@ class Engine(ABC):
         for chunk in chunks:
             outcome = self._evaluate_chunk(trainer, chunk, exit_when_stuck)
             if not outcomes and outcome.scores.ndim > 1:
-                # Only now the number of tasks is known.
+                # The number of tasks is known after the first chunk.
                 scores = scores.new_empty(total, *outcome.scores.shape[1:])
             part = scores[at : at + chunk.size]
-            # Another number of tasks is an error, which the trainer raises.
+            # If the numbers of tasks differ, the trainer raises an error.
             kept = part.copy_(outcome.scores) if part.shape == outcome.scores.shape else outcome.scores
             outcomes.append(outcome._replace(scores=kept))
             at += chunk.size
@@ -160,8 +160,8 @@ class Engine(ABC):
         times = f", {self.retries + 1} times" if self.retries else ""
         return (
             f"the fitness of {chunk} of generation {trainer.generation + 1} took longer than the engine's timeout of"
-            f" {self.timeout:g} s{times}; the parameters were not changed. Mend the fitness function, or give it more"
-            " time"
+            f" {self.timeout:g} s{times}; the parameters were not changed. Fix the fitness function, or raise the"
+            " timeout"
         )
 
 
@@ -170,7 +170,7 @@ class LocalEngine(Engine):
 
     Args:
         timeout: Seconds that the evaluation of a chunk may take; no limit if None.
-        retries: How often a chunk is evaluated again whose evaluation took longer.
+        retries: How often the evaluation of a chunk is repeated after a timeout.
     """
 
     def evaluate(self, trainer: Evaluator, chunks: Sequence[Chunk]) -> list[Outcome]:
@@ -182,11 +182,11 @@ class LocalEngine(Engine):
         return chunks
 
     def add_up(self, totals: Mapping[str, Tensor]) -> None:
-        """Leave the totals as they are."""
+        """Do nothing: the totals are complete."""
 
     def from_main(self, function: Callable[[], T]) -> T:
         """Run ``function``."""
         return function()
 
     def copy_main(self, tensors: Sequence[Tensor]) -> None:
-        """Leave the tensors as they are."""
+        """Do nothing: there is only one process."""

@@ -1,4 +1,4 @@
-"""An engine over ``torch.distributed``: processes that all run the same script, as ``torchrun`` starts them."""
+"""An engine over ``torch.distributed``: several processes run the same script, as started by ``torchrun``."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from ..fitness.scores import packed
 from .engine import Chunk, Engine, Evaluator, Outcome
 
 if dist.is_available():
-    # Its functions have the default group of the moment as a default argument. Imported later, as torch._dynamo does,
-    # they would keep the group beyond its end, until its threads abort the process.
+    # Its functions take the current default group as a default argument. torch._dynamo imports it later, when there is
+    # a group: it would be kept alive beyond its end, and its threads would abort the process.
     import torch.distributed.nn.functional  # noqa: F401
 
 T = TypeVar("T")
 Exchange = Literal["auto", "scores", "sums"]
 
-# What an exchange of sums is reckoned to cost: a reduction sends and receives each byte about once.
+# Estimated cost of an exchange of sums; a reduction sends and receives each byte about once.
 _BYTES_PER_SECOND = 1e9
 _SECONDS_OF_LATENCY = 1e-3
 
@@ -41,28 +41,28 @@ _engines: weakref.WeakSet[ProcessGroupEngine] = weakref.WeakSet()
 
 
 class ProcessGroupEngine(Engine):
-    """Shares the chunks of a population among the processes of ``torch.distributed``'s default group.
+    """Distributes the chunks of a population among the processes of ``torch.distributed``'s default group.
 
-    Every process holds the model and makes the same steps. After the evaluation all get all scores; then either each
-    sums up all contributions to the update itself, for which it draws the whole population's noise again (``"scores"``:
-    only the scores travel), or each sums up those of its own chunks and the sums are added (``"sums"``: eight bytes a
-    parameter travel as well). Both give the same bits as one process.
+    Every process has the model and makes the same steps. After the evaluation, all processes get all scores. With
+    ``exchange="scores"``, each process then draws the noise of the whole population again and computes the update
+    itself. With ``"sums"``, each process sums the contributions of its own chunks, and the sums are added; this sends
+    eight more bytes for each parameter. Both give the same bits as a single process.
 
     Args:
-        exchange: ``"scores"``, ``"sums"``, or ``"auto"`` for what is reckoned to be faster.
-        check_every: Compare the parameters of all processes every so many generations; 0 for never.
-        timeout: Seconds that the evaluation of a chunk may take. One that hangs in native code ends its process, so
-            that ``torchrun`` starts the group again.
-        retries: How often a chunk is evaluated again whose evaluation took longer.
+        exchange: ``"scores"``, ``"sums"``, or ``"auto"`` for the one that is estimated to be faster.
+        check_every: Number of generations between comparisons of the parameters of all processes; 0 for none.
+        timeout: Seconds that the evaluation of a chunk may take. If it hangs in native code, the process ends, and
+            ``torchrun`` starts the group again.
+        retries: How often the evaluation of a chunk is repeated after a timeout.
 
     Attributes:
-        bytes_sent: Of scores, statistics and sums, by this process, to each of the others or to their reduction.
+        bytes_sent: Bytes of scores, statistics and sums that this process has sent, each counted once.
 
     Raises:
-        RuntimeError: There is no process group, and the environment does not say how to make one.
+        RuntimeError: There is no process group, and the environment variables to make one are not set.
 
     Example:
-        A group of this process alone; ``torchrun`` makes one of several.
+        A group with a single process; ``torchrun`` makes one with several.
 
         >>> import torch
         >>> from eggroll_trainer import EGGROLLTrainer
@@ -98,14 +98,14 @@ class ProcessGroupEngine(Engine):
                 )
             join_group()
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
-        # Scores and messages are on the CPU, whatever the default group, None here, was made for.
+        # Scores and messages are on the CPU: use the default group (None) if it supports that, else a new group.
         self._host: Any = None if _backends().get("cpu") == "gloo" else dist.new_group(backend="gloo")
         _engines.add(self)
         self._sums = self._warned = False
         self.bytes_sent = 0
 
     def evaluate(self, trainer: Evaluator, chunks: Sequence[Chunk]) -> list[Outcome]:
-        """Return the outcomes of all chunks, this process having evaluated its share of them."""
+        """Evaluate this process's share of the chunks, and return the outcomes of all chunks."""
         if len(chunks) < self.size and self.rank == 0 and not self._warned:
             self._warned = True
             warnings.warn(
@@ -119,7 +119,7 @@ class ProcessGroupEngine(Engine):
         try:
             outcomes = self._evaluate_here(trainer, self.share(chunks), exit_when_stuck=True)
         except BaseException as error:
-            # The others must hear of it, or they would wait for the scores.
+            # Raised after the exchange below, as the other processes wait for it.
             failure = error
         fingerprint = self._fingerprint(trainer)
         reports: list[_Report] = self._gather(_Report.of(_digest(fingerprint), outcomes, failure))
@@ -127,7 +127,7 @@ class ProcessGroupEngine(Engine):
             raise failure
         _raise_first_failure(reports, trainer.generation + 1)
         if any(report.digest != reports[0].digest for report in reports):
-            # Only now does it pay to say by what they differ.
+            # Exchange whole fingerprints only if digests differ, to report the difference.
             _check_same(self._gather(fingerprint), trainer.generation + 1)
         return [outcome for report in reports for outcome in report.outcomes()]
 
@@ -136,13 +136,13 @@ class ProcessGroupEngine(Engine):
 
         Args:
             chunks: All chunks, in order.
-            rank: The process; this one if None.
+            rank: Index of the process; this one if None.
         """
         rank = self.rank if rank is None else rank
         return chunks[len(chunks) * rank // self.size : len(chunks) * (rank + 1) // self.size]
 
     def own_part(self, chunks: Sequence[Chunk], bytes_of_sums: int, seconds_of_noise: float) -> Sequence[Chunk]:
-        """Return this process's chunks if sums are exchanged, else all."""
+        """Return this process's chunks if sums are exchanged, else all chunks."""
         if self.exchange == "auto":
             saved = seconds_of_noise * (1 - 1 / self.size)
             self._sums = saved > _SECONDS_OF_LATENCY + bytes_of_sums / _BYTES_PER_SECOND
@@ -151,10 +151,10 @@ class ProcessGroupEngine(Engine):
         return self.share(chunks) if self._sums else chunks
 
     def add_up(self, totals: Mapping[str, Tensor]) -> None:
-        """Add the totals of all processes, if they are partial."""
+        """Add the totals of all processes, if sums are exchanged."""
         if not self._sums:
             return
-        # One reduction for all parameters on a device, as each of its own would take another round.
+        # One reduction for all parameters on a device saves rounds of communication.
         for device in {total.device for total in totals.values()}:
             group = [total for total in totals.values() if total.device == device]
             flat = torch.cat([total.flatten() for total in group])
@@ -164,7 +164,7 @@ class ProcessGroupEngine(Engine):
                 total.copy_(part.view_as(total))
 
     def from_main(self, function: Callable[[], T]) -> T:
-        """Run ``function`` in the first process, and return its result, or raise what it raises, in all of them."""
+        """Run ``function`` in the first process, and return its result, or raise its exception, in all of them."""
         result: list[Any] = [None, None]
         failure: BaseException | None = None
         if self.rank == 0:
@@ -197,7 +197,7 @@ class ProcessGroupEngine(Engine):
         return on_host
 
     def _gather(self, value: Any) -> list[Any]:
-        """Return what all processes have, in their order."""
+        """Return the values of all processes, in the order of ranks."""
         payload = pickle.dumps(value)
         self.bytes_sent += len(payload)
         payloads: list[Any] = [None] * self.size
@@ -205,8 +205,8 @@ class ProcessGroupEngine(Engine):
             dist.all_gather_object(payloads, payload, group=self._host)
         except RuntimeError as error:
             raise RuntimeError(
-                f"process {self.rank} of {self.size} could not exchange scores: another one is gone, or took longer"
-                f" than the process group's timeout ({error})"
+                f"process {self.rank} of {self.size} could not exchange scores: another one has ended, or took longer"
+                f" than the process group's timeout ({error}). See the output of the other processes"
             ) from error
         return [pickle.loads(payload) for payload in payloads]
 
@@ -218,7 +218,7 @@ class ProcessGroupEngine(Engine):
 
 
 class _Report(NamedTuple):
-    """What a process tells the others about its share of a generation."""
+    """The results that a process sends to the others: its share of a generation."""
 
     digest: bytes
     shapes: list[tuple[int, ...]]
@@ -254,13 +254,13 @@ def _digest(fingerprint: Mapping[str, Any]) -> bytes:
 
 
 def is_launched() -> bool:
-    """Return whether the environment is that of one of several processes, as ``torchrun`` sets it."""
+    """Return whether the environment variables are those of several processes, as set by ``torchrun``."""
     needed = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     return dist.is_available() and all(name in os.environ for name in needed) and int(os.environ["WORLD_SIZE"]) > 1
 
 
 def join_group() -> None:
-    """Make the default process group from the environment that ``torchrun`` has set."""
+    """Make the default process group from the environment variables of ``torchrun``."""
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
@@ -271,11 +271,11 @@ def join_group() -> None:
 
 
 def _fresh_store(rank: int, size: int) -> dist.Store:
-    """Return a store that belongs to this start of the group alone.
+    """Return a new store for this start of the group.
 
-    torchrun's store outlives restarts, and with it the addresses of processes that are gone, which would be called in
-    vain (https://github.com/pytorch/pytorch/issues/135712). So it is only used to ask the first process for the port
-    of a new one, by a question that no earlier process can have answered.
+    torchrun's store survives restarts, with the addresses of processes that have ended. New processes would try to
+    connect to these (https://github.com/pytorch/pytorch/issues/135712). So we only use it to ask the first process for
+    the port of a new store. Each question has a random key, which no earlier process can have answered.
     """
     host = os.environ["MASTER_ADDR"]
     shared = dist.TCPStore(host, int(os.environ["MASTER_PORT"]), is_master=False)
@@ -296,7 +296,7 @@ def _fresh_store(rank: int, size: int) -> dist.Store:
 
 
 def local_device(device: torch.device) -> torch.device:
-    """Return the accelerator that belongs to this process where ``device`` names none in particular.
+    """Return ``device``; without an index, the accelerator of this process on its machine.
 
     Example:
         >>> local_device(torch.device("cpu"))
@@ -314,7 +314,7 @@ def _backends() -> dict[str, str]:
 
 
 def _leave_group() -> None:
-    # A group to which somebody refers lives on until the interpreter ends, where its threads would abort the process.
+    # A group that is still referenced would live until the interpreter exits, and its threads would abort the process.
     for engine in _engines:
         engine._host = None
     if dist.is_initialized():
@@ -322,8 +322,8 @@ def _leave_group() -> None:
 
 
 def _portable(error: BaseException) -> BaseException:
-    """Return the exception, or one that says the same where other processes could not read it."""
-    # Whatever goes wrong, it is not portable.
+    """Return the exception, or a ``RuntimeError`` with its text if it cannot be pickled."""
+    # Any error in here means that it cannot be pickled.
     with contextlib.suppress(Exception):
         if type(pickle.loads(pickle.dumps(error))) is type(error):
             return error
@@ -336,7 +336,7 @@ def _raise_first_failure(reports: Sequence[_Report], generation: int) -> None:
         if error is None:
             continue
         if not isinstance(error, Exception):
-            # Ctrl-C, or a wish to end.
+            # KeyboardInterrupt or SystemExit.
             raise error
         message = f"process {rank} failed in generation {generation}: {type(error).__name__}: {error}"
         raise (torch.OutOfMemoryError if is_out_of_memory(error) else RuntimeError)(message) from error

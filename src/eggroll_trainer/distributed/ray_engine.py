@@ -1,4 +1,4 @@
-"""An engine over Ray: a pool of workers that may die, be slow, come and go."""
+"""An engine over Ray: a pool of workers that may die, be slow, join or leave."""
 
 from __future__ import annotations
 
@@ -17,27 +17,26 @@ from ray.exceptions import RayActorError, RayTaskError
 from .._utils.validation import check_int, check_real
 from .engine import Chunk, Evaluator, LocalEngine, Outcome
 
-# How long the engine waits for news before it looks at the clock.
+# Seconds that the engine waits for a result before it checks time limits.
 _LOOK_EVERY = 1.0
 
 
 class RayEngine(LocalEngine):
-    """Lets Ray's workers evaluate the chunks of a population: for fitness functions that are slow or uneven.
+    """Evaluates the chunks of a population with Ray workers. Use it for fitness functions that are slow or uneven.
 
-    The script runs in one process, which makes the steps; a copy of the trainer runs in every worker. A generation's
-    trained weights go to Ray's object store once, others when they have changed. A chunk whose worker dies is evaluated
-    again by another one, with the same numbers; one that takes much longer than the others is given out twice, and the
-    first to end counts. Workers join and leave between generations as the cluster grows and shrinks.
+    The script runs in one process, which makes the steps. Each worker has a copy of the trainer. Trained weights are
+    put into Ray's object store once a generation, others when they have changed. If a worker dies, another one
+    evaluates its chunk again, with the same result. A chunk that takes much longer than others is given to a second
+    worker, and the first result counts. Workers join and leave between generations as the cluster grows and shrinks.
 
     Args:
-        workers: How many; as many as the cluster has room for if None, which is asked again every generation.
-        threads: Threads of torch in each worker. Results are those of a local run with as many threads.
-        timeout: Seconds that the evaluation of a chunk may take; then its worker is killed.
-        retries: How often a chunk is evaluated again that took too long or whose worker died.
-        straggler: A chunk is given out a second time when it has taken so many times as long as half of the others,
-            and a worker has nothing else to do.
-        worker_options: Ray's options of a worker, such as ``{"num_gpus": 1}``; ``num_cpus`` is ``threads`` unless it is
-            among them.
+        workers: Number of workers. If None, as many as fit in the cluster, which is checked in every generation.
+        threads: Number of torch's threads in each worker. Results are those of a local run with as many threads.
+        timeout: Seconds that the evaluation of a chunk may take. After that, its worker is killed.
+        retries: How often a chunk is evaluated again after a timeout, or after its worker has died.
+        straggler: An idle worker gets a second copy of a chunk that has taken this many times the median duration of
+            the others.
+        worker_options: Ray's options for a worker, such as ``{"num_gpus": 1}``. ``num_cpus`` is ``threads`` by default.
 
     Raises:
         TypeError: An argument is of the wrong type.
@@ -66,13 +65,13 @@ class RayEngine(LocalEngine):
         self.worker_options = {"num_cpus": self.threads, **(worker_options or {})}
         if not ray.is_initialized():
             ray.init()
-        # What was sent out last: the trainer and its fitness function, and the reference to its copy.
+        # The trainer and fitness function that were sent last, and Ray's reference to their copy.
         self._sent: tuple[Evaluator, Any] | None = None
         self._copy: Any = None
-        # A reference to the untrained tensors, which are sent when they change: most of a model may be frozen.
+        # Ray's reference to the untrained tensors. They may be most of a model, so they are sent only when they change.
         self._untrained: Any = None
         self._actors: list[Any] = []
-        # What is under way, be it of an earlier generation that did not wait for it.
+        # All running tasks, including those of earlier generations that are no longer needed.
         self._running: dict[Any, _Task] = {}
         self._served = 0
 
@@ -99,7 +98,9 @@ class RayEngine(LocalEngine):
                     self._actors.remove(task.actor)
                     starts_failed += task.chunk is None
                     if starts_failed > self.retries:
-                        raise RuntimeError(f"Ray's workers die while they start, {starts_failed} times") from error
+                        raise RuntimeError(
+                            f"Ray's workers die while they start, {starts_failed} times: see Ray's logs"
+                        ) from error
                     continue
                 except RayTaskError as error:
                     if task.served == self._served:
@@ -119,33 +120,33 @@ class RayEngine(LocalEngine):
         self._actors, self._running, self._sent, self._copy, self._untrained = [], {}, None, None, None
 
     def __del__(self) -> None:
-        # The interpreter may have taken Ray apart already, and its workers with it.
+        # At interpreter exit, Ray may be partly gone already, with its workers.
         with contextlib.suppress(Exception):
             if ray.is_initialized():
                 self.close()
 
     def _send(self, trainer: Evaluator) -> None:
-        """Put a copy of the trainer where workers find it, unless they have one that is like it."""
+        """Put a copy of the trainer into the object store, unless workers have a current one."""
         if self._sent is not None and self._sent[0] is trainer and self._sent[1] is trainer.fitness_fn:
             return
         self._sent, self._copy = (trainer, trainer.fitness_fn), ray.put(trainer)
 
     def _put_state(self, trainer: Evaluator) -> list[Any]:
-        """Return references to the copy of the trainer, to what changes in it, and to its untrained tensors."""
+        """Return references to the copy of the trainer, to its working state, and to its untrained tensors."""
         state = trainer.working_state()
         untrained = state.pop("untrained")
         if self._untrained is None or not _equal(ray.get(self._untrained), untrained):
             self._untrained = ray.put(untrained)
-        # In a list, so that Ray hands the references on instead of what they refer to.
+        # In a list, so that Ray passes the references, not the objects.
         return [self._copy, ray.put(state), self._untrained]
 
     def _adapt(self) -> None:
-        """Start or end workers until there are as many as wanted, or as the cluster has room for."""
+        """Start or end workers until there are ``workers`` of them, or as many as fit in the cluster."""
         wanted = self.workers
         if wanted is None:
             cpus = ray.cluster_resources().get("CPU", 1)
             wanted = max(1, int(cpus // max(self.worker_options["num_cpus"], 1e-3)))
-        # Those that are still at work, be it of an earlier generation, leave first: nobody waits for them.
+        # End busy workers first: they work for an earlier generation, and are not waited for.
         busy = {id(task.actor) for task in self._running.values()}
         self._actors.sort(key=lambda actor: id(actor) in busy)
         self._actors, surplus = self._actors[:wanted], self._actors[wanted:]
@@ -156,7 +157,7 @@ class RayEngine(LocalEngine):
         for _ in range(wanted - len(self._actors)):
             actor: Any = ray.remote(**self.worker_options)(_Worker).remote(self.threads)
             self._actors.append(actor)
-            # One that waits for room in the cluster, or still imports, is busy until it answers.
+            # A new worker counts as busy until it has started.
             self._running[actor.ready.remote()] = _Task(actor, None, self._served, time.monotonic())
 
     def _give_out(
@@ -171,7 +172,7 @@ class RayEngine(LocalEngine):
             self._running[reference] = _Task(actor, chunk, self._served, time.monotonic())
 
     def _straggler(self, outcomes: Mapping[Chunk, Outcome], durations: list[float]) -> Chunk | None:
-        """Return the chunk that is late and has not been given out twice, if there is one."""
+        """Return a late chunk that only one worker evaluates, or None."""
         if not durations:
             return None
         late = time.monotonic() - self.straggler * statistics.median(durations)
@@ -183,7 +184,7 @@ class RayEngine(LocalEngine):
         return None
 
     def _kill_late(self) -> list[_Task]:
-        """Kill workers whose chunk takes too long, and return what they did."""
+        """Kill workers that exceed the timeout, and return their tasks."""
         if self.timeout is None:
             return []
         latest = time.monotonic() - self.timeout
@@ -202,7 +203,7 @@ class RayEngine(LocalEngine):
         failures: dict[Chunk, int],
         outcomes: Mapping[Chunk, Outcome],
     ) -> None:
-        """Let the chunks of workers that are gone be evaluated again, by new ones."""
+        """Queue the chunks of dead workers again, and replace the workers."""
         for task in lost:
             if task.served != self._served or task.chunk is None or task.chunk in outcomes:
                 continue
@@ -224,7 +225,7 @@ def _equal(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
 
 
 class _Task(NamedTuple):
-    """What a worker does: a chunk of the evaluation ``served``, or, without one, its start."""
+    """A task of a worker: a chunk of evaluation number ``served``, or the worker's start if ``chunk`` is None."""
 
     actor: Any
     chunk: Chunk | None
@@ -233,7 +234,7 @@ class _Task(NamedTuple):
 
 
 class _WorkersEngine(LocalEngine):
-    """That of a copy of the trainer, which leaves warnings to the script's process."""
+    """The engine of a worker's copy of the trainer. Rank 1 makes it leave warnings to the script's process."""
 
     rank = 1
 
@@ -248,7 +249,7 @@ class _Worker:
         self.served = -1
 
     def ready(self) -> None:
-        """Return when the worker has started."""
+        """Do nothing; it returns once the worker has started."""
 
     def evaluate(self, served: int, state: list[Any], chunk: Chunk) -> Outcome:
         """Return the outcome of a chunk."""
