@@ -64,7 +64,7 @@ def test_a_file_in_another_folder(tmp_path: Path) -> None:
         (f"{MODULE}:", "must be MODULE:FUNCTION"),
         ("no_such_module:share", "no module 'no_such_module'"),
         ("no_such_file.py:share", "no file no_such_file.py"),
-        ("math.py:share", "another module of the name 'math'"),
+        ("math.py:share", "another module named 'math'"),
         (f"{MODULE}:nothing", f"'nothing' is no function in {MODULE}"),
         (f"{MODULE}:number", "'number' is a int"),
     ],

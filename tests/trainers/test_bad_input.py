@@ -54,27 +54,27 @@ ARGUMENTS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "population_size odd with pairs": (
         {"population_size": 9, "noise_reuse": 2},
         ValueError,
-        "population_size must be divisible by noise_reuse=2, got 9; the next that is: 10",
+        "population_size must be divisible by noise_reuse=2, got 9; the next one is 10",
     ),
     "population_size and noise_reuse": (
         {"population_size": 8, "noise_reuse": 3},
         ValueError,
-        "population_size must be divisible by noise_reuse=3, got 8; the next that is: 9",
+        "population_size must be divisible by noise_reuse=3, got 8; the next one is 9",
     ),
     "population_size and group_size": (
         {"population_size": 8, "group_size": 5},
         ValueError,
-        "population_size must be divisible by group_size=5, got 8; the next that is: 10",
+        "population_size must be divisible by group_size=5, got 8; the next one is 10",
     ),
     "group_size too large": (
         {"population_size": 8, "group_size": 16},
         ValueError,
-        "population_size must be divisible by group_size=16, got 8; the next that is: 16",
+        "population_size must be divisible by group_size=16, got 8; the next one is 16",
     ),
     "group_size and noise_reuse": (
         {"population_size": 12, "group_size": 3, "noise_reuse": 2},
         ValueError,
-        "group_size must be divisible by noise_reuse=2, got 3; the next that is: 4",
+        "group_size must be divisible by noise_reuse=2, got 3; the next one is 4",
     ),
     "group_size 1": ({"group_size": 1}, ValueError, "group_size must be at least 2"),
     "group_size negative": ({"group_size": -1}, ValueError, "group_size must be at least 0, got -1"),
@@ -104,7 +104,7 @@ ARGUMENTS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "chunk_size and noise_reuse": (
         {"chunk_size": 3, "noise_reuse": 2},
         ValueError,
-        "chunk_size must be divisible by noise_reuse=2, got 3; the next that is: 4",
+        "chunk_size must be divisible by noise_reuse=2, got 3; the next one is 4",
     ),
     "model None": ({"model": None}, TypeError, "model must be a torch.nn.Module, got NoneType"),
     "model class": ({"model": nn.Linear}, TypeError, "model must be a torch.nn.Module, got type"),
@@ -446,13 +446,13 @@ LIVE: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any], type[Exception
         lambda t: setattr(t, "population_size", 9),
         lambda t: setattr(t, "population_size", POPULATION),
         ValueError,
-        "population_size must be divisible by noise_reuse=2, got 9; the next that is: 10",
+        "population_size must be divisible by noise_reuse=2, got 9; the next one is 10",
     ),
     "chunk_size": (
         lambda t: setattr(t, "chunk_size", 3),
         lambda t: setattr(t, "chunk_size", None),
         ValueError,
-        "chunk_size must be divisible by noise_reuse=2, got 3; the next that is: 4",
+        "chunk_size must be divisible by noise_reuse=2, got 3; the next one is 4",
     ),
     "parameter replaced": (
         replace_weight,

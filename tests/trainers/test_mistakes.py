@@ -87,7 +87,7 @@ def test_the_model_as_params(cls: Any) -> None:
             cls(*arguments)
     with pytest.raises(TypeError, match="got a Linear; a model is passed as model="):
         cls(model, model=model, fitness_fn=lambda model: 0.0)
-    with pytest.raises(TypeError, match="got type; make one of it"):
+    with pytest.raises(TypeError, match="got type; create an instance"):
         cls(model=nn.Linear, fitness_fn=lambda model: 0.0)
 
 

@@ -1,1 +1,1 @@
-"""What every station uses: validation, interrupts, warnings, memory."""
+"""Helpers that all packages use: validation, interrupts, warnings, memory."""

@@ -1,4 +1,4 @@
-"""Arguments that a call does not know: the error says which one was meant."""
+"""Error messages for unknown arguments, which suggest the right one."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _GENERATIONS = "train(num_generations=…), which is given when training begins"
 _LOSS = "fitness_fn, with maximize=False where lower is better"
 _SHARING = "engine, or chunk_size: how many members are evaluated at a time"
 
-# What other libraries and papers call the arguments of a trainer. {0} is the name that was given.
+# Names of a trainer's arguments in other libraries and papers. {0} stands for the given name.
 _OF_TRAINERS: dict[str, tuple[str, ...]] = {
     "learning_rate": (
         *("lr", "alpha", "eta", "lrate", "step_size", "stepsize", "learning_rate_init", "lr_init"),
@@ -84,10 +84,10 @@ TRAINER_ALIASES, TRAIN_ALIASES = _by_alias(_OF_TRAINERS), _by_alias(_OF_TRAIN)
 
 
 def explain_unknown(aliases: Mapping[str, str]) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Have a method say which argument was meant where it is given one that it does not have.
+    """Make a method suggest the right argument when it gets an unknown one.
 
     Args:
-        aliases: From what others call an argument to the one that is meant, or to what to do instead.
+        aliases: Common names of arguments in other libraries, each with our argument or what to do instead.
 
     Example:
         >>> class Trainer:
@@ -105,7 +105,7 @@ def explain_unknown(aliases: Mapping[str, str]) -> Callable[[Callable[P, R]], Ca
         @functools.wraps(method)
         def checked(*args: P.args, **kwargs: P.kwargs) -> R:
             for name in kwargs.keys() - set(known):
-                # The class that was called, which may inherit the method.
+                # The user's class, which may inherit the method.
                 cls = type(args[0]).__name__
                 called = cls if method.__name__ == "__init__" else f"{cls}.{method.__name__}"
                 raise TypeError(f"{called}() has no argument {name!r}; {_meant(name, known, aliases)}")
@@ -120,7 +120,7 @@ def _meant(name: str, known: Collection[str], aliases: Mapping[str, str]) -> str
     meant = aliases.get(name.lower())
     if meant is not None:
         argument = re.split(r"\W", meant)[0]
-        # Not every class has each of them.
+        # Not every class has every argument.
         if argument in known or argument == "train":
             return f"did you mean {meant}?"
     close = difflib.get_close_matches(name.lower(), known, n=1)

@@ -1,4 +1,4 @@
-"""Copies of what is kept, of plain types that load without running code."""
+"""Deep copies of plain types, which can be loaded without running code."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _UNCHANGING = {bool, float, int, str, type(None)}
 
 
 def plain_copy(value: Any) -> Any:
-    """Return a deep copy in which NumPy's numbers, which only code could load again, are Python's.
+    """Return a deep copy with NumPy scalars as Python numbers, as loading the former would run code.
 
     Example:
         >>> plain_copy({"lr": [np.float64(0.5)]})
@@ -27,7 +27,7 @@ def plain_copy(value: Any) -> Any:
         return type(value)({plain_copy(k): plain_copy(v) for k, v in value.items()})
     if type(value) in (list, tuple):
         if set(map(type, value)) <= _UNCHANGING:
-            # Histories are long.
+            # A fast path for histories, which are long.
             return value[:] if type(value) is list else value
         return type(value)(plain_copy(v) for v in value)
     return copy.deepcopy(value)

@@ -1,4 +1,4 @@
-"""Graphs that ``torch.compile`` has made, and how to call them again without what it does around them."""
+"""Calls the graphs that ``torch.compile`` has made directly, without its guards."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from torch import Tensor, fx
 from .._torch import lookup_backend, tree_flatten, tree_unflatten
 from .recent import Recent
 
-# A graph, what it was called with, and what it returned.
+# A compiled graph, the arguments of a call, and its results.
 _Record = tuple[Callable[..., Sequence[Any]], tuple[Any, ...], Sequence[Any]]
 
-# Shapes of tensors for which it is remembered how a kernel is called.
+# Number of input shapes for which the direct call of a kernel is kept.
 _MAX_PREPARED = 64
 
 
 class Backend:
-    """A backend of ``torch.compile``: the default one, whose graphs can be watched.
+    """A backend of ``torch.compile``: the default one, with a record of the calls of its graphs.
 
-    Around a graph, ``torch.compile`` checks that all is as it was when it compiled, and finds the graph's inputs. For
-    a small model that takes several times as long as the graph. Who knows that nothing but some tensors has changed
-    since the last call can do without.
+    Before it calls a graph, ``torch.compile`` evaluates guards and collects the graph's inputs. For a small model, this
+    takes several times as long as the graph. If only the values of some tensors have changed since the last call, we
+    skip the guards and call the graph directly.
     """
 
     inner = "inductor"
@@ -46,7 +46,7 @@ class Backend:
 
     @contextlib.contextmanager
     def recording(self) -> Iterator[list[_Record]]:
-        """Yield the calls of graphs inside the block."""
+        """Yield a list, to which the calls of graphs inside the block are added."""
         records: list[_Record] = []
         self._records = records
         try:
@@ -56,15 +56,16 @@ class Backend:
 
 
 def replay(records: Sequence[_Record], own: Sequence[Tensor], result: Any) -> Callable[[Sequence[Tensor]], Any] | None:
-    """Return what computes ``result`` again from other tensors in the place of ``own``.
+    """Return a function that computes ``result`` again, for other tensors in the place of ``own``.
 
     Args:
-        records: The graphs that were called for it.
-        own: Tensors that the graph was called with.
-        result: What was made of the graph's outputs.
+        records: The recorded calls of graphs that computed ``result``.
+        own: Tensors among the inputs of the graph.
+        result: The result, made of outputs of the graph.
 
     Returns:
-        The function, or None where more was done than to call one graph: the tensors are told by their identity.
+        The function. None if more than one graph was called, or if a tensor of ``own`` or ``result`` is not exactly one
+        input or output of the graph, by identity.
     """
     if len(records) != 1:
         return None
@@ -88,10 +89,10 @@ def replay(records: Sequence[_Record], own: Sequence[Tensor], result: Any) -> Ca
 
 
 class Kernel:
-    """A function of ours, compiled for all shapes: those that it has met are not checked again.
+    """A function compiled for all shapes. For shapes that it has met, it is called without guards.
 
     Args:
-        function: Of tensors alone, into some of which it writes; it returns nothing.
+        function: A function whose arguments are tensors only. It writes into some of them, and returns nothing.
     """
 
     def __init__(self, function: Callable[..., None]) -> None:

@@ -1,4 +1,4 @@
-"""Functions that a command line names."""
+"""Imports functions that are named on a command line."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from typing import Any
 
 
 def function_named(option: str, name: str) -> Callable[..., Any]:
-    """Return the function that ``MODULE:FUNCTION`` or ``FILE.py:FUNCTION`` names; modules may lie in this folder.
+    """Import the function ``MODULE:FUNCTION`` or ``FILE.py:FUNCTION``; modules may be in the current folder.
 
     Args:
-        option: What names it, for messages.
-        name: Its name.
+        option: The command-line option, for messages.
+        name: The name of the function.
 
     Raises:
         ValueError: There is no such module or function.
@@ -35,19 +35,19 @@ def _module(option: str, where: str) -> ModuleType:
     path = Path(where).resolve() if where.endswith(".py") else None
     if path is not None and not path.exists():
         raise ValueError(f"{option}: there is no file {where}")
-    # A script that pip has installed does not look in the current folder.
+    # Scripts installed by pip don't have the current folder on their path.
     folder = os.getcwd() if path is None else str(path.parent)
     if folder not in sys.path:
         sys.path.insert(0, folder)
-    # A file by its own name, so that other processes can import what is in it.
+    # Import a file under its own name, so that other processes can import it too.
     name = where if path is None else path.stem
     try:
         module = importlib.import_module(name)
     except ModuleNotFoundError as error:
-        # One that the module itself lacks is another matter.
+        # Errors about imports inside the module are raised unchanged.
         if error.name is None or not f"{name}.".startswith(f"{error.name}."):
             raise
         raise ValueError(f"{option}: there is no module {name!r} in {folder}, nor among those installed") from error
     if path is not None and (module.__file__ is None or Path(module.__file__).resolve() != path):
-        raise ValueError(f"{option}: there is another module of the name {name!r}; rename the file {where}")
+        raise ValueError(f"{option}: there is another module named {name!r}; rename the file {where}")
     return module

@@ -1,9 +1,9 @@
-"""Signals at a bad moment: Ctrl-C, a scheduler's SIGTERM, and an alarm of our own.
+"""Delays signals to a safe moment: Ctrl-C, a scheduler's SIGTERM, and the alarm of our time limits.
 
-An exception that a signal raises may come between any two operations of Python: after a mode was set and before the
-``try`` that takes it back, in a ``__del__`` where it is lost, in the middle of our own work. So while members are
-evaluated, in :class:`interruptible`, a signal is noted, and takes effect as soon as the user's code is running, or
-where our own can stop.
+A signal handler may raise an exception between any two operations of Python: between the setting of a mode and the
+``try`` that resets it, in a ``__del__``, where exceptions are ignored, or in the middle of our own work. So while
+members are evaluated, in :class:`interruptible`, a signal is recorded. It takes effect when the user's code is running,
+or where our code can stop.
 """
 
 from __future__ import annotations
@@ -21,33 +21,32 @@ from typing import Any
 Handler = Callable[[int, "FrameType | None"], Any]
 
 _ALARM = getattr(signal, "SIGALRM", None) if hasattr(signal, "setitimer") else None
-# Seconds after which is looked again whether a signal may take effect, and whether a block has ended that has had its
-# exception.
+# Seconds between checks whether a waiting signal may take effect, and between repeated exceptions of a time limit.
 _TICK, _AGAIN = 0.01, 0.1
-# Seconds after which a signal waits for no more than that the user's code is running.
+# After this many seconds, a signal takes effect anywhere in the user's code.
 _PATIENCE = 1.0
 
 _PACKAGE = __name__.partition(".")[0]
-# Parts of this package that are written like a user's code, or wait for others.
+# Parts of this package that may be interrupted like a user's code.
 _LIKE_USERS = tuple(f"{_PACKAGE}.{name}" for name in ("distributed", "llm", "rl"))
-# Modules that run on somebody's behalf.
+# Modules whose frames belong to their caller: the user's code or ours.
 _NEUTRAL = (sys.stdlib_module_names | {"greenlet", "numpy", "torch"}) - {"__main__"}
-# An exception in the first two would leave behind what is being set up or taken down, in the last it would be lost.
+# Methods that should not be interrupted: an exception would leave a context half set up, or be ignored in __del__.
 _DELICATE = frozenset({"__enter__", "__exit__", "__del__"})
 
 
 class TimeLimitExceeded(BaseException):
-    """A block took longer than its limit. No ``Exception``, so that a fitness function's own ``except`` misses it."""
+    """A block took longer than its limit. It is no ``Exception``, so ``except Exception`` does not catch it."""
 
 
 class _Guard:
-    """Handlers of signals that wait for a good moment.
+    """Signal handlers that delay signals to a safe moment.
 
     Attributes:
         thread: The main thread.
-        delays: How many blocks are open in which no signal takes effect.
-        waiting: Whether a signal waits.
-        limit: The time limit that is in force.
+        delays: Number of open blocks in which no signal takes effect.
+        waiting: Whether a signal is waiting.
+        limit: The active time limit, or None.
     """
 
     def __init__(self, home: FrameType) -> None:
@@ -59,38 +58,38 @@ class _Guard:
         self._previous: dict[int, Any] = {}
         self._arrived: list[int] = []
         self._since = 0.0
-        # What handlers have raised, by identity: the exceptions themselves would keep alive what is on their way.
+        # Exceptions of handlers, by identity: references would keep the frames of their tracebacks alive.
         self._raised: dict[tuple[type[BaseException], int], int] = {}
         self._armed = self._closing = False
-        # An exception that the caller is handling is none of ours.
+        # An exception that the caller is already handling.
         self._handled = sys.exc_info()[1]
         self._handler: Handler = self._handle
         self._hook = sys.unraisablehook
         self._own_hook = self._unraisable
-        # Somebody else's timer: seconds until it goes off, its interval, and when that was.
+        # The user's timer: seconds until it expires, its interval, and the time of this reading.
         self._timer = (*(signal.getitimer(signal.ITIMER_REAL) if _ALARM else (0.0, 0.0)), time.monotonic())
 
     def open(self) -> None:
         """Install the handlers."""
         for number in (signal.SIGINT, signal.SIGTERM, _ALARM):
             before = None if number is None else signal.getsignal(number)
-            # One that C code handles, that is ignored or that ends the process stays as it is.
+            # Leave signals alone that C code handles, that are ignored or that end the process.
             if number is not None and (callable(before) or (number == _ALARM and before is not None)):
                 self._previous[number] = before
                 signal.signal(number, self._handler)
         sys.unraisablehook = self._own_hook
 
     def close(self, failed: bool) -> None:
-        """Put back the handlers, and let what still waits take effect.
+        """Restore the handlers, and let waiting signals take effect.
 
         Args:
-            failed: Whether an exception is on its way. Otherwise a handler that was set meanwhile was set to stay.
+            failed: Whether the block has raised. If not, handlers that the block has set stay.
         """
         global _active
         error: BaseException | None = None
         remaining = list(self._previous.items())
         while remaining or _active is self:
-            # The handlers that are back may raise.
+            # A handler that is restored already may raise.
             try:
                 self._closing, self.limit = True, None
                 self._disarm()
@@ -114,28 +113,28 @@ class _Guard:
             _raise_all(arrived)
 
     def start(self, limit: time_limit) -> None:
-        """Put a time limit in force."""
+        """Activate a time limit."""
         self.limit = limit
         self._arm()
 
     def stop(self, outer: time_limit | None) -> None:
-        """Put an outer limit in force again."""
+        """Deactivate the time limit, and activate the outer one again."""
         self.limit = outer
         self.waiting = bool(self._arrived)
         self._arm()
 
     def check(self) -> None:
-        """Let what waits take effect now, unless nothing may, or an exception is cleared up after."""
-        if self.waiting and not self.delays and not self._clearing_up():
+        """Let waiting signals take effect now, unless they are delayed or code is cleaning up after an exception."""
+        if self.waiting and not self.delays and not self._cleaning_up():
             self._take_effect(sys._getframe(1))
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if _active is not self:
-            # It was put back by someone who had found it here.
+            # The block has ended, but someone has restored this handler.
             _pass_on(number, self._previous[number], frame)
         elif number == _ALARM:
             if self._armed:
-                self._settle(frame)
+                self._take_effect_if_safe(frame)
             elif callable(self._previous[number]) or self._timer[0]:
                 _pass_on(number, self._previous[number], frame)
         elif number in self._arrived:
@@ -144,15 +143,15 @@ class _Guard:
                 self._call(number, frame)
         else:
             self._note(number)
-            self._settle(frame)
+            self._take_effect_if_safe(frame)
 
     def _note(self, number: int) -> None:
         if not self._arrived:
             self._since = time.monotonic()
         self._arrived.append(number)
 
-    def _settle(self, frame: FrameType | None) -> None:
-        """Let what has arrived take effect if this is a good moment, else see to it that it will."""
+    def _take_effect_if_safe(self, frame: FrameType | None) -> None:
+        """Let signals that have arrived take effect if this is a safe moment; else set a timer to try again."""
         now = time.monotonic()
         overdue = -1.0 if self.limit is None else now - self.limit.deadline
         self.waiting = bool(self._arrived) or overdue >= 0
@@ -161,11 +160,11 @@ class _Guard:
         waited = max(now - self._since if self._arrived else 0.0, overdue)
         patient = waited < _PATIENCE
         if not self.delays:
-            if not (patient and self._clearing_up()) and self._users(frame, patient):
+            if not (patient and self._cleaning_up()) and self._in_users_code(frame, patient):
                 self._take_effect(frame)
-        elif self.limit is not None and overdue > self.limit.patience and self._users(frame, False):
-            # What the block calls hangs.
-            self._exceed()
+        elif self.limit is not None and overdue > self.limit.patience and self._in_users_code(frame, False):
+            # User code inside the delaying block hangs.
+            self._raise_time_limit()
         if self.waiting:
             self._arm()
 
@@ -177,28 +176,28 @@ class _Guard:
             self._call(number, frame)
         self.waiting = False
         if self.limit is not None and time.monotonic() >= self.limit.deadline:
-            self._exceed()
+            self._raise_time_limit()
         self._arm()
 
     def _call(self, number: int, frame: FrameType | None) -> None:
-        """Do what would have been done without this guard."""
+        """Call the handler that was installed before this guard."""
         try:
             _pass_on(number, self._previous[number], frame)
         except BaseException as error:
             self._raised[type(error), id(error)] = number
             raise
 
-    def _exceed(self) -> None:
+    def _raise_time_limit(self) -> None:
         assert self.limit is not None and _ALARM is not None
         self.waiting = bool(self._arrived)
         self.limit.raised = True
         self._armed = True
-        # It comes again where it is swallowed.
+        # Raise it again if it is swallowed.
         signal.setitimer(signal.ITIMER_REAL, _AGAIN, _AGAIN)
         raise TimeLimitExceeded
 
-    def _users(self, frame: FrameType | None, patient: bool) -> bool:
-        """Return whether the user's code is running, and, to the patient, nowhere that it would rather not end."""
+    def _in_users_code(self, frame: FrameType | None, patient: bool) -> bool:
+        """Return whether the user's code is running; if ``patient``, not where it should not be interrupted."""
         whose: bool | None = None
         while frame is not None:
             if patient and frame.f_code.co_name in _DELICATE:
@@ -219,13 +218,13 @@ class _Guard:
             frame = frame.f_back
         return True
 
-    def _clearing_up(self) -> bool:
-        """Return whether code is running because of an exception that ends everything, such as ours."""
+    def _cleaning_up(self) -> bool:
+        """Return whether code is running that cleans up after an exception such as ``KeyboardInterrupt`` or ours."""
         error = sys.exc_info()[1]
         return error is not None and error is not self._handled and not isinstance(error, Exception)
 
     def _unraisable(self, args: Any) -> None:
-        """See that an exception which was lost, as in a ``__del__``, comes again."""
+        """Raise an exception of ours again that Python has ignored, as in a ``__del__``."""
         error = args.exc_value
         number = self._raised.get((type(error), id(error)))
         if number is not None:
@@ -237,7 +236,7 @@ class _Guard:
             self._hook(args)
 
     def _arm(self) -> None:
-        """Set the timer for what comes next."""
+        """Set the timer for the next check or deadline."""
         if _ALARM is None or self._closing:
             return
         if self.limit is None and (self._timer[0] or not self.waiting):
@@ -254,11 +253,11 @@ class _Guard:
             seconds, interval, since = self._timer
             left = max(seconds - (time.monotonic() - since), 1e-6) if seconds else 0.0
             signal.setitimer(signal.ITIMER_REAL, left, interval)
-            # Not before: an alarm that came just now is handled at the end of the call.
+            # Only now: an alarm that has just arrived is handled when setitimer returns.
             self._armed = False
 
 
-# The guard in force; there is none but in the main thread, which alone receives signals.
+# The active guard. It exists in the main thread only, which receives all signals.
 _active: _Guard | None = None
 
 
@@ -292,18 +291,19 @@ def _raise_all(numbers: list[int]) -> None:
 
 
 def check_pending() -> None:
-    """Let signals that wait take effect here: where the caller can stop. Without any, it does nothing."""
+    """Let waiting signals take effect here, where the caller can stop."""
     guard = _active
     if guard is not None and guard.waiting and guard.thread == threading.get_ident():
         guard.check()
 
 
 class interruptible:
-    """Let Ctrl-C, SIGTERM where somebody handles it, and our own alarm end the block without harm.
+    """Let Ctrl-C, SIGTERM (if it has a handler) and the alarm of time limits interrupt the block safely.
 
-    In the user's code they take effect at once, if possible, or after a moment; in our own at the end of the next
-    :class:`delayed_interrupt`, in :func:`check_pending`, or after the block. A second one takes effect at once. An
-    exception that is lost, as in a ``__del__``, comes again. Blocks can be nested, and do nothing in other threads.
+    In the user's code, signals take effect at once if possible, or after a moment. In our code, they take effect at the
+    end of the next :class:`delayed_interrupt`, in :func:`check_pending`, or after the block. A second signal takes
+    effect at once. An exception that Python ignores, as in a ``__del__``, is raised again. Blocks can be nested. In
+    threads other than the main one, they do nothing.
     """
 
     __slots__ = ("_guard",)
@@ -320,9 +320,9 @@ class interruptible:
 
 
 class delayed_interrupt:
-    """Let a Ctrl-C, a SIGTERM that somebody handles, or our own alarm during the block take effect after it.
+    """Delay Ctrl-C, SIGTERM (if it has a handler) and the alarm of time limits until after the block.
 
-    They do so also if the block raises. A second one takes effect at once.
+    They take effect even if the block raises. A second signal takes effect at once.
     """
 
     __slots__ = ("_guard", "_own")
@@ -353,9 +353,9 @@ _get_ident = threading.get_ident
 
 @contextlib.contextmanager
 def exit_on_sigterm() -> Iterator[None]:
-    """Let a SIGTERM, as schedulers send it, raise ``SystemExit(143)`` in the block, so that what must be done is done.
+    """Inside the block, a SIGTERM, as job schedulers send it, raises ``SystemExit(143)``, so that clean-up code runs.
 
-    Where somebody handles the signal already, or in a thread other than the main one, nothing changes.
+    If the signal has a handler already, or in threads other than the main one, this does nothing.
     """
     main = threading.current_thread() is threading.main_thread()
     if not main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
@@ -373,21 +373,20 @@ def exit_on_sigterm() -> Iterator[None]:
 
 
 class time_limit:
-    """Raise :class:`TimeLimitExceeded` in the block when it has taken ``seconds``.
+    """Raise :class:`TimeLimitExceeded` in the block after ``seconds``.
 
-    It is raised in the user's code, as :class:`interruptible` says, and again where it is swallowed; a block that takes
-    long inside a :class:`delayed_interrupt` is left all the same after half as long again. Native code that does not
-    return to Python cannot be interrupted. It takes the main thread, and a system with alarms; elsewhere there is no
-    limit.
+    It is raised in the user's code, as described in :class:`interruptible`, and raised again if it is swallowed. After
+    half as long again, it is raised even inside a :class:`delayed_interrupt`. Native code that does not return to
+    Python cannot be interrupted. Time limits need the main thread, and a system with alarms; elsewhere there is none.
 
     Args:
-        seconds: The limit, or None.
-        exit_when_stuck: Whether to end the process, with a traceback, where the block goes on for as long again, and
-            for some seconds at least.
+        seconds: The limit, or None for no limit.
+        exit_when_stuck: Whether to end the process with a traceback if the block takes twice as long, and at least some
+            seconds longer.
 
     Attributes:
-        deadline: When it is over, on the monotonic clock.
-        patience: Seconds after which it waits for no block's end.
+        deadline: The end of the limit, on the monotonic clock.
+        patience: Seconds after the deadline from which on delaying blocks are interrupted too.
         raised: Whether the exception has been raised.
     """
 
@@ -429,7 +428,7 @@ class time_limit:
             elif guard.waiting:
                 guard.check()
         finally:
-            # One that was swallowed, or made into another exception, was raised all the same.
+            # Raise it again if it was swallowed, or converted to another exception.
             if self.raised and (error is None or (isinstance(error, Exception) and _stems_from(error))):
                 raise TimeLimitExceeded from error
 

@@ -1,4 +1,4 @@
-"""How much memory an evaluation may take, and how much it takes."""
+"""The memory budget of an evaluation, and measurements of memory."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from .._torch import TorchDispatchMode, tree_leaves
 
 _MB = 2**20
 
-# What is enough on a CPU: more gains nothing.
+# Upper limits on a CPU. More memory is no faster.
 _CPU_CHUNK = 256 * _MB
 _CPU_KEPT = 64 * _MB
-# From 32 MB on the C library maps every tensor anew; a call has two to four of the largest alive at a time.
+# From 32 MB on, the C library maps memory anew for every tensor. A call has two to four of its largest tensors alive.
 _CPU_CALL = 64 * _MB
 
 # See mallopt(3).
@@ -30,13 +30,13 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 
 class Budget:
-    """The memory that an evaluation may take besides the model.
+    """The memory that an evaluation may use in addition to the model.
 
-    A quarter of it is for the perturbations of a chunk, a quarter for noise that is kept, half for the tensors of a
+    A quarter is for the perturbations of a chunk, a quarter for noise that is kept, and half for the tensors of a
     forward.
 
     Args:
-        total: Bytes; if None, a share of the device's memory, and on a CPU no more than is of use.
+        total: Bytes. If None, a share of the device's memory, with upper limits on a CPU.
     """
 
     def __init__(self, total: int | None = None) -> None:
@@ -44,21 +44,21 @@ class Budget:
         self._shares: dict[torch.device, int] = {}
 
     def chunk_bytes(self, device: torch.device) -> int:
-        """Return what the perturbations of a chunk may take."""
+        """Return the bytes for the perturbations of a chunk."""
         share = self._share(device) // 2
         return share if self.total is not None or device.type != "cpu" else min(share, _CPU_CHUNK)
 
     def held_bytes(self, device: torch.device) -> int:
-        """Return what a fitness function may hold at a time for a chunk, such as the caches of a language model."""
+        """Return the bytes for data of a fitness function for a chunk, such as the caches of a language model."""
         return self._share(device)
 
     def kept_bytes(self, device: torch.device) -> int:
-        """Return what noise may take that is kept for the update, beyond the chunk that is being evaluated."""
+        """Return the bytes for noise that is kept for the update, besides that of the current chunk."""
         share = self._share(device) // 2
         return share if self.total is not None or device.type != "cpu" else min(share, _CPU_KEPT)
 
     def call_bytes(self, device: torch.device) -> int:
-        """Return what the tensors that a forward makes may take."""
+        """Return the bytes for the tensors that a forward makes."""
         share = self._share(device)
         return share if device.type != "cpu" else min(share, _CPU_CALL)
 
@@ -67,19 +67,19 @@ class Budget:
             return self.total // 2
         if device not in self._shares:
             total, free = device_memory(device)
-            # A power of two, so that what else happens to run does not change how a population is cut up.
+            # A power of two, so that small differences in free memory don't change the chunks of a population.
             self._shares[device] = 1 << (max(1, min(total // 8, free // 4)).bit_length() - 1)
         return self._shares[device]
 
 
 def device_memory(device: torch.device) -> tuple[int, int]:
-    """Return the bytes of memory that a device has, and how many of them are free."""
+    """Return the total and the free memory of a device, in bytes."""
     module: Any = None if device.type in ("cpu", "meta") else torch.get_device_module(device)
     if hasattr(module, "mem_get_info"):
         free, total = module.mem_get_info(device)
-        # What torch holds in its cache is free for its tensors.
+        # Memory in torch's cache is free for its tensors.
         return total, free + module.memory_reserved(device) - module.memory_allocated(device)
-    # The memory that such a device has is the system's.
+    # Other devices use the memory of the system.
     values = {}
     with contextlib.suppress(OSError), open("/proc/meminfo") as file:
         values = {name: int(rest.split()[0]) * 1024 for name, _, rest in (line.partition(":") for line in file)}
@@ -91,7 +91,7 @@ def device_memory(device: torch.device) -> tuple[int, int]:
         return pages, pages
     total, free = values["MemTotal"], values["MemAvailable"]
     with contextlib.suppress(OSError, ValueError), open("/sys/fs/cgroup/memory.max") as file:
-        # Fails where there is no limit, which reads "max".
+        # Raises ValueError if there is no limit: the file contains "max".
         limit = int(file.read())
         with open("/sys/fs/cgroup/memory.current") as file:
             total, free = min(total, limit), min(free, limit - int(file.read()))
@@ -99,11 +99,11 @@ def device_memory(device: torch.device) -> tuple[int, int]:
 
 
 class freed_memory_kept:
-    """Let the process keep what it frees in the block, up to 256 MB, instead of handing it back to the system at once.
+    """Inside the block, the process keeps up to 256 MB of freed memory, instead of returning it to the system.
 
-    What is handed back comes anew page by page, zeroed: every operation on large activations then takes as long again
-    as its arithmetic. After the block the limit is 64 MB again, to which the C library itself adapts in a process with
-    large tensors. Where the environment sets these limits, by ``MALLOC_TRIM_THRESHOLD_`` say, they stay as they are.
+    Returned memory must be mapped and zeroed again, page by page. Operations on large activations then take twice as
+    long. After the block, the limit is 64 MB, to which the C library adapts by itself in a process with large tensors.
+    If environment variables such as ``MALLOC_TRIM_THRESHOLD_`` set these limits, we don't change them.
     """
 
     _lock = threading.Lock()
@@ -121,18 +121,18 @@ class freed_memory_kept:
         if library is None:
             return
         with cls._lock:
-            # Blocks may lie inside of others, and threads may be in blocks of their own.
+            # Blocks may be nested, and several threads may be in blocks.
             outermost = cls._blocks == (0 if by > 0 else 1)
             cls._blocks += by
             if outermost:
-                # Setting either keeps the library from adapting them.
+                # Once one of them is set, the library no longer adapts either.
                 library.mallopt(_M_MMAP_THRESHOLD, 32 * _MB)
                 library.mallopt(_M_TRIM_THRESHOLD, trim)
 
 
 @functools.cache
 def _c_library() -> Any:
-    """Return the C library if its allocator is glibc's, with limits that the user has not chosen."""
+    """Return the C library if it is glibc and the user has not set its limits, else None."""
     chosen = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES")
     if platform.libc_ver()[0] != "glibc" or any(name in os.environ for name in chosen):
         return None
@@ -144,16 +144,16 @@ def _c_library() -> Any:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether an exception says that a tensor did not fit."""
+    """Return whether an exception means that memory has run out."""
     # Some allocators, such as the CPU's, raise a RuntimeError.
     signs = ("not enough memory: you tried to allocate", "MPS backend out of memory")
     return isinstance(error, torch.OutOfMemoryError) or any(sign in str(error) for sign in signs)
 
 
 def live_bytes(function: Callable[[], Any]) -> int:
-    """Return how many bytes of the tensors made by ``function`` are alive at one time, at most.
+    """Return the peak memory, in bytes, of the tensors that ``function`` makes.
 
-    Tensors that it finds, views of them among its results too, don't count.
+    Existing tensors and views of them don't count.
 
     Example:
         >>> x = torch.zeros(256)  # 1 kB

@@ -1,4 +1,4 @@
-"""A dictionary that does not grow without end."""
+"""A dictionary of limited size."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ V = TypeVar("V")
 
 
 class Recent(dict[K, V]):
-    """A dictionary of the entries that were used last, by ``[]`` or ``get``, and no more than ``most`` of them.
+    """A dictionary that keeps the ``most`` entries that were used last, by ``[]`` or ``get``: an LRU cache.
 
     Example:
         >>> recent = Recent(2)
@@ -38,7 +38,7 @@ class Recent(dict[K, V]):
             del self[next(iter(self))]
 
     def get(self, key: K, default: V | None = None) -> V | None:  # type: ignore[override]
-        """Return the value of a key, or ``default`` where there is none."""
+        """Return the value of a key, or ``default`` if there is none."""
         if key not in self:
             return default
         return self[key]

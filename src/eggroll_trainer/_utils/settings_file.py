@@ -1,4 +1,4 @@
-"""Settings of a command that come from a file: ``--config FILE``."""
+"""Reads the settings of a command from a file: ``--config FILE``."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ HELP = (
     "--config FILE takes the settings from a file, such as the config.json of a run; options that follow override it."
 )
 
-# A run's own folder, and whether it goes on, are no settings of another run.
+# Settings that are not taken over from the config.json of another run.
 _PLACES = ("out", "resume")
 
 
 def without_config(arguments: list[str]) -> tuple[str | None, list[str]]:
-    """Return the file that ``--config FILE`` names, if it is there, and the other arguments.
+    """Return the file from ``--config FILE``, or None, and the other arguments.
 
     Raises:
         ValueError: The name of the file is missing.
@@ -36,15 +36,15 @@ def without_config(arguments: list[str]) -> tuple[str | None, list[str]]:
 
 
 def read_settings(file: str, kind: type, ignored: Collection[str] = ()) -> dict[str, Any]:
-    """Return the settings in a file of JSON, as values of the fields of a dataclass.
+    """Return the settings in a JSON file, as values of the fields of a dataclass.
 
     Args:
-        file: Its name; or a run's folder, with a ``config.json`` in it.
+        file: The file, or the folder of a run, which contains a ``config.json``.
         kind: The dataclass.
-        ignored: What else may stand in the file.
+        ignored: Further names in the file, which are ignored.
 
     Raises:
-        ValueError: There is no such file, it is no object in JSON, or something in it is no setting.
+        ValueError: There is no such file, it does not contain a JSON object, or there is an unknown setting in it.
     """
     path = Path(file)
     path = path / "config.json" if path.is_dir() else path
@@ -72,7 +72,7 @@ def read_settings(file: str, kind: type, ignored: Collection[str] = ()) -> dict[
 
 
 def _as(value: Any, hint: Any) -> Any:
-    """Return a value of JSON as the type that a field has."""
+    """Convert a JSON value to the type of a field."""
     if isinstance(value, list):
         return tuple(value)
     if isinstance(value, str) and "Path" in str(hint):

@@ -1,7 +1,7 @@
-"""What an exception leaves behind in a thread where it breaks into torch's own context managers.
+"""Restores torch's modes after an exception that was raised inside of torch's own context managers.
 
-Torch sets its modes by context managers written in Python. An exception between the setting and the ``try`` that takes
-it back, as a signal raises it, leaves the mode on for good.
+torch sets its modes in context managers written in Python. A signal handler may raise an exception between the setting
+of a mode and the ``try`` that resets it. Then the mode stays on.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from .._torch import (
 
 _ACCELERATOR = "cuda" if not torch.backends.mps.is_available() else "mps"
 
-# How to ask for a setting and how to set it.
+# Functions that get and set a setting.
 _Setting = tuple[Callable[[], Any], Callable[[Any], Any]]
 
 
@@ -61,12 +61,12 @@ def _set_autocast_depth(depth: int) -> None:
         torch.autocast_increment_nesting()
     for _ in range(depth, _autocast_depth()):
         torch.autocast_decrement_nesting()
-    # What was cast under the modes of a block that is over.
+    # It may contain casts from a block that has ended.
     torch.clear_autocast_cache()
 
 
 def _set_function_modes(modes: list[Any]) -> None:
-    # By the base's methods: those of a mode's own class may do more.
+    # Through the methods of the base class, as a mode's own methods may have side effects.
     for mode in reversed(get_current_function_mode_stack()):
         TorchFunctionMode.__exit__(mode, None, None, None)
     for mode in modes:
@@ -74,12 +74,12 @@ def _set_function_modes(modes: list[Any]) -> None:
 
 
 def _set_transforms(depth: int) -> None:
-    # Levels of vmap and the like; a block that has opened one would find another as its own.
+    # Remove levels of vmap and the like that the block has left open.
     while get_dynamic_layer_stack_depth() > depth:
         pop_dynamic_layer_stack()
 
 
-# The stacks come first: the others would be asked through them.
+# Stacks of modes come first, as the other functions could be intercepted by modes.
 _SETTINGS: list[_Setting] = [
     (get_dynamic_layer_stack_depth, _set_transforms),
     (dispatch_state, set_dispatch_state),
@@ -98,15 +98,15 @@ _SETTINGS: list[_Setting] = [
     (gc.isenabled, lambda enabled: gc.enable() if enabled else gc.disable()),
 ]
 
-# Guards of inference mode that nobody leaves: a mode that is over when its guard is.
+# Guards of inference mode that must stay alive, as their mode ends with them.
 _kept_guards: list[Any] = []
 
 
 def _set_inference(enabled: bool, error: BaseException) -> None:
-    """End the inference mode of a block that is over, or enter one that was left.
+    """Restore inference mode after an exception.
 
-    There is no way to set it. A guard that was not left ends with its object, which the exception keeps alive; later,
-    it would set the thread back to what is the past by then.
+    It can only be changed by guards. A guard that was not exited ends when it is freed, but the exception's traceback
+    keeps it alive. So we clear the frames of the traceback now. Later, the guard would restore an outdated state.
     """
     chain: list[BaseException | None] = [error]
     while chain and torch.is_inference_mode_enabled() != enabled:
@@ -121,11 +121,11 @@ def _set_inference(enabled: bool, error: BaseException) -> None:
 
 
 class restored_thread_state:
-    """Put back, where the block ends by an exception, what torch keeps for the thread or the process.
+    """If the block raises, restore torch's state of the thread and the process.
 
-    These are the transforms and modes of torch, gradients, inference mode, autocast, the compiler's stance, the default
-    dtype, deterministic algorithms, the number of threads, and whether garbage is collected. A block that ends by
-    itself may have set them to stay.
+    This includes transforms and modes, gradients, inference mode, autocast, the compiler's stance, the default dtype,
+    deterministic algorithms, the number of threads, and whether garbage collection is on. If the block ends normally,
+    nothing is restored, as it may have changed these on purpose.
     """
 
     __slots__ = ("_inference", "_values")
@@ -137,7 +137,7 @@ class restored_thread_state:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         if error is None:
             return
-        # It sets other things as well as it ends.
+        # First, as the end of an inference guard changes other settings too.
         if torch.is_inference_mode_enabled() != self._inference:
             _set_inference(self._inference, error)
         for (get, put), value in zip(_SETTINGS, self._values, strict=True):

@@ -1,4 +1,4 @@
-"""Checks of arguments: every message names the argument, its value, and what is expected."""
+"""Checks of arguments. Every message names the argument, its value, and what is expected."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def check_module(model: Any, params: Any = None) -> nn.Module:
-    """Return ``model`` if it is a module, else raise ``TypeError``, which says so if it was given as ``params``."""
+    """Return ``model`` if it is a module, else raise ``TypeError``; the message tells if ``params`` got the model."""
     if isinstance(model, nn.Module):
         return model
     if isinstance(params, nn.Module):
@@ -23,7 +23,7 @@ def check_module(model: Any, params: Any = None) -> nn.Module:
             f"params got the model (a {type(params).__name__}): pass it as model=, and leave params out or pass"
             " model.parameters()"
         )
-    advice = "; make one of it, and pass that" if isinstance(model, type) and issubclass(model, nn.Module) else ""
+    advice = "; create an instance, and pass that" if isinstance(model, type) and issubclass(model, nn.Module) else ""
     raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}{advice}")
 
 
@@ -76,7 +76,7 @@ def check_real(name: str, value: Any, *, positive: bool) -> float:
     try:
         number = float(value)
     except (TypeError, ValueError, RuntimeError):
-        # RuntimeError is what a tensor of several elements raises.
+        # A tensor with several elements raises RuntimeError.
         raise TypeError(f"{name} must be a number, got {type(value).__name__} {value!r}") from None
     if not math.isfinite(number) or number < 0 or (positive and number == 0):
         raise ValueError(f"{name} must be a finite number {'above' if positive else 'of at least'} 0, got {number}")
@@ -84,7 +84,7 @@ def check_real(name: str, value: Any, *, positive: bool) -> float:
 
 
 def check_anchor_decay(value: Any, learning_rate: float) -> float:
-    """Return ``value`` if a step with it takes back no more than has been learnt.
+    """Return ``value`` if a step with it moves weights no further than back to the initial ones.
 
     Raises:
         TypeError: It is not a number.
@@ -97,7 +97,7 @@ def check_anchor_decay(value: Any, learning_rate: float) -> float:
 
 
 def check_evaluation_dtype(value: Any) -> torch.dtype | None:
-    """Return ``value`` if autocast knows it, or None.
+    """Return ``value`` if it is ``torch.bfloat16``, ``torch.float16`` or None.
 
     Raises:
         TypeError: It is not a dtype.
@@ -138,7 +138,7 @@ def check_divides(divisor_name: str, divisor: int, name: str, value: int) -> Non
     if divisor > 1 and value % divisor:
         raise ValueError(
             f"{name} must be divisible by {divisor_name}={divisor}, got {value};"
-            f" the next that is: {value + divisor - value % divisor}"
+            f" the next one is {value + divisor - value % divisor}"
         )
 
 
@@ -146,7 +146,7 @@ def check_device(device: Any) -> torch.device:
     """Return ``device`` as a ``torch.device``.
 
     Raises:
-        ValueError: It names none.
+        ValueError: There is no such device type.
     """
     try:
         return torch.device(device)
@@ -158,14 +158,14 @@ def parameter_groups(params: Any, model: nn.Module) -> list[dict[str, Any]]:
     """Return groups ``{"params": [...], "names": [...], …}`` of the parameters to train.
 
     Args:
-        params: Parameters, ``(name, parameter)`` pairs, or groups of either in dictionaries with options of their
-            own; None for all of the model's. Frozen ones are among them, as they may be freed, unless they are of a
-            kind that cannot be perturbed.
+        params: Parameters, ``(name, parameter)`` pairs, or dictionaries with groups of these and their options; None
+            for all parameters of the model. Frozen parameters are included, as they may be unfrozen later, except for
+            those that cannot be perturbed.
         model: The model that they must belong to.
 
     Raises:
         TypeError: An entry is none of these.
-        ValueError: There is none to train, one is not the model's, is given twice, or cannot be perturbed.
+        ValueError: No parameter can be trained, or one is not the model's, is given twice, or cannot be perturbed.
     """
     names = {id(p): name for name, p in model.named_parameters()}
     if not any(p.requires_grad for p in model.parameters()):
@@ -199,7 +199,7 @@ def _entries(params: Any) -> list[Any]:
     if isinstance(params, (nn.Module, torch.Tensor)):
         raise TypeError(f"{advice}, got a {type(params).__name__}; a model is passed as model=")
     if isinstance(params, (Mapping, set, frozenset, str)) or not isinstance(params, Iterable):
-        # A set would be in another order in every process.
+        # The order of a set may differ between processes.
         raise TypeError(f"{advice}, got a {type(params).__name__}")
     entries = list(params)
     if not entries:
@@ -247,11 +247,11 @@ def check_options(group: dict[str, Any], known: Iterable[str]) -> None:
 
 
 def check_flat(method: str, value: Any, shape: tuple[int, ...]) -> None:
-    """Check what a method of a user's trainer has returned: a finite real tensor of this shape.
+    """Check the result of a user-defined method: a finite real tensor of this shape.
 
     Raises:
         TypeError: It is not a tensor.
-        ValueError: It is of another shape, complex, or not finite.
+        ValueError: It has another shape, is complex, or is not finite.
     """
     expected = f"{method} must return a tensor of shape {list(shape)}"
     if not isinstance(value, torch.Tensor):

@@ -1,4 +1,4 @@
-"""Warnings, each given once, and by the first of the processes that share a run."""
+"""Warnings that are issued once, in the first of the processes that share a run."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import warnings
 
 
 class Warned:
-    """The warnings that have been given.
+    """Issues each warning once.
 
     Attributes:
-        quiet: Whether to keep them for another process to give.
+        quiet: Whether to keep warnings for another process, instead of issuing them.
     """
 
     def __init__(self) -> None:
@@ -18,7 +18,7 @@ class Warned:
         self._kept: list[tuple[str, str]] = []
 
     def once(self, message: str, kind: str | None = None, category: type[RuntimeWarning] = RuntimeWarning) -> None:
-        """Warn, unless the same, or something of the same kind, was said before."""
+        """Issue a warning, unless one of the same kind (by default, the same message) was issued before."""
         kind = message if kind is None else kind
         if kind in self._kinds:
             return
@@ -29,6 +29,6 @@ class Warned:
             warnings.warn(message, category, stacklevel=2)
 
     def take(self) -> tuple[tuple[str, str], ...]:
-        """Return messages and kinds of the warnings that were kept, which are then forgotten."""
+        """Return the messages and kinds of the warnings that were kept, and clear them."""
         kept, self._kept = tuple(self._kept), []
         return kept
