@@ -306,7 +306,7 @@ def test_a_column_that_comes_later_and_texts(tmp_path: Path) -> None:
 def test_a_file_that_cannot_be_written_does_not_end_training(tmp_path: Path) -> None:
     gone = Spy([], at_2=lambda *_: shutil.rmtree(tmp_path / "run"))
     trainer = make_trainer()
-    with pytest.warns(UserWarning, match=r"metrics\.jsonl'\) could not write, and training goes on: .*No such file"):
+    with pytest.warns(UserWarning, match=r"metrics\.jsonl'\) could not write, but training goes on: .*No such file"):
         trainer.train(2, verbose=False, callback=[gone, JSONLines(tmp_path / "run" / "metrics.jsonl")])
     assert trainer.generation == 2
 

@@ -154,7 +154,7 @@ def test_train_leaves_everything(factory: str, run: Run, tmp_path: Path) -> None
     options = ("--generations", 6, "--set", "width=5", "--set", "bias=false", "--population-size", 8)
     shown, errors = run("train", f"{factory}:make", *options, "--out", out)
     assert "mean fitness: -" in shown and "best member: -" in shown and f"curve: {out}/curve.png" in shown
-    assert f"next: --resume --generations 12 trains on; tensorboard --logdir {out}" in shown
+    assert f"next: --resume --generations 12 continues; tensorboard --logdir {out}" in shown
     assert "6/6 [" in errors
     state = torch.load(out / "model.pt")
     assert {key: list(value.shape) for key, value in state.items()} == {
@@ -199,7 +199,7 @@ def test_ctrl_c_leaves_a_run_to_go_on_with(factory: str, run: Run, tmp_path: Pat
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=60)
         assert process.returncode == 130, errors
-    assert f"stopped; go on with: eggroll train {factory}:slow" in errors and errors.strip().endswith("--resume")
+    assert f"stopped; continue with: eggroll train {factory}:slow" in errors and errors.strip().endswith("--resume")
     assert "Traceback" not in errors
     last = len(load_run(parts)) + 3
     run(*options, "--generations", last, "--out", parts, "--resume")
@@ -284,7 +284,7 @@ def test_plot(factory: str, run: Run, tmp_path: Path) -> None:
     assert ">zero<" in text and ">one<" in text
     for arguments, status, message in (
         ((tmp_path / "nothing",), 1, "there is no run at"),
-        ((tmp_path,), 1, "has nothing of a run"),
+        ((tmp_path,), 1, "contains no run"),
         ((runs[0], "--x", "steps"), 1, "run-0 has no column 'steps'; it has "),
         ((runs[0], "--metrics", "loss"), 1, "no run has 'loss'"),
         ((runs[0], "--out", tmp_path / "plot.gif5"), 1, "must end in .png, .svg or .pdf"),

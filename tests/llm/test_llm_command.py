@@ -159,7 +159,7 @@ def test_a_signal_leaves_a_run_to_resume(number: int, status: int, capsys: pytes
     arguments, folder = (*RUN, "--save-every", 1), f"stopped-{status}"
     ended, errors = stop(folder, number, *arguments, "--generations", 10**6)
     assert ended == status and "Traceback" not in errors
-    assert number == signal.SIGTERM or "go on with: eggroll llm model --data data.jsonl" in errors
+    assert number == signal.SIGTERM or "continue with: eggroll llm model --data data.jsonl" in errors
     done = lines(folder, "metrics.jsonl")[-1]["generation"]
     checkpoint = max(Path(folder, "checkpoints").glob("checkpoint-*"))
     assert checkpoint.name == f"checkpoint-{done:08d}.pt" and not Path(folder, "model").exists()

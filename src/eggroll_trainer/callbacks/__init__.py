@@ -1,4 +1,4 @@
-"""What watches a run: ``trainer.train(100, callback=[…])``."""
+"""Callbacks, which observe a run: ``trainer.train(100, callback=[…])``."""
 
 from ..checkpoints.folder import Checkpoints
 from ..checkpoints.score_log import ScoreLog

@@ -1,4 +1,4 @@
-"""What watches a run, and how a user's functions and objects become that."""
+"""The base class of callbacks, and the conversion of a user's functions and objects to callbacks."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from typing import Any
 
 from ..checkpoints.folder import Checkpoints
 
-# A trainer; its module imports this one.
+# A trainer. Of type Any, as its module imports this one.
 Trainer = Any
 Metrics = MutableMapping[str, Any]
 
 
 class Callback:
-    """Watches a run: ``trainer.train(100, callback=…)`` takes one, or a list of them.
+    """Observes a run: ``trainer.train(100, callback=…)`` takes one, or a list of them.
 
-    All methods are optional, and a class need not inherit from this one to have them. Of several processes the first
-    one calls them, and what they do to the trainer's arguments and parameter groups reaches all.
+    All methods are optional, and your class need not inherit from this one. With several processes, the first one calls
+    them. Changes that they make to the trainer's arguments and parameter groups reach all processes.
 
     Example:
         >>> import torch
@@ -36,42 +36,41 @@ class Callback:
     """
 
     def on_start(self, trainer: Trainer) -> None:
-        """Prepare for the generation after ``trainer.generation``; called at the beginning of ``train``.
+        """Prepare for training from ``trainer.generation`` on; called at the beginning of ``train``.
 
-        Raising ``StopIteration`` ends training before the next generation.
+        Raise ``StopIteration`` to end training before the next generation.
         """
 
     def on_generation(self, trainer: Trainer, metrics: Metrics) -> bool | None:
-        """Look at a generation that is over.
+        """Process a completed generation; called after each one.
 
         Args:
             trainer: The trainer; ``trainer.last_generation.scores`` has the members' fitness.
-            metrics: What ``trainer.step()`` returned. The callbacks that come later in the list see what is added to
-                it, so that loggers log it.
+            metrics: The result of ``trainer.step()``. You may add entries: callbacks later in the list, such as
+                loggers, see them.
 
         Returns:
-            True to end training, as raising ``StopIteration`` does. Callbacks later in the list are called all the
-            same.
+            True to end training, like raising ``StopIteration``. Callbacks later in the list are still called.
         """
         return None
 
     def on_end(self, trainer: Trainer) -> None:
-        """Clean up; called at the end of ``train``, also where an exception or a Ctrl-C ends it."""
+        """Clean up; called at the end of ``train``, even if an exception or a Ctrl-C ends it."""
 
 
 Function = Callable[[int, list[float]], Any]
-# What ``train(callback=…)`` takes.
+# The type of ``train(callback=…)``.
 Callbacks = Callback | Checkpoints | Function | Iterable[Callback | Checkpoints | Function] | None
 
 METHODS = ("on_start", "on_generation", "on_end")
 
 
 class FunctionCallback(Callback):
-    """Calls ``function(generation, fitness_history)``, the trainer's list of mean fitnesses.
+    """Calls ``function(generation, fitness_history)`` with the trainer's list of mean fitnesses.
 
     Args:
         function: The function.
-        every: Call it every so many generations, and after the last.
+        every: Number of generations between calls. It is also called after the last generation.
     """
 
     def __init__(self, function: Function, every: int = 1) -> None:
@@ -81,7 +80,7 @@ class FunctionCallback(Callback):
         return getattr(self.function, "__qualname__", None) or repr(self.function)
 
     def is_due(self, generation: int) -> bool:
-        """Return whether the function is called after this generation if it is not the last."""
+        """Return whether the function is called after this generation, even if it is not the last one."""
         return generation % self.every == 0
 
     def on_generation(self, trainer: Trainer, metrics: Metrics) -> bool | None:
@@ -91,11 +90,11 @@ class FunctionCallback(Callback):
 
 
 def as_callbacks(callback: Any, log_every: int = 1) -> list[Any]:
-    """Return what a user gave as ``callback`` as a list of objects with some of the methods of :class:`Callback`.
+    """Convert the argument ``callback`` to a list of objects with some of the methods of :class:`Callback`.
 
     Raises:
-        TypeError: Something is neither a function nor has one of the methods, has a method that is not called, or is a
-            class.
+        TypeError: An entry is neither a function nor an object with one of the methods, or has a misspelt method, or is
+            a class.
     """
     if callback is None:
         return []
@@ -127,7 +126,7 @@ def _checked(callback: Any, log_every: int) -> Any:
 
 
 def _check_names(callback: Any) -> None:
-    """Raise for methods that look like ours and would never be called."""
+    """Raise ``TypeError`` for methods named ``on_…`` that would never be called."""
     for name in dir(type(callback)):
         if name.startswith("on_") and name not in METHODS and callable(getattr(type(callback), name)):
             near = difflib.get_close_matches(name, METHODS, n=1, cutoff=0.5)
@@ -139,7 +138,7 @@ def _check_names(callback: Any) -> None:
 
 
 def call(callback: Any, method: str, *arguments: Any) -> bool:
-    """Call a method of a callback, if it has it, and return whether it asks to end training."""
+    """Call a method of a callback, if it has one, and return whether it asks to end training."""
     function = getattr(callback, method, None)
     if function is None:
         return False
@@ -151,14 +150,14 @@ def call(callback: Any, method: str, *arguments: Any) -> bool:
 
 
 def is_true(value: Any) -> bool:
-    """Return whether a value is True, or NumPy's or torch's; a number other than zero is not."""
+    """Return whether a value is True, as a bool of Python, NumPy or torch. Nonzero numbers don't count."""
     if isinstance(value, bool):
         return value
     return str(getattr(value, "dtype", "")) in ("bool", "torch.bool") and getattr(value, "ndim", 1) == 0 and bool(value)
 
 
 def name_of(callback: Any) -> str:
-    """Return what a callback is called in messages."""
+    """Return the name of a callback for messages."""
     text = repr(callback)
-    # Python's own says nothing.
+    # The default repr tells nothing more than the class.
     return type(callback).__name__ if " object at 0x" in text else text

@@ -1,4 +1,4 @@
-"""Packages that some callbacks need, and that are not installed with the library."""
+"""Imports optional packages that some callbacks need."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import Any
 
 
 def needs(module: str, what: str, package: str) -> Any:
-    """Import a module, or say what to install.
+    """Import a module; if that fails, the error says what to install.
 
     Args:
-        module: Its name.
-        what: What needs it.
-        package: The package it is in.
+        module: Name of the module.
+        what: Name of the callback that needs it.
+        package: The package that contains it.
 
     Raises:
         ImportError: It is not installed.

@@ -1,4 +1,4 @@
-"""What loggers have in common: which numbers there are in a generation's metrics, and writing without interruption."""
+"""The base class of loggers, and functions that extract numbers and texts from metrics."""
 
 from __future__ import annotations
 
@@ -13,31 +13,31 @@ from .callback import Callback, Metrics, Trainer, name_of
 
 
 class Logger(Callback, ABC):
-    """A callback that writes every generation down. A Ctrl-C meanwhile takes effect afterwards.
+    """A callback that logs every generation. A Ctrl-C takes effect after the logging.
 
-    Where writing fails, a warning says so, and training goes on.
+    If logging fails, it issues a warning, and training goes on.
     """
 
     @property
     def failures(self) -> tuple[type[Exception], ...]:
-        """What writing raises where it fails for reasons outside: a full disk, a lost connection."""
+        """Exceptions for failures that don't end training, such as a full disk or a lost connection."""
         return (OSError,)
 
     @abstractmethod
     def log(self, trainer: Trainer, metrics: Mapping[str, Any]) -> None:
-        """Write the metrics of a generation."""
+        """Log the metrics of a generation."""
 
     def on_generation(self, trainer: Trainer, metrics: Metrics) -> None:
-        """Write the metrics of a generation."""
+        """Log the metrics of a generation."""
         try:
             with delayed_interrupt():
                 self.log(trainer, metrics)
         except self.failures as error:
-            warnings.warn(f"{name_of(self)} could not write, and training goes on: {error}", stacklevel=2)
+            warnings.warn(f"{name_of(self)} could not write, but training goes on: {error}", stacklevel=2)
 
 
 def numbers(metrics: Mapping[str, Any], prefix: str = "") -> dict[str, float | int]:
-    """Return the numbers among some values by name; those in a dictionary are named ``NAME/KEY``.
+    """Return the numbers among some values by name. Numbers in a nested dictionary are named ``NAME/KEY``.
 
     Example:
         >>> import torch
@@ -52,7 +52,7 @@ def _numbers(metrics: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, flo
         if isinstance(value, Mapping):
             yield from _numbers(value, f"{prefix}{key}/")
             continue
-        # Tensors, arrays and NumPy's numbers.
+        # 0-d tensors and arrays, and NumPy scalars.
         if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
             value = value.item()
         if isinstance(value, (int, float)):
@@ -65,13 +65,13 @@ def texts(metrics: Mapping[str, Any]) -> dict[str, str]:
 
 
 def record(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the numbers and texts of a generation, as JSON has them: what is not finite is None."""
+    """Return the numbers and texts of a generation for JSON. Numbers that are not finite become None."""
     finite = {k: v if math.isfinite(v) else None for k, v in numbers(metrics).items()}
     return {**finite, **texts(metrics)}
 
 
 def scores_of(trainer: Trainer) -> Any:
-    """Return the members' fitness in the last generation, ``[N]``; means over tasks, where they have several scores."""
+    """Return the members' fitness in the last generation, ``[N]``: means, if they have scores for several tasks."""
     last = trainer.last_generation
     if last is None:
         return None
@@ -79,7 +79,7 @@ def scores_of(trainer: Trainer) -> Any:
 
 
 def settings_of(trainer: Trainer) -> dict[str, float | int | str | bool]:
-    """Return the settings of a run, as hyperparameters: numbers and texts by name."""
+    """Return the settings of a run as hyperparameters: numbers and texts by name."""
     plain = trainer.settings().plain()
     named = {"learning_rate": trainer.learning_rate, "sigma": trainer.sigma, "model": type(trainer.model).__name__}
     for key in ("rank", "anchor_decay"):

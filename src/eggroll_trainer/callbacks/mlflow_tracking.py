@@ -1,4 +1,4 @@
-"""MLflow: runs on a tracking server, or in a local store."""
+"""Logs to MLflow, on a tracking server or in a local store."""
 
 from __future__ import annotations
 
@@ -12,16 +12,15 @@ from .logger import Logger, numbers, settings_of, texts
 
 
 class MLflow(Logger):
-    """Logs all numbers among the metrics and the settings; texts become tags.
+    """Logs all numbers of the metrics, and the settings. Texts become tags.
 
     Args:
-        run_name: Name of the run. A process that resumes a run from a checkpoint goes on with the newest one of this
-            name.
-        experiment: Name of the experiment; made if there is none.
-        tracking_uri: The store, such as ``http://…`` or ``sqlite:///mlflow.db``; MLflow's own choice if None.
+        run_name: Name of the run. A process that resumes from a checkpoint continues the newest run with this name.
+        experiment: Name of the experiment. It is created if it does not exist.
+        tracking_uri: The store, such as ``http://…`` or ``sqlite:///mlflow.db``; MLflow's default if None.
 
     Attributes:
-        run_id: The run's, as MLflow's client takes it: to log artifacts.
+        run_id: Identifier of the run for MLflow's client. Use it to log artifacts.
 
     Raises:
         ImportError: mlflow is not installed.
@@ -40,13 +39,13 @@ class MLflow(Logger):
 
     @property
     def failures(self) -> tuple[type[Exception], ...]:
-        """What the client raises where the server cannot be reached."""
+        """Exceptions of the client if the server cannot be reached."""
         from mlflow.exceptions import MlflowException
 
         return (OSError, MlflowException)
 
     def on_start(self, trainer: Trainer) -> None:
-        """Begin a run, or go on with it."""
+        """Begin a run, or continue it."""
         from mlflow import MlflowClient
 
         self._client = client = MlflowClient(self.tracking_uri)
@@ -54,7 +53,7 @@ class MLflow(Logger):
         place = client.create_experiment(self.experiment) if experiment is None else experiment.experiment_id
         self.run_id, self._logged = self._before(place) if trainer.generation else None, 0
         if self.run_id is not None:
-            # A resumed run is the same to the bit, so what was logged before stays.
+            # A resumed run repeats generations bitwise, so what was logged stays valid.
             history = client.get_metric_history(self.run_id, "generation")
             self._logged = max((int(metric.value) for metric in history), default=0)
             client.update_run(self.run_id, status="RUNNING")
@@ -64,7 +63,7 @@ class MLflow(Logger):
             client.log_param(self.run_id, key, value)
 
     def log(self, trainer: Trainer, metrics: Mapping[str, Any]) -> None:
-        """Log a generation, unless that was done before the run was resumed."""
+        """Log a generation, unless it was logged before the run was resumed."""
         from mlflow.entities import Metric
 
         step, now = trainer.generation, int(1000 * time.time())
@@ -84,12 +83,12 @@ class MLflow(Logger):
             self._client.set_terminated(self.run_id)
 
     def _before(self, experiment: str) -> str | None:
-        """Return the newest run of this name."""
-        # Not by a filter, in which a name may not have quotes.
+        """Return the identifier of the newest run with this name, or None."""
+        # Not by a filter expression, in which names cannot contain quotes.
         runs = self._client.search_runs([experiment], order_by=["attributes.start_time DESC"], max_results=1000)
         return next((str(run.info.run_id) for run in runs if run.info.run_name == self.run_name), None)
 
 
 def _name(key: str) -> str:
-    """Return a metric's name with what MLflow allows."""
+    """Return a metric's name with characters replaced that MLflow does not allow."""
     return "".join(c if c.isalnum() or c in "_-./ :" else "_" for c in key)

@@ -1,4 +1,4 @@
-"""A progress bar, or lines where there is no terminal."""
+"""A progress bar, or lines of text if there is no terminal."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from tqdm.auto import tqdm
 
 from .callback import Callback, Metrics, Trainer
 
-# Seconds between two lines, where they go into a file or a pipe.
+# Seconds between two lines in a file or a pipe.
 _SECONDS = 10.0
 
 _LIGHTS = {"green": "🟢", "yellow": "🟡", "red": "🔴"}
 
 
 class Progress(Callback):
-    """Shows generations, their rate, the time left, the mean and best fitness, and the diagnosis' status.
+    """Shows the generation, the rate, the time left, the mean and best fitness, and the status of the diagnostics.
 
-    In a terminal and in a notebook it is a bar. Into a file or a pipe it writes a line now and then.
+    In a terminal or a notebook it shows a bar. In a file or a pipe it writes a line now and then.
 
     Args:
-        generations: How many there will be; None if that is not known.
-        verbose: Whether to show it at all.
+        generations: Number of generations to come; None if unknown.
+        verbose: Whether to show anything.
     """
 
     def __init__(self, generations: int | None = None, verbose: bool = True) -> None:
@@ -51,10 +51,10 @@ class Progress(Callback):
             self._bar.close()
             self._bar = None
 
-    # As one of a list of callbacks.
+    # For use in a list of callbacks.
 
     def on_start(self, trainer: Trainer) -> None:
-        """Show it."""
+        """Show the bar."""
         self.__enter__()
 
     def on_generation(self, trainer: Trainer, metrics: Metrics) -> None:
@@ -62,12 +62,12 @@ class Progress(Callback):
         self.update(metrics)
 
     def on_end(self, trainer: Trainer) -> None:
-        """End it."""
+        """Close the bar."""
         self.__exit__(None, None, None)
 
 
 def postfix(metrics: Mapping[str, Any]) -> str:
-    """Return what a bar shows of a generation: mean and best fitness, and the traffic light of ``metrics["status"]``.
+    """Return the text of a bar for a generation: mean and best fitness, and ``metrics["status"]`` as a traffic light.
 
     Example:
         >>> postfix({"mean_fitness": 0.12345, "best_fitness": 0.5, "status": "yellow"})
@@ -77,13 +77,13 @@ def postfix(metrics: Mapping[str, Any]) -> str:
     status = metrics.get("status")
     if not isinstance(status, str) or not status:
         return shown
-    # The word stays: not everybody sees the colours, nor has every terminal the sign.
+    # Always show the word: colour-blind users cannot rely on the sign, and not every terminal has it.
     sign = f"{_LIGHTS[status]} " if status in _LIGHTS and _has_signs() else ""
     return f"{shown}, {sign}{status}"
 
 
 def _is_piped() -> bool:
-    """Return whether stderr is neither a terminal nor a notebook's."""
+    """Return whether stderr is neither a terminal nor that of a notebook."""
     stderr = sys.stderr
     in_notebook = type(stderr).__module__.startswith("ipykernel")
     return not in_notebook and not (hasattr(stderr, "isatty") and stderr.isatty())
@@ -94,7 +94,7 @@ def _has_signs() -> bool:
 
 
 class _Lines:
-    """What tqdm's bar does, as lines of their own: the first, the last, and one every ten seconds."""
+    """A replacement for tqdm's bar that writes lines: the first, the last, and one every ten seconds."""
 
     def __init__(self, total: int | None) -> None:
         self._total, self._done, self._postfix = total, 0, ""
@@ -122,6 +122,6 @@ class _Lines:
             of = f"/{self._total}"
             left = f"<{tqdm.format_interval((self._total - self._done) / rate)}"
         spent = tqdm.format_interval(seconds)
-        # Who closes the pipe does not want to end the run.
+        # A closed pipe must not end the run.
         with contextlib.suppress(OSError):
             print(f"{self._done}{of} [{spent}{left}, {rate:.4g}gen/s, {self._postfix}]", file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""Files of records: a line of JSON, or a row of a table, for every generation."""
+"""Loggers that write files: a line of JSON, or a row of a table, for every generation."""
 
 from __future__ import annotations
 
@@ -18,27 +18,27 @@ Record = dict[str, Any]
 
 
 class _File(Logger):
-    """A file of records. It is whole after every generation.
+    """A file of records. It is complete after every generation.
 
     Args:
-        path: Of the file. A run that goes on from a checkpoint goes on with it: records of later generations are
-            dropped, as these come again.
+        path: Path of the file. A run that resumes from a checkpoint continues it, without the records of later
+            generations.
         overwrite: Whether a new run may replace the file of another one.
     """
 
     def __init__(self, path: str | PathLike[str], *, overwrite: bool = False) -> None:
         self.path, self.overwrite = Path(path), overwrite
-        # The generation and the size up to which this object has written.
+        # The generation and the file size after the last record that this object has written.
         self._written: tuple[int, int] | None = None
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({str(self.path)!r})"
 
     def on_start(self, trainer: Trainer) -> None:
-        """Drop the records of generations that come again.
+        """Remove the records of generations that will be made again.
 
         Raises:
-            FileExistsError: The file is of another run, and ``overwrite`` is not set.
+            FileExistsError: The file belongs to another run, and ``overwrite`` is not set.
         """
         if not self.path.exists():
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -48,7 +48,7 @@ class _File(Logger):
         records = self.read()
         if trainer.generation == 0 and records and not self.overwrite:
             raise FileExistsError(
-                f"{self.path} has the records of a run already: go on with that run by trainer.load(…), take another"
+                f"{self.path} has the records of a run already: continue that run with trainer.load(…), use another"
                 " file, or set overwrite=True"
             )
         self.write([one for one in records if one.get("generation", 0) <= trainer.generation])
@@ -64,25 +64,25 @@ class _File(Logger):
 
     @abstractmethod
     def read(self) -> list[Record]:
-        """Return the records that were written to their end."""
+        """Return all complete records."""
 
     @abstractmethod
     def _dump(self, records: list[Record], path: Path) -> None:
-        """Write a file that holds these records."""
+        """Write a file with these records."""
 
     def write(self, records: list[Record]) -> None:
-        """Replace the records; the file is at any moment either the old or the new one."""
+        """Replace all records atomically."""
         beside = self.path.with_name(self.path.name + ".new")
         self._dump(records, beside)
         os.replace(beside, self.path)
 
 
 class JSONLines(_File):
-    """Writes a line of JSON for every generation: all numbers and texts among its metrics. NaN and inf are ``null``.
+    """Writes a line of JSON for every generation: all numbers and texts of its metrics. NaN and inf are ``null``.
 
     Args:
-        path: Of the file. A run that goes on from a checkpoint goes on with it: records of later generations are
-            dropped, as these come again.
+        path: Path of the file. A run that resumes from a checkpoint continues it, without the records of later
+            generations.
         overwrite: Whether a new run may replace the file of another one.
 
     Example:
@@ -101,18 +101,18 @@ class JSONLines(_File):
             file.writelines(_as_line(one) for one in records)
 
     def read(self) -> list[Record]:
-        """Return the lines that were written to their end; none where there is no file."""
+        """Return all complete lines; an empty list if there is no file."""
         if not self.path.exists():
             return []
-        # Not splitlines(), which cuts texts at other separators too.
+        # Not splitlines(), which also splits at other separators inside texts.
         lines = self.path.read_text(encoding="utf-8").split("\n")
         return [json.loads(line) for line in lines if line.endswith("}")]
 
     def cut(self, keep: Callable[[int, Record], bool]) -> list[Record]:
-        """Drop lines, and return the others.
+        """Remove lines, and return the others.
 
         Args:
-            keep: From the index of a line, and what it says, to whether it stays.
+            keep: Takes the index of a line and its record, and returns whether to keep it.
         """
         if not self.path.exists():
             return []
@@ -125,13 +125,13 @@ class JSONLines(_File):
 
 
 class CSV(_File):
-    """Writes a row of a table for every generation: all numbers and texts among its metrics. NaN and inf are empty.
+    """Writes a row of a table for every generation: all numbers and texts of its metrics. NaN and inf are empty.
 
-    A metric that comes later on gets a column at the end.
+    A metric that first appears in a later generation gets a new column at the end.
 
     Args:
-        path: Of the file. A run that goes on from a checkpoint goes on with it: records of later generations are
-            dropped, as these come again.
+        path: Path of the file. A run that resumes from a checkpoint continues it, without the records of later
+            generations.
         overwrite: Whether a new run may replace the file of another one.
 
     Example:
@@ -160,7 +160,7 @@ class CSV(_File):
             csv.DictWriter(file, self._columns).writerows(rows)
 
     def read(self) -> list[Record]:
-        """Return the rows that were written to their end, with numbers as such; none where there is no file."""
+        """Return all complete rows, with numbers converted; an empty list if there is no file."""
         if not self.path.exists():
             return []
         text = self.path.read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The folder of a run that a command started: its settings, its records, and what TensorBoard shows."""
+"""The folder of a run that a command started: its settings, records, and TensorBoard events."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ METRICS = "metrics.jsonl"
 
 
 class RunFolder:
-    """The folder of a run: ``config.json``, records in files of JSON lines, and TensorBoard's events.
+    """The folder of a run: ``config.json``, files of JSON lines, and TensorBoard events.
 
     Args:
-        path: Where it is.
+        path: Path of the folder.
         settings: The run's settings, a dataclass with the fields ``out`` and ``resume``.
         free: Names of settings that may differ when the run is resumed.
-        records: Files of JSON lines; a folder with one of them holds a run.
-        extra: What else must be the same when the run is resumed.
+        records: Names of files of JSON lines. A folder with one of them contains a run.
+        extra: Further values that must be the same when the run is resumed.
     """
 
     def __init__(
@@ -36,15 +36,15 @@ class RunFolder:
     ) -> None:
         self.path, self.records = path, tuple(records)
         values = {**dataclasses.asdict(settings), **(extra or {})}
-        # Paths as texts, tuples as lists.
+        # Through JSON, so that paths become texts and tuples become lists.
         self._settings: dict[str, Any] = json.loads(json.dumps(values, default=str))
         self._free = {"out", "resume", *free}
 
     def open(self) -> None:
-        """Make the folder, or see that the run in it can be resumed.
+        """Create the folder, or check that the run in it can be resumed.
 
         Raises:
-            FileExistsError: It holds a run, and ``resume`` is not set.
+            FileExistsError: It contains a run, and ``resume`` is not set.
             FileNotFoundError: There is no run to resume.
             ValueError: The run to resume has other settings.
         """
@@ -52,38 +52,39 @@ class RunFolder:
         if not now["resume"]:
             if any((self.path / name).exists() for name in self.records):
                 raise FileExistsError(
-                    f"{self.path} holds a run already; give another folder with --out, or go on with it with --resume"
+                    f"{self.path} holds a run already; give another folder with --out, or continue it with --resume"
                 )
             self.path.mkdir(parents=True, exist_ok=True)
             config.write_text(json.dumps(now, indent=1) + "\n")
             return
         if not config.exists():
-            raise FileNotFoundError(f"there is no run to resume in {self.path}")
+            raise FileNotFoundError(f"there is no run to resume in {self.path}; leave out --resume to start one")
         before = json.loads(config.read_text())
         changed = [
             f"{k}={now[k]!r} (was {before.get(k)!r})" for k in now if k not in self._free and now[k] != before.get(k)
         ]
         if changed:
-            raise ValueError(f"the run in {self.path} has other settings: {', '.join(changed)}")
+            raise ValueError(
+                f"the run in {self.path} has other settings: {', '.join(changed)}. Resume it with the same ones, or"
+                " start a new run with --out"
+            )
 
     def cut(self, name: str, keep: Callable[[int, dict[str, Any]], bool]) -> list[dict[str, Any]]:
-        """Forget the lines of a file that come after the checkpoint, as these come again; return the others.
-
-        A last line that was not written to its end is forgotten as well.
+        """Remove the lines of a file that will be written again, and an incomplete last line; return the others.
 
         Args:
-            name: Of the file.
-            keep: From the index of a line, and what it says, to whether it stays.
+            name: Name of the file.
+            keep: Takes the index of a line and its record, and returns whether to keep it.
         """
         return JSONLines(self.path / name).cut(keep)
 
     @contextlib.contextmanager
     def writing(self, main: bool, step: int = 0) -> Iterator[RunWriter]:
-        """Yield what writes into the folder.
+        """Yield a writer for the folder.
 
         Args:
-            main: Whether this process is the one to write; what the writer of another one gets is dropped.
-            step: Where the run goes on: TensorBoard does not show what an earlier process wrote of later steps.
+            main: Whether this process writes. The writers of other processes do nothing.
+            step: The step at which the run resumes. TensorBoard hides events of later steps from an earlier process.
         """
         board = TensorBoard(self.path) if main else None
         if board is None:
@@ -97,18 +98,18 @@ class RunFolder:
 
 
 class RunWriter:
-    """Writes records of a run, a line each as soon as it is there, and TensorBoard's events.
+    """Writes records of a run, each at once as a line of JSON, and TensorBoard events.
 
     Args:
         path: The run's folder; None to write nothing.
-        board: What writes the events; None to write none.
+        board: Writes the events; None to write none.
     """
 
     def __init__(self, path: Path | None, board: TensorBoard | None) -> None:
         self._path, self.board = path, board
 
     def metrics(self, line: Mapping[str, Any], step: int) -> None:
-        """Add a generation's metrics to ``metrics.jsonl``, and to the curves."""
+        """Add a generation's metrics to ``metrics.jsonl`` and to TensorBoard's curves."""
         self.append(METRICS, line)
         self.scalars(line, step)
 
@@ -123,11 +124,11 @@ class RunWriter:
             self.board.scalars(values, step, prefix)
 
     def histogram(self, tag: str, values: Any, step: int) -> None:
-        """Add a histogram that TensorBoard shows."""
+        """Add a histogram to TensorBoard."""
         if self.board is not None:
             self.board.histogram(tag, values, step)
 
     def text(self, tag: str, markdown: str, step: int) -> None:
-        """Add a text that TensorBoard shows."""
+        """Add a text to TensorBoard."""
         if self.board is not None:
             self.board.text(tag, markdown, step)

@@ -1,4 +1,4 @@
-"""What ends training: no improvement, a goal that is reached, or the time."""
+"""Callbacks that end training: without improvement, at a goal, or after some time."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from .logger import numbers
 class EarlyStopping(Callback):
     """Ends training when a metric has not improved for some generations, or has reached a goal.
 
-    A run that is resumed ends where the uninterrupted one would, for metrics in ``trainer.history``.
+    With a metric in ``trainer.history``, a resumed run ends where the uninterrupted run would.
 
     Args:
-        patience: End after so many generations without improvement; None to wait for the goal alone.
-        min_delta: How much more than the best so far counts as an improvement.
-        metric: Name of the metric. The mean fitness of the members is less noisy than the best one's.
-        goal: End when the metric is this or better.
-        mode: ``"max"`` where higher is better, ``"min"`` where lower is.
+        patience: Number of generations without improvement after which training ends; None to use only the goal.
+        min_delta: Smallest increase over the best value so far that counts as an improvement.
+        metric: Name of the metric. The mean fitness of the members is less noisy than the best member's.
+        goal: Training ends when the metric is equal to this or better.
+        mode: ``"max"`` if higher is better, ``"min"`` if lower is.
 
     Raises:
         TypeError: An argument is of the wrong type.
@@ -68,14 +68,14 @@ class EarlyStopping(Callback):
         self.best, self.waited = -math.inf, 0
 
     def on_start(self, trainer: Trainer) -> None:
-        """Look at the generations that were made before."""
+        """Check the generations that were made before, for a run that is resumed."""
         self._begin()
         for value in trainer.history.get(self.metric, []):
             if self._is_over(value):
                 raise StopIteration
 
     def on_generation(self, trainer: Trainer, metrics: Metrics) -> bool:
-        """Return whether training is to end.
+        """Return whether to end training.
 
         Raises:
             ValueError: There is no such metric.
@@ -96,12 +96,12 @@ class EarlyStopping(Callback):
 
 
 class TimeLimit(Callback):
-    """Ends training when the time of a call of ``train`` is over.
+    """Ends training before a call of ``train`` takes longer than a time limit.
 
-    It ends before a generation that, taking as long as the longest of the last ten, would not be over in time.
+    It ends training if another generation, as long as the longest of the last ten, would exceed the limit.
 
     Args:
-        seconds: The time, or a ``datetime.timedelta``.
+        seconds: The limit in seconds, or a ``datetime.timedelta``.
 
     Raises:
         TypeError: It is not a number.
@@ -133,7 +133,7 @@ class TimeLimit(Callback):
     def on_generation(self, trainer: Trainer, metrics: Metrics) -> bool:
         """Return whether another generation would take too long."""
         now = time.monotonic()
-        # The first one warms up, or compiles; it counts as long as it is the only one.
+        # The first generation includes warm-up and compilation, so it only counts while it is the only one.
         self._taken = [*self._taken[-9 if len(self._taken) > 1 else 1 :], now - self._last]
         self._last = now
         return now - self._began + max(self._taken) > self.seconds

@@ -1,4 +1,4 @@
-"""TensorBoard, as the live view of a run."""
+"""Logs to TensorBoard, which shows a run while it goes on."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from .callback import Metrics, Trainer
 from .extras import needs
 from .logger import Logger, numbers, scores_of, settings_of, texts
 
-# What counts steps instead of measuring something.
+# Metrics that count steps, and get no curve.
 COUNTERS = ("generation", "steps")
 
 
 class TensorBoard(Logger):
-    """Writes curves of all numbers among the metrics, histograms of the members' fitness, and the settings.
+    """Writes curves of all numbers of the metrics, histograms of the members' fitness, and the settings.
 
-    ``tensorboard --logdir FOLDER`` shows them while the run goes on. Your own callbacks may add more, by
+    ``tensorboard --logdir FOLDER`` shows them while the run goes on. Your own callbacks can add more with
     :meth:`scalars`, :meth:`text`, :meth:`image` and :meth:`video`.
 
     Args:
-        folder: Where the events go. A run that goes on from a checkpoint goes on with them: TensorBoard does not show
-            what was written of later generations.
-        histogram_every: Write a histogram every so many generations; 0 for none.
-        flush_every: Seconds after which events can be read.
+        folder: Folder of the events. A run that resumes from a checkpoint continues them; TensorBoard hides events of
+            later generations.
+        histogram_every: Number of generations between histograms; 0 for none.
+        flush_every: Seconds until events are written to the file.
 
     Raises:
         ImportError: TensorBoard is not installed.
@@ -60,7 +60,7 @@ class TensorBoard(Logger):
         """Begin to write.
 
         Args:
-            step: Where the run goes on: what was written of later steps is not shown.
+            step: The step at which the run resumes. TensorBoard hides earlier events of later steps.
         """
         from torch.utils.tensorboard import SummaryWriter
 
@@ -70,24 +70,24 @@ class TensorBoard(Logger):
         )
 
     def close(self) -> None:
-        """Write what is waiting, and end."""
+        """Write waiting events, and close the file."""
         if self._writer is not None:
             self._writer.close()
             self._writer = None
 
     def on_start(self, trainer: Trainer) -> None:
-        """Begin to write, at a new run with its settings."""
+        """Begin to write; for a new run, write its settings."""
         self.open(trainer.generation)
         if trainer.generation == 0:
             self.hyperparameters(settings_of(trainer))
 
     def on_end(self, trainer: Trainer) -> None:
-        """Write what is waiting, and end."""
+        """Write waiting events, and close the file."""
         self.close()
 
     def on_generation(self, trainer: Trainer, metrics: Metrics) -> None:
         """Write a generation."""
-        # What other callbacks add is of this one.
+        # The step for what other callbacks add.
         self.step = trainer.generation
         super().on_generation(trainer, metrics)
 
@@ -106,37 +106,37 @@ class TensorBoard(Logger):
         """Add the numbers among some values to the curves.
 
         Args:
-            values: Values by name; those that are no numbers are left out.
-            step: Generation that it belongs to; the present one if None.
-            prefix: Put before each name.
+            values: Values by name. Only numbers are used.
+            step: Their generation; the current one if None.
+            prefix: Prefix of each name.
         """
         for key, value in numbers(values).items():
             if key not in COUNTERS:
                 self._opened().add_scalar(prefix + key, value, self._at(step))
 
     def histogram(self, tag: str, values: Any, step: int | None = None) -> None:
-        """Add a histogram of the finite ones of some values.
+        """Add a histogram of the finite numbers among some values.
 
         Args:
-            tag: Its name.
-            values: A tensor, an array or a list of numbers; nothing is added for None.
-            step: Generation that it belongs to; the present one if None.
+            tag: Name of the histogram.
+            values: A tensor, an array or a list of numbers; None adds nothing.
+            step: Its generation; the current one if None.
         """
         if values is None:
             return
         finite = torch.as_tensor(values).detach().double().cpu().flatten()
         finite = finite[finite.isfinite()]
         if len(finite):
-            # TensorBoard shows 30 bins; its own choice of 1,500 takes longer to write than a small generation to make.
+            # TensorBoard shows 30 bins. Writing its default of 1,500 takes longer than a small generation.
             self._opened().add_histogram(tag, finite.numpy(), self._at(step), bins=60)
 
     def text(self, tag: str, markdown: str, step: int | None = None) -> None:
         """Add a text.
 
         Args:
-            tag: Its name.
+            tag: Name of the text.
             markdown: The text, in Markdown.
-            step: Generation that it belongs to; the present one if None.
+            step: Its generation; the current one if None.
         """
         self._opened().add_text(tag, markdown, self._at(step))
 
@@ -144,10 +144,10 @@ class TensorBoard(Logger):
         """Add an image.
 
         Args:
-            tag: Its name.
-            image: ``[height, width, 3]`` or ``[height, width]``, in uint8, or of floats from 0 to 1; or a matplotlib
+            tag: Name of the image.
+            image: ``[height, width, 3]`` or ``[height, width]``, in uint8 or as floats from 0 to 1; or a matplotlib
                 figure.
-            step: The generation; the present one if None.
+            step: Its generation; the current one if None.
         """
         if hasattr(image, "savefig"):
             buffer = io.BytesIO()
@@ -161,10 +161,13 @@ class TensorBoard(Logger):
         """Add a video, as an animated GIF.
 
         Args:
-            tag: Its name.
-            frames: Images, as :meth:`image` takes them.
-            fps: Frames in a second; at most 50 are shown.
-            step: The generation; the present one if None.
+            tag: Name of the video.
+            frames: Images, as for :meth:`image`.
+            fps: Frames per second, shown at 50 at most.
+            step: Its generation; the current one if None.
+
+        Raises:
+            ValueError: There are no frames, or ``fps`` is not above 0.
         """
         check_real("fps", fps, positive=True)
         shown = [_pixels(frame) for frame in frames]
@@ -173,7 +176,7 @@ class TensorBoard(Logger):
         self._encoded(tag, _encode(shown, fps, "GIF"), shown[0].shape, step)
 
     def hyperparameters(self, values: Mapping[str, Any]) -> None:
-        """Add settings to the page HPARAMS, which compares runs by them."""
+        """Add settings to TensorBoard's page HPARAMS, which compares runs."""
         from torch.utils.tensorboard.summary import hparams
 
         plain = {k: v if isinstance(v, (bool, int, float, str)) else str(v) for k, v in values.items()}

@@ -1,4 +1,4 @@
-"""Weights & Biases: runs on its server, or offline in a folder."""
+"""Logs to Weights & Biases, on its server or offline in a folder."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from .logger import Logger, numbers, scores_of, settings_of, texts
 
 
 class WeightsAndBiases(Logger):
-    """Logs all numbers and texts among the metrics, histograms of the members' fitness, and the settings.
+    """Logs all numbers and texts of the metrics, histograms of the members' fitness, and the settings.
 
     Args:
         project: Name of the project.
-        id: Name of the run, of letters, digits and hyphens. A process that resumes a run from a checkpoint goes on with
-            the one of this name. If None, W&B chooses one, and every process makes a run of its own.
-        histogram_every: Log a histogram every so many generations; 0 for none.
+        id: Identifier of the run, made of letters, digits and hyphens. A process that resumes from a checkpoint
+            continues the run with this identifier. If None, W&B chooses one, and every process makes a new run.
+        histogram_every: Number of generations between histograms; 0 for none.
         options: Further arguments of ``wandb.init``, such as ``mode="offline"``, ``dir=…``, ``name=…``, ``group=…``.
 
     Attributes:
-        run: The run, as ``wandb.init`` returns it, while training goes on: to log images or tables.
+        run: The run that ``wandb.init`` has returned, during training. Use it to log images or tables.
 
     Raises:
         ImportError: wandb is not installed.
@@ -37,19 +37,19 @@ class WeightsAndBiases(Logger):
         return f"{type(self).__name__}({self.project!r}, id={self.id!r})"
 
     def on_start(self, trainer: Trainer) -> None:
-        """Begin a run, or go on with it."""
+        """Begin a run, or continue it."""
         import wandb
 
         goes_on = {"id": self.id, "resume": "allow"} if self.id is not None else {}
         options = {"config": settings_of(trainer), **goes_on, **self.options}
         self.run = wandb.init(project=self.project, **options)
-        # Calls of train go on with it.
+        # Later calls of train continue this run.
         self.id = self.run.id
-        # A resumed run is the same to the bit, so what was logged before stays. W&B refuses earlier steps.
+        # A resumed run repeats generations bitwise, so what was logged stays valid. W&B refuses earlier steps.
         self._logged = max(self._logged if trainer.generation else 0, int(self.run.step or 0) - 1)
 
     def log(self, trainer: Trainer, metrics: Mapping[str, Any]) -> None:
-        """Log a generation, unless that was done before the run was resumed."""
+        """Log a generation, unless it was logged before the run was resumed."""
         import wandb
 
         step = trainer.generation

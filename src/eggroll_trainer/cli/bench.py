@@ -1,4 +1,4 @@
-"""``eggroll bench``: generations a second on this machine, beside pure inference of the same rows."""
+"""``eggroll bench``: generations per second on this machine, compared with pure inference of the same rows."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from torch import nn
 
 from .. import EGGROLLTrainer, batched
 
-DESCRIPTION = """Measure generations a second on this machine, beside pure batched inference of the same rows.
+DESCRIPTION = """Measure generations per second on this machine, compared with pure batched inference of the same rows.
 
 The model is an MLP 32-256-256-256-8, and every member is scored on 16 rows. A generation draws the noise, runs all
-members, and makes the step. Run it on a machine with nothing else to do.
+members, and makes the step. Run it while the machine is idle.
 
 Examples:
   eggroll bench
@@ -37,11 +37,11 @@ class Settings:
     rank: int = 1
     """Rank of the perturbations."""
     device: str = "cpu"
-    """Where to run."""
+    """Device to run on."""
     compile: bool = True
-    """Whether to measure compiled forwards as well, which takes some seconds more."""
+    """Whether to measure compiled forwards too, which takes some seconds more."""
     seconds: float = 3.0
-    """How long to measure each kind."""
+    """Seconds to measure each kind."""
     json: bool = False
     """Whether to print JSON."""
 
@@ -106,7 +106,7 @@ def measured(settings: Settings) -> dict[str, Any]:
         _timed(run, settings.device), _timed(run, settings.device)
     seconds: dict[str, list[float]] = {kind: [] for kind in kinds}
     until = time.perf_counter() + settings.seconds * len(kinds)
-    # In turn, so that whatever else the machine does meets them all; three times at least.
+    # In turn, so that other load on the machine affects all kinds alike; at least three times.
     while time.perf_counter() < until or len(seconds["eager"]) < 3:
         for kind, run in kinds.items():
             seconds[kind].append(_timed(run, settings.device))

@@ -1,4 +1,4 @@
-"""``eggroll demo``: a network of on-off units, which has no gradient, learns to tell two spirals apart."""
+"""``eggroll demo``: a network of on-off units, which has no gradient, learns to separate two spirals."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from .. import EGGROLLTrainer
 from ..plotting import plot_runs
 from ..plotting.runs import RunCurves
 
-DESCRIPTION = """Train a network of on-off units, which has no gradient, to tell two spirals apart, and plot it.
+DESCRIPTION = """Train a network of on-off units, which has no gradient, to separate two spirals, and plot it.
 
-Every hidden unit is either on or off. What is raised is the share of points on the right side, softened a little.
+Every hidden unit is either on or off. The fitness is minus the cross-entropy.
 
 Examples:
   eggroll demo
@@ -31,31 +31,31 @@ class Settings:
     """How the network is trained."""
 
     generations: int = 250
-    """Generations to train for."""
+    """Number of generations."""
     population_size: int = 256
     """Members in a generation."""
     hidden: int = 96
-    """On-off units."""
+    """Number of on-off units in the first layer."""
     learning_rate: float = 0.03
-    """Of Adam: about what a weight moves in a generation."""
+    """Learning rate of Adam: about the step of a weight in a generation."""
     sigma: float = 0.1
     """Standard deviation of the perturbations."""
     seed: int = 0
-    """Of the points, the first weights, and the noise."""
+    """Seed of the points, the initial weights, and the noise."""
     out: Path = Path("demo.png")
-    """Where the plot goes."""
+    """File of the plot."""
 
 
 class Step(nn.Module):
-    """On above zero, off below: its derivative is zero everywhere."""
+    """A unit that is on above zero and off below. Its derivative is zero almost everywhere."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return 1 for what is above zero, and -1 elsewhere."""
+        """Return 1 for numbers above zero, and -1 for others."""
         return (x > 0).to(x.dtype) * 2 - 1
 
 
 def spirals(points: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Return points on two spirals, ``[2·points, 2]``, and on which each lies, ``[2·points]``."""
+    """Return points on two spirals, ``[2·points, 2]``, and the spiral of each, ``[2·points]``."""
     radius = torch.linspace(0.1, 1, points)
     angle = 1.25 * 2 * math.pi * radius
     one = torch.stack([radius * angle.cos(), radius * angle.sin()], 1)
@@ -101,7 +101,7 @@ def main(arguments: list[str]) -> int:
         print(f"plot: {settings.out}")
     except (ImportError, OSError, ValueError) as error:
         print(f"no plot: {error}", file=sys.stderr)
-    print("next: eggroll train --help, for a model and a fitness function of yours")
+    print("next: eggroll train --help, for your own model and fitness function")
     return 0
 
 
@@ -113,7 +113,7 @@ def accuracy(model: nn.Module, x: Tensor, labels: Tensor) -> float:
 
 @torch.no_grad()
 def _plot(trainer: EGGROLLTrainer, x: Tensor, labels: Tensor, path: Path) -> None:
-    """Plot the run, and beside it what the network has learnt."""
+    """Plot the run, and next to it the function that the network has learnt."""
     figure: Any = plot_runs([RunCurves.of_history("demo", trainer.history)], metrics=[])
     figure.set_size_inches(9, 4)
     figure.axes[0].set_title("fitness: minus the cross-entropy")

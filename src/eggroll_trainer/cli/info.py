@@ -1,4 +1,4 @@
-"""``eggroll info``: versions, devices, and what is fast on this machine. It needs no extra."""
+"""``eggroll info``: shows versions, devices, and what is fast on this machine. It needs no extra."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .machine import everything
 
 def main(arguments: list[str]) -> int:
     """Run the command and return the exit status."""
-    # Not tyro, which may be what is missing.
+    # Not with tyro, as this command must work without extras.
     parser = argparse.ArgumentParser(
         "eggroll info", description="Show versions, devices, installed extras, and what is fast on this machine."
     )
@@ -23,7 +23,7 @@ def main(arguments: list[str]) -> int:
 
 
 def as_text(machine: dict[str, Any]) -> str:
-    """Return what was found, for people."""
+    """Return the report as text."""
     cpu = machine["processor"]
     lines = ["versions   " + ", ".join(f"{name} {version}" for name, version in machine["versions"].items())]
     features = ", ".join(cpu["features"]) or ("none of note" if cpu["features_known"] else "unknown")

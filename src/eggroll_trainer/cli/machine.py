@@ -1,4 +1,4 @@
-"""What this machine has: versions, processor, devices, extras; and what that means for speed."""
+"""Facts about this machine: versions, processor, devices, extras, and what is fast."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ import torch
 # Extras that only developers need.
 _HIDDEN = ("bench", "dev")
 
-# Instruction sets that matter here, as Linux names them; the last ones of each family are for bfloat16.
+# Instruction sets that matter for speed, by their names in Linux. The last ones of each family are for bfloat16.
 _FEATURES = ("avx2", "fma", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "sve", "bf16")
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of what the library rests on."""
+    """Return the versions of the library and of the packages that it needs."""
     from .. import __version__
 
     packages = ("numpy", "greenlet", "tqdm")
@@ -35,7 +35,7 @@ def versions() -> dict[str, str]:
 
 
 def processor() -> dict[str, Any]:
-    """Return what is known of the processor."""
+    """Return facts about the processor."""
     text = ""
     if os.path.exists("/proc/cpuinfo"):
         text = Path("/proc/cpuinfo").read_text(errors="replace")
@@ -68,7 +68,7 @@ def devices() -> list[dict[str, Any]]:
 
 
 def extras() -> dict[str, dict[str, str | None]]:
-    """Return, for each extra, its packages and their versions, None for those that are missing."""
+    """Return, for each extra, its packages with their versions; None for missing ones."""
     try:
         requirements = importlib.metadata.requires("eggroll_trainer") or []
     except importlib.metadata.PackageNotFoundError:
@@ -83,13 +83,13 @@ def extras() -> dict[str, dict[str, str | None]]:
 
 
 def bfloat16_over_float32() -> float:
-    """Return how long a product takes on the processor in bfloat16, in units of what it takes in float32."""
+    """Return the time of a matrix product on the processor in bfloat16, relative to float32."""
     products = {}
     for dtype in (torch.float32, torch.bfloat16):
         x, weight = torch.ones(1024, 256, dtype=dtype), torch.ones(256, 256, dtype=dtype)
         products[dtype] = functools.partial(torch.nn.functional.linear, x, weight)
     seconds: dict[torch.dtype, list[float]] = {dtype: [] for dtype in products}
-    # In turn, and the first ones warm up.
+    # In turn, without the first two rounds, which warm up.
     for i in range(12):
         for dtype, product in products.items():
             begin = time.perf_counter()
@@ -105,10 +105,10 @@ def compiler() -> str | None:
 
 
 def advice(machine: dict[str, Any]) -> list[str]:
-    """Return what is fast here and what is not, a sentence each.
+    """Return sentences about what is fast on this machine and what is not.
 
     Args:
-        machine: What :func:`everything` found.
+        machine: The facts that :func:`everything` collects.
     """
     cpu, lines = machine["processor"], []
     release = tuple(map(int, re.findall(r"\d+", machine["versions"]["torch"])[:2]))
@@ -117,7 +117,7 @@ def advice(machine: dict[str, Any]) -> list[str]:
     elif machine["compiler"] is None and not machine["devices"]:
         lines.append("compile=True runs eagerly: there is no C++ compiler; install g++")
     else:
-        lines.append("compile=True works, and pays after some seconds: try it with eggroll bench")
+        lines.append("compile=True works, and pays off after some seconds: try it with eggroll bench")
     ratio = machine["bfloat16_over_float32"]
     if ratio > 1.1:
         lines.append(f"bfloat16 is slow on this processor: a product takes {ratio:.1f} times as long as in float32")
@@ -139,7 +139,7 @@ def advice(machine: dict[str, Any]) -> list[str]:
 
 
 def everything() -> dict[str, Any]:
-    """Return all of this, with the advice."""
+    """Return all facts, with the advice."""
     found: dict[str, Any] = {
         "versions": versions(),
         "processor": processor(),

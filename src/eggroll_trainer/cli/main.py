@@ -1,4 +1,4 @@
-"""The command ``eggroll``: which commands there are, and what ends them."""
+"""The command ``eggroll``: its subcommands and exit statuses."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from .pipes import pipes_may_close
 
 
 class _Command(NamedTuple):
-    """A command.
+    """A subcommand.
 
     Attributes:
-        module: Where its ``main(arguments)`` is.
-        usage: Its arguments.
-        help: What it does.
+        module: The module with its ``main(arguments)``.
+        usage: Its arguments, as text.
+        help: What it does, as text.
         extra: The extra with the packages that it needs.
-        resumable: Whether a run of it can be resumed.
+        resumable: Whether its runs can be resumed.
     """
 
     module: str
@@ -38,12 +38,12 @@ COMMANDS = {
         "llm",
         True,
     ),
-    "train": _Command(".train", "MODULE:FACTORY", "train any model by a fitness function of yours", "cli", True),
+    "train": _Command(".train", "MODULE:FACTORY", "train any model with your own fitness function", "cli", True),
     "tune": _Command(
         ".tune", "MODULE:FACTORY", "find a sigma and a learning rate for your model and fitness function", "cli"
     ),
     "plot": _Command(".plot", "RUN…", "plot runs, or compare them", "cli"),
-    "bench": _Command(".bench", "", "measure generations a second on this machine", "cli"),
+    "bench": _Command(".bench", "", "measure generations per second on this machine", "cli"),
     "info": _Command(".info", "", "show versions, devices, and what is fast on this machine", "cli"),
 }
 
@@ -56,7 +56,7 @@ EXAMPLES = (
 
 
 def usage() -> str:
-    """Return what ``eggroll --help`` shows."""
+    """Return the text of ``eggroll --help``."""
     commands = "\n".join(
         f"  eggroll {name} {command.usage}".rstrip() + f"\n      {command.help}" for name, command in COMMANDS.items()
     )
@@ -70,8 +70,7 @@ def usage() -> str:
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line and return the exit status.
 
-    It is 0 where all went well, 1 where something could not be done, 2 where the command line is wrong, and 130 after a
-    Ctrl-C.
+    It is 0 for success, 1 for a failure, 2 for a wrong command line, and 130 after a Ctrl-C.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     with pipes_may_close():
@@ -118,4 +117,4 @@ def _meant(name: str) -> str:
 
 def _how_to_go_on(name: str, arguments: list[str]) -> str:
     again = shlex.join([*(argument for argument in arguments if argument != "--resume"), "--resume"])
-    return f"; go on with: eggroll {name} {again}"
+    return f"; continue with: eggroll {name} {again}"

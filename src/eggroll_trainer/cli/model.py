@@ -1,4 +1,4 @@
-"""The model, fitness function and trainer that ``MODULE:FACTORY`` makes, for several commands."""
+"""Settings and functions for commands that take a ``MODULE:FACTORY``, which returns a model or a trainer."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ class ModelSettings:
     """What is trained, and how."""
 
     factory: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODULE:FACTORY")]
-    """Function that returns a model and its fitness function, or a trainer; FILE.py:FACTORY as well."""
+    """Function that returns a model and its fitness function, or a trainer. FILE.py:FACTORY works too."""
     set: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """NAME=VALUE, an argument of the factory: as JSON where VALUE is that, else a text; may be repeated."""
+    """NAME=VALUE, an argument of the factory. VALUE is read as JSON if possible, else as text. May be repeated."""
     population_size: int = 256
-    """Members in a generation. This and what follows, up to --engine, is for factories that return no trainer."""
+    """Members in a generation. The options from here to --engine are for factories that return no trainer."""
     learning_rate: float = 0.03
-    """Step size: about what a weight moves in a generation with adam; in units of sigma with sgd."""
+    """Step size. With adam, about the step of a weight in a generation; with sgd, in units of sigma."""
     sigma: float = 0.1
     """Standard deviation of the perturbations."""
     optimizer: Literal["adam", "sgd"] = "adam"
-    """What takes the steps."""
+    """Optimizer that takes the steps."""
     rank: int = 1
     """Rank of the perturbations; 0 for full rank."""
     antithetic: bool = True
@@ -46,16 +46,16 @@ class ModelSettings:
     compile: bool = False
     """Whether batched forwards are compiled."""
     chunk_size: int | None = None
-    """Members evaluated at a time; as many as memory allows if left out."""
+    """Members evaluated at a time; by default, as many as memory allows."""
     device: str | None = None
-    """Where to train; where the model is if left out."""
+    """Device to train on; by default, the model's own."""
     engine: Literal["local", "torch", "ray"] | None = None
-    """Who evaluates the population; what torchrun has started, else this process, if left out."""
+    """What evaluates the population; by default, torch under torchrun, else local."""
     seed: int = 0
-    """Of noise, and of torch while the factory runs."""
+    """Seed of the noise, and of torch while the factory runs."""
 
 
-# What a trainer brings along.
+# Settings that a trainer from a factory has already.
 _OF_TRAINERS = (
     *("population_size", "learning_rate", "sigma", "optimizer", "rank", "antithetic", "shaping", "compile"),
     *("chunk_size", "device", "engine"),
@@ -69,11 +69,11 @@ class UsageError(Exception):
 def make_trainer(settings: ModelSettings) -> ESTrainer:
     """Call the factory, and return its trainer, or one for its model and fitness function.
 
-    What the factory itself raises is passed on as it is.
+    Exceptions of the factory itself are raised unchanged.
 
     Raises:
-        UsageError: There is no such factory, its arguments are not as they should be, it returns something else, or the
-            settings are out of range.
+        UsageError: There is no such factory, an argument of it is malformed, it returns something else, or a setting is
+            out of range.
     """
     try:
         factory = function_named("MODULE:FACTORY", settings.factory)
@@ -90,7 +90,7 @@ def make_trainer(settings: ModelSettings) -> ESTrainer:
 
 
 def is_ours(error: BaseException) -> bool:
-    """Return whether the library raised an exception, whose message says it all; a user's own needs its traceback."""
+    """Return whether the library has raised an exception. Then its message suffices; others need a traceback."""
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next

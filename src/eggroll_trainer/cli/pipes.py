@@ -1,4 +1,4 @@
-"""Pipes whose reader goes away, as in ``eggroll rl --help | head``."""
+"""Handles pipes whose reader has ended, as in ``eggroll rl --help | head``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 @contextlib.contextmanager
 def pipes_may_close() -> Iterator[None]:
-    """Let what nobody reads any more be lost, instead of ending the command: a run goes on, and is kept."""
+    """Inside the block, discard output to closed pipes, instead of ending the command: a run continues."""
     streams = sys.stdout, sys.stderr
     wrapped: list[Any] = [None if stream is None else _Stream(stream) for stream in streams]
     sys.stdout, sys.stderr = wrapped
@@ -25,7 +25,7 @@ def pipes_may_close() -> Iterator[None]:
 
 
 class _Stream:
-    """A text stream that goes on into nothing when its pipe is closed."""
+    """A text stream that discards its output once its pipe is closed."""
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
@@ -34,7 +34,7 @@ class _Stream:
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
-        """Write a text, if somebody reads it."""
+        """Write a text."""
         try:
             self._stream.write(text)
         except BrokenPipeError:
@@ -42,19 +42,19 @@ class _Stream:
         return len(text)
 
     def writelines(self, lines: Any) -> None:
-        """Write texts, if somebody reads them."""
+        """Write texts."""
         for line in lines:
             self.write(line)
 
     def flush(self) -> None:
-        """Write what is waiting, if somebody reads it."""
+        """Write the buffer."""
         try:
             self._stream.flush()
         except BrokenPipeError:
             self._into_nothing()
 
     def _into_nothing(self) -> None:
-        # What waits in the stream's buffer goes there as well, at the latest when the interpreter ends.
+        # Redirect the file descriptor too, for text in the buffer, which is flushed when the interpreter exits.
         nothing = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nothing, self._stream.fileno())
         os.close(nothing)

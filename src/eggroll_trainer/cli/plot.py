@@ -27,17 +27,17 @@ class Settings:
     runs: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="RUN…")]
     """Folders of runs, files of records (.jsonl, .csv), or checkpoints (.pt)."""
     out: Path = Path("plot.png")
-    """Where the plot goes: .png, .svg or .pdf."""
+    """File of the plot: .png, .svg or .pdf."""
     style: Literal["light", "dark", "print"] = "light"
-    """Colours for light pages, for dark ones, or none, for print."""
+    """Colours for light pages, for dark pages, or none for print."""
     x: str = "generation"
-    """What the horizontal axis shows, such as generation, or steps."""
+    """Column of the horizontal axis, such as generation or steps."""
     metrics: tuple[str, ...] | None = None
-    """Which numbers are shown below the fitness; all that change if left out."""
+    """Numbers to show below the fitness; by default, all that change."""
     names: tuple[str, ...] = ()
-    """What the runs are called; as their folders if left out. Those of one name, such as seeds, become one curve."""
+    """Names of the runs; by default, their folders. Runs with the same name, such as seeds, become one curve."""
     title: str = ""
-    """Of the plot."""
+    """Title of the plot."""
 
 
 def main(arguments: list[str]) -> int:
@@ -47,7 +47,10 @@ def main(arguments: list[str]) -> int:
         print("eggroll plot: name at least one run, such as runs/CartPole-v1-0", file=sys.stderr)
         return 2
     if settings.names and len(settings.names) != len(settings.runs):
-        print(f"eggroll plot: {len(settings.names)} names for {len(settings.runs)} runs", file=sys.stderr)
+        print(
+            f"eggroll plot: {len(settings.names)} names for {len(settings.runs)} runs; give one name for each run",
+            file=sys.stderr,
+        )
         return 2
     names = settings.names or [None] * len(settings.runs)
     try:

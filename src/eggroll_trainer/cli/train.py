@@ -1,4 +1,4 @@
-"""``eggroll train MODULE:FACTORY``: train any model by a fitness function of the user's, and leave a folder."""
+"""``eggroll train MODULE:FACTORY``: trains any model with the user's own fitness function, and writes a folder."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..callbacks.run_folder import METRICS, RunFolder
 from ..trainers.base import ESTrainer
 from .model import FACTORY, ModelSettings, UsageError, is_ours, make_trainer
 
-DESCRIPTION = f"""Train any model by a fitness function of yours, and leave a folder with all that belongs to the run.
+DESCRIPTION = f"""Train any model with your own fitness function, and write a folder with the results of the run.
 
 {FACTORY}
 
@@ -33,24 +33,24 @@ class Settings(ModelSettings):
     """How a model is trained."""
 
     generations: int = 100
-    """Generations to train for, those before a --resume included."""
+    """Number of generations, including those before a --resume."""
     patience: int | None = None
-    """End after so many generations without a better mean fitness."""
+    """Number of generations without a better mean fitness after which training ends."""
     goal: float | None = None
-    """End when the mean fitness is this or better."""
+    """Training ends when the mean fitness is equal to this or better."""
     time_limit: float | None = None
-    """End after so many seconds."""
+    """Seconds after which training ends."""
     save_every: int = 20
-    """Write a checkpoint every so many generations, and at the end."""
+    """Number of generations between checkpoints. One is also written at the end."""
     tensorboard: bool = True
-    """Whether to write curves for TensorBoard, where it is installed."""
+    """Whether to write curves for TensorBoard, if it is installed."""
     out: Path | None = None
-    """Folder of the run; runs/FACTORY-SEED if left out."""
+    """Folder of the run; by default, runs/FACTORY-SEED."""
     resume: bool = False
-    """Go on with the run in that folder."""
+    """Continue the run in that folder."""
 
 
-# What may differ when a run is resumed.
+# Settings that may differ when a run is resumed.
 _FREE = ("generations", "patience", "goal", "time_limit", "save_every", "tensorboard", "engine")
 
 
@@ -65,7 +65,7 @@ def main(arguments: list[str]) -> int:
         return 2
     settings = tyro.cli(Settings, args=arguments, default=default, prog="eggroll train", description=DESCRIPTION)
     try:
-        # What a user's function raises needs its traceback.
+        # Exceptions of the user's factory keep their traceback.
         trainer = make_trainer(settings)
     except UsageError as error:
         print(f"eggroll train: {error}", file=sys.stderr)
@@ -91,14 +91,14 @@ def main(arguments: list[str]) -> int:
 
 
 def _run(settings: Settings, trainer: ESTrainer) -> tuple[Path, list[Callback], Checkpoints]:
-    """Open the run's folder, and return it with what is to be written there."""
+    """Open the run's folder; return it with the callbacks and checkpoints that write to it."""
     name = settings.factory.replace(".py:", "-").replace(":", "-").replace("/", "-").replace("\\", "-")
     folder = settings.out or Path("runs") / f"{name}-{settings.seed}"
     trainer.engine.from_main(RunFolder(folder, settings, _FREE).open)
     checkpoints = Checkpoints(folder / "checkpoints", every=settings.save_every)
     if settings.resume:
         checkpoints.restore(trainer)
-    # Run once more from the start, if it was stopped before the first checkpoint.
+    # A run that was stopped before its first checkpoint restarts, and overwrites its records.
     callbacks: list[Callback] = [JSONLines(folder / METRICS, overwrite=settings.resume)]
     if settings.tensorboard and _has_tensorboard():
         callbacks.append(TensorBoard(folder))
@@ -118,7 +118,7 @@ def _has_tensorboard() -> bool:
 
 
 def _finish(settings: Settings, trainer: ESTrainer, folder: Path, stopped_by: str | None) -> None:
-    """Write the model and the plot, and say what came out and what to do next."""
+    """Write the model and the plot, and print the results and the next steps."""
     torch.save(trainer.model.state_dict(), folder / "model.pt")
     if stopped_by is not None:
         print(f"ended after generation {trainer.generation} by {stopped_by}")
@@ -133,4 +133,4 @@ def _finish(settings: Settings, trainer: ESTrainer, folder: Path, stopped_by: st
         print(f"curve: {folder / 'curve.png'}")
     except ImportError as error:
         print(f"no curve: {error}", file=sys.stderr)
-    print(f"next: --resume --generations {2 * trainer.generation} trains on; tensorboard --logdir {folder} shows it")
+    print(f"next: --resume --generations {2 * trainer.generation} continues; tensorboard --logdir {folder} shows it")

@@ -1,4 +1,4 @@
-"""``eggroll tune MODULE:FACTORY``: find a sigma and a learning rate for the user's own model and fitness function."""
+"""``eggroll tune MODULE:FACTORY``: finds a sigma and a learning rate for the user's model and fitness function."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ class Settings(ModelSettings):
     """What is tuned, and how."""
 
     budget: int = 50
-    """Generations that the search may take, 20 at least."""
+    """Largest number of generations for the search, at least 20."""
     plot: Path | None = Path("tuned.png")
-    """Where the plot of the trials goes."""
+    """File of the plot of the trials."""
     out: Path | None = None
-    """Where the settings go, for eggroll train --config; only with factories that return no trainer."""
+    """File of the settings, for eggroll train --config; only with factories that return no trainer."""
 
 
 def main(arguments: list[str]) -> int:
@@ -50,7 +50,7 @@ def main(arguments: list[str]) -> int:
         return 2
     settings = tyro.cli(Settings, args=arguments, default=default, prog="eggroll tune", description=DESCRIPTION)
     try:
-        # What a user's function raises needs its traceback.
+        # Exceptions of the user's factory keep their traceback.
         trainer = make_trainer(settings)
     except UsageError as error:
         print(f"eggroll tune: {error}", file=sys.stderr)
@@ -68,7 +68,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _of_training() -> set[str]:
-    """Return what the file of a training run has besides."""
+    """Return the names of settings that the file of a training run has in addition."""
     from .train import Settings as Training
 
     return {field.name for field in dataclasses.fields(Training)} - {
@@ -77,7 +77,7 @@ def _of_training() -> set[str]:
 
 
 def _finish(settings: Settings, found: Tuning) -> None:
-    """Write the settings and the plot, and say what came out and what to do next."""
+    """Write the settings and the plot, and print the results and the next steps."""
     print(found)
     if settings.plot is not None:
         try:

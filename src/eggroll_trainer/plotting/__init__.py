@@ -1,4 +1,4 @@
-"""Plots of runs: fitness with bands, diagnostics, several runs compared. They need the extra ``plot``."""
+"""Plots of one run or several: fitness with bands, and diagnostics. They need the extra ``plot``."""
 
 from .figure import plot_runs
 from .runs import RunCurves, load_run

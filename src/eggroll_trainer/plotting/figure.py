@@ -1,4 +1,4 @@
-"""The figure of one run, or of several: the fitness, and below it every other number that changes."""
+"""The figure of one or several runs: the fitness, and below it every other number that changes."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ import numpy as np
 from .runs import Array, RunCurves, mean_of_runs
 from .styles import LINES, LOOKS, Look, Style, parameters
 
-# Inches: as wide as a page's text.
+# Inches. The width is that of a page's text.
 _WIDTH, _FITNESS, _PANEL = 7.0, 3.4, 1.5
 _COLUMNS = 3
 
-# Bands of more runs than that hide each other.
+# With more runs, bands are left out, as they would cover each other.
 _BANDS = 4
 
 
@@ -33,18 +33,18 @@ def plot_runs(
 ) -> Any:
     """Plot the fitness of one or several runs, and below it every other number that changes.
 
-    Of one run the mean fitness is shown with a band of one standard deviation of the members, the best member of each
-    generation, the best so far, and the evaluations of the centre, where there are some. Of several runs it is the mean
-    with its band. Runs of the same name, such as several seeds, become one curve: their mean, with a band of one
-    standard deviation of the runs.
+    For a single run, the figure shows the mean fitness with a band of one standard deviation of the members, the best
+    member of each generation, the best so far, and evaluations of the centre if there are any. For several runs, it
+    shows the mean of each with its band. Runs with the same name, such as several seeds, become one curve: their mean,
+    with a band of one standard deviation of the runs.
 
     Args:
         runs: The runs.
-        path: Where the figure goes, as PNG, SVG or PDF; it is only returned if None.
+        path: File to write, as PNG, SVG or PDF. If None, the figure is only returned.
         style: ``"light"``, ``"dark"`` for dark pages, or ``"print"`` without colours.
         x: Column of the horizontal axis.
-        metrics: Names of the numbers below; all that change if None.
-        title: Of the figure.
+        metrics: Names of the numbers below the fitness; all that change if None.
+        title: Title of the figure.
 
     Returns:
         A ``matplotlib.figure.Figure``.
@@ -86,18 +86,18 @@ def _save(figure: Any, path: Path) -> None:
     if kind not in kinds:
         raise ValueError(f"the file must end in .png, .svg or .pdf, got {path.name!r}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    # The same runs make the same file.
+    # Without a date, the same runs give the same file.
     metadata = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(kind)
     figure.savefig(path, metadata=metadata)
 
 
 def _drawn(runs: list[RunCurves], look: Look, x: str, metrics: Sequence[str] | None, title: str) -> Any:
-    # Not by pyplot, which has the process's choice of a window system.
+    # Not with pyplot, which would choose a window system for the process.
     from matplotlib.figure import Figure
 
     class Shown(Figure):  # type: ignore[misc, unused-ignore]
         def _repr_png_(self) -> bytes:
-            # What a notebook shows.
+            # For notebooks.
             buffer = io.BytesIO()
             self.savefig(buffer, format="png")
             return buffer.getvalue()
@@ -110,7 +110,7 @@ def _drawn(runs: list[RunCurves], look: Look, x: str, metrics: Sequence[str] | N
     groups: dict[str, list[RunCurves]] = {}
     for run in runs:
         groups.setdefault(run.name, []).append(run)
-    # Runs of one name look the same.
+    # Runs with the same name have the same colour and line.
     looks = {name: _line(look, k) for k, name in enumerate(groups)}
     if len(runs) == 1:
         _draw_run(axes, runs[0], look, x)
@@ -119,7 +119,7 @@ def _drawn(runs: list[RunCurves], look: Look, x: str, metrics: Sequence[str] | N
     axes.set(title="fitness", xlabel=x)
     handles, labels = axes.get_legend_handles_labels()
     if len(handles) > 6:
-        # They would hide the curves.
+        # A long legend would cover the curves.
         figure.legend(handles, labels, loc="outside right upper", fontsize=8)
     elif handles:
         axes.legend(loc="best", framealpha=0.8, fontsize=8, handlelength=3.5)
@@ -184,13 +184,13 @@ def _band(axes: Any, at: Array, mean: Array, std: Array | None, color: str, labe
 
 
 def _shown(at: Array, values: Array) -> tuple[Array, Array]:
-    """Return the points of a curve: those that are there."""
+    """Return the points of a curve whose values are finite."""
     there = np.isfinite(values)
     return at[there], values[there]
 
 
 def _panels(runs: list[RunCurves], x: str) -> tuple[list[str], list[str]]:
-    """Return the names of what changes, and in words what does not."""
+    """Return the names of columns that change, and texts about those that don't."""
     names = [name for name in dict.fromkeys(name for run in runs for name in run.others()) if name != x]
     changing, constant = [], []
     for name in names:

@@ -1,4 +1,4 @@
-"""The curves of a run, from wherever it was kept."""
+"""The curves of a run, read from its records or checkpoints."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..checkpoints.files import read_checkpoint
 
 Array = np.ndarray[Any, Any]
 
-# What the same thing is called in the records of trainers and of commands.
+# Names of the same quantity in the records of trainers and of commands.
 _ALIASES = {
     "mean": ("mean_fitness", "mean_return"),
     "std": ("std_fitness", "std_return"),
@@ -28,11 +28,11 @@ _ALIASES = {
 
 
 class RunCurves:
-    """Curves of a run: columns of numbers, one for each generation, NaN where there is none.
+    """The curves of a run: columns with one number for each generation, NaN if there is none.
 
     Args:
-        name: What the run is called in legends.
-        columns: The numbers by name; all of the same length.
+        name: Name of the run in legends.
+        columns: The columns by name, all of the same length.
 
     Example:
         >>> run = RunCurves.of_history(
@@ -48,14 +48,14 @@ class RunCurves:
 
     @classmethod
     def of_records(cls, name: str, records: Iterable[Mapping[str, Any]]) -> RunCurves:
-        """Return the curves of records, one for each generation, which need not all have the same numbers."""
+        """Return the curves from one record for each generation. Records may have different entries."""
         rows = [numbers(one) for one in records]
         keys = dict.fromkeys(key for row in rows for key in row)
         return cls(name, {key: [row.get(key, np.nan) for row in rows] for key in keys})
 
     @classmethod
     def of_history(cls, name: str, history: Mapping[str, Sequence[Any]]) -> RunCurves:
-        """Return the curves of ``trainer.history``. What was not noted in every generation stands at the last ones."""
+        """Return the curves of ``trainer.history``. Shorter columns are aligned at the last generation."""
         length = max((len(values) for values in history.values()), default=0)
         rows: list[dict[str, Any]] = [{} for _ in range(length)]
         for key, values in history.items():
@@ -67,7 +67,7 @@ class RunCurves:
         return max((len(values) for values in self.columns.values()), default=0)
 
     def x(self, name: str = "generation") -> Array:
-        """Return the horizontal axis.
+        """Return the column for the horizontal axis; generations are counted from 1 if there is no column for them.
 
         Raises:
             ValueError: There is no such column.
@@ -79,22 +79,27 @@ class RunCurves:
         raise ValueError(f"{self.name} has no column {name!r}; it has {', '.join(sorted(self.columns))}")
 
     def role(self, role: str) -> Array | None:
-        """Return the mean, std, best and so on of the fitness, whatever they are called here."""
+        """Return the column for a quantity such as ``"mean"`` or ``"best"``, whatever its name, or None."""
         for name in _ALIASES[role]:
             if name in self.columns:
                 return self.columns[name]
         return None
 
     def others(self) -> list[str]:
-        """Return the names of the columns that are neither about the fitness itself nor counters."""
+        """Return the names of columns that are neither fitness nor counters."""
         fitness = {name for names in _ALIASES.values() for name in names}
         return [name for name in self.columns if name not in fitness and name not in ("generation", "steps")]
 
 
 def mean_of_runs(runs: Sequence[RunCurves], x: str) -> tuple[Array, Array, Array]:
-    """Return the mean fitness of several runs: where they all are, its mean over the runs, and the standard deviation.
+    """Average the mean fitness of several runs over the range that they share.
 
-    Runs that were noted at different places are interpolated.
+    Args:
+        runs: The runs. Runs with different values of ``x`` are interpolated.
+        x: Column of the horizontal axis.
+
+    Returns:
+        Values of ``x``, and the mean and standard deviation over the runs, ``[n]`` each.
     """
     curves = []
     for run in runs:
@@ -114,16 +119,16 @@ def load_run(path: str | PathLike[str], name: str | None = None) -> RunCurves:
     r"""Read the curves of a run.
 
     Args:
-        path: A run's folder, with ``metrics.jsonl``, ``metrics.csv`` or checkpoints in it; a file of records,
+        path: The folder of a run, which contains ``metrics.jsonl``, ``metrics.csv`` or checkpoints; a file of records,
             ``.jsonl`` or ``.csv``; or a checkpoint, ``.pt``.
-        name: What it is called; the name of the folder or file if None.
+        name: Name of the run; that of the folder or file if None.
 
     Returns:
         The curves.
 
     Raises:
-        FileNotFoundError: There is no such file or folder, or nothing of a run in it.
-        ValueError: The file is damaged, or there is no generation in it.
+        FileNotFoundError: There is no such file or folder, or the folder contains no run.
+        ValueError: The file is damaged, or contains no generation.
 
     Example:
         >>> import tempfile
@@ -153,7 +158,7 @@ def _file_in(folder: Path) -> Path:
         if found:
             return found[-1]
     raise FileNotFoundError(
-        f"{folder} has nothing of a run: neither metrics.jsonl or metrics.csv, as loggers write them, nor checkpoints"
+        f"{folder} contains no run: neither metrics.jsonl or metrics.csv, as loggers write them, nor checkpoints"
     )
 
 
@@ -165,7 +170,7 @@ def _read(file: Path, name: str) -> RunCurves:
     try:
         records = JSONLines(file).read()
         if not all(isinstance(one, dict) for one in records):
-            raise ValueError("a line is no object")
+            raise ValueError("a line is not an object")
     except (json.JSONDecodeError, UnicodeDecodeError, ValueError) as error:
         raise ValueError(f"{file} is not a file of JSON lines: {error}") from error
     return RunCurves.of_records(name, records)

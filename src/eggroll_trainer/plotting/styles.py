@@ -1,4 +1,4 @@
-"""Colours and lines that can be told apart on light and dark pages, in print, and by the colour-blind."""
+"""Colours and lines that can be distinguished on light and dark pages, in print, and by colour-blind readers."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple, get_args
 Style = Literal["light", "dark", "print"]
 STYLES: tuple[str, ...] = get_args(Style)
 
-# Solid, dashed, dash-dotted, dotted, long dashes, dash-dot-dotted: lines differ without colours, too.
+# Solid, dashed, dash-dotted, dotted, long dashes, dash-dot-dotted: lines differ even without colours.
 LINES: tuple[Any, ...] = (
     "-",
     (0, (5, 2)),
@@ -22,10 +22,10 @@ class Look(NamedTuple):
     """The colours of a style.
 
     Attributes:
-        page: Background.
-        ink: Of text and axes.
-        grid: Of the grid.
-        lines: Of curves, in their order.
+        page: Colour of the background.
+        ink: Colour of text and axes.
+        grid: Colour of the grid.
+        lines: Colours of curves, in their order.
     """
 
     page: str
@@ -34,8 +34,8 @@ class Look(NamedTuple):
     lines: tuple[str, ...]
 
 
-# From Okabe and Ito's colours, moved until the nearest two are as far apart as possible for those who lack red or green
-# receptors, with a contrast to the page of 3 at least.
+# Based on the palette of Okabe and Ito. Colours were moved to maximise the smallest distance between two of them for
+# readers without red or green receptors, with a contrast of at least 3 to the page.
 LOOKS: dict[str, Look] = {
     "light": Look("#ffffff", "#1a1a1a", "#d9d9d9", ("#0072b2", "#d55e00", "#049f4e", "#761f64", "#4f3600", "#000000")),
     "dark": Look("#14171c", "#e8e8e8", "#3a3f47", ("#56b4e9", "#ff9a4d", "#2cff93", "#cd7198", "#c0b600", "#f9f6f6")),
@@ -59,11 +59,11 @@ def parameters(style: str) -> dict[str, Any]:
         **dict.fromkeys(inks, look.ink),
         "grid.color": look.grid,
         "legend.edgecolor": look.grid,
-        # Points at the printed size: a figure is as wide as a page's text.
+        # In points of the printed size, as a figure is as wide as a page's text.
         "font.size": 9,
         "axes.titlesize": 9,
         "lines.linewidth": 1.6,
-        # Text stays text, which can be searched for.
+        # Keep text as text, so that it can be searched.
         "svg.fonttype": "none",
         "savefig.dpi": 150,
     }

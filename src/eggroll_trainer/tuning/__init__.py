@@ -1,4 +1,4 @@
-"""Settings that suit a model and its fitness function, found by trying them."""
+"""Tuning: finds settings that suit a model and its fitness function, by trials."""
 
 from .result import RateTrial, SigmaTrial, Tuning
 from .tune import tune

@@ -6,7 +6,7 @@ from typing import Any
 
 
 def figure_of(tuning: Any) -> Any:
-    """Return a figure of a :class:`Tuning` in two panels: the linear share over sigma, the fitness of every rate."""
+    """Return a figure of a :class:`Tuning` with two panels: linear share over sigma, and fitness for each rate."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 

@@ -1,4 +1,4 @@
-"""What a search for settings has found."""
+"""The result of a search for settings."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ class SigmaTrial:
     """A generation with one sigma.
 
     Attributes:
-        sigma: Of the first parameter group.
-        linear_share: The share of the fitness' variance that changes sign with the perturbation: 1 where the fitness
-            is linear over a distance of sigma, less where it is curved, noisy or too coarse.
+        sigma: Sigma of the first parameter group.
+        linear_share: The share of the fitness' variance that changes sign with the perturbation: 1 if the fitness is
+            linear over a distance of sigma, less if it is curved, noisy or too coarse.
         ties: The probability that two different members have the same fitness.
-        mean_fitness: Of the members.
+        mean_fitness: Mean fitness of the members.
 
     Example:
         >>> SigmaTrial(sigma=0.1, linear_share=0.93, ties=0.0, mean_fitness=-1.2).linear_share
@@ -34,9 +34,9 @@ class RateTrial:
     """Some generations with one learning rate.
 
     Attributes:
-        learning_rate: Of the first parameter group.
+        learning_rate: Learning rate of the first parameter group.
         fitness: The mean fitness of each generation.
-        agreement: The cosine between each generation's estimate and the step before it; below 0 steps went too far.
+        agreement: The cosine between each generation's estimate and the step before it; negative if steps went too far.
 
     Example:
         >>> RateTrial(0.1, [-1.2, -1.1]).fitness[-1]
@@ -50,14 +50,14 @@ class RateTrial:
 
 @dataclasses.dataclass(frozen=True)
 class Tuning:
-    """Settings that were found, and what was seen on the way.
+    """The settings that were found, and all trials.
 
     Attributes:
-        sigma: The one that was found, of the first parameter group.
-        learning_rate: The one that was found, of the first parameter group.
-        generations: How many the search took.
-        sigmas: One entry for each sigma that was tried.
-        rates: One entry for each learning rate.
+        sigma: The sigma that was found, for the first parameter group.
+        learning_rate: The learning rate that was found, for the first parameter group.
+        generations: Number of generations that the search took.
+        sigmas: The trials of sigmas.
+        rates: The trials of learning rates.
 
     Example:
         >>> print(Tuning(0.1, 0.3, 12, [SigmaTrial(0.1, 0.93, 0.0, -1.2)], [RateTrial(0.3, [-1.2, -0.9])]))
@@ -75,7 +75,7 @@ class Tuning:
     rates: list[RateTrial]
 
     def __str__(self) -> str:
-        """Return a table of what was tried."""
+        """Return a table of the trials."""
         lines = [f"sigma={self.sigma:.3g}, learning_rate={self.learning_rate:.3g} ({self.generations} generations)"]
         if self.sigmas:
             lines.append("sigma       linear share  ties  mean fitness")
@@ -94,10 +94,10 @@ class Tuning:
         return "\n".join(lines)
 
     def plot(self, path: str | PathLike[str] | None = None) -> Any:
-        """Draw what was seen; needs matplotlib.
+        """Plot the trials; needs matplotlib.
 
         Args:
-            path: Where to save the figure; its ending says how. Not saved if None.
+            path: File to write, in the format of its ending. If None, the figure is only returned.
 
         Returns:
             The ``matplotlib.figure.Figure``.

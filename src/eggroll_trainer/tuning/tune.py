@@ -1,14 +1,15 @@
 """A search for sigma and the learning rate on the user's own trainer: a range test, then a race.
 
-Sigma first. Members come in antithetic pairs, ``f₊`` and ``f₋``. With ``o = (f₊ - f₋)/2`` and ``e = (f₊ + f₋)/2`` the
-*linear share* is ``Var(o)/(Var(o) + Var(e))``: near 1 where the fitness is linear over a distance of sigma, less where
-it is curved (sigma is too large), and a half where it is noise or too coarse (sigma is too small). It takes one
-generation, whatever the number of weights is. The largest sigma is taken that is nearly as linear as the best.
+*Sigma.* Members come in antithetic pairs, ``f₊`` and ``f₋``. With ``o = (f₊ - f₋)/2`` and ``e = (f₊ + f₋)/2``, the
+*linear share* is ``Var(o)/(Var(o) + Var(e))``. It is near 1 if the fitness is linear over a distance of sigma, less if
+it is curved (sigma is too large), and about a half if it is noise or too coarse (sigma is too small). It takes one
+generation to measure, whatever the number of weights is. We take the largest sigma that is nearly as linear as the
+best.
 
-Then the learning rate: rates that move a weight by a hundredth of sigma to three sigmas a generation start from the
-same weights with the same perturbations, and the better half of them goes on, again and again (successive halving,
-Jamieson and Talwalkar, 2016). A short race favours long steps: if the winner's last estimates point back along its
-steps, the next lower rate is taken.
+*Learning rate.* Several rates, which move a weight by a hundredth of sigma to three sigmas a generation, start from the
+same weights with the same perturbations. The better half of them continues, again and again (successive halving,
+Jamieson and Talwalkar, 2016). A short race favours long steps. So if the winner's last estimates point back along its
+steps, we take the next lower rate.
 """
 
 from __future__ import annotations
@@ -31,11 +32,11 @@ from ..trainers.base import ESTrainer
 from ..trainers.keyed import KeyedESTrainer
 from .result import RateTrial, SigmaTrial, Tuning
 
-# Powers of the square root of ten, relative to the sigma that the trainer has.
+# Sigmas to try, as powers of the square root of ten relative to the trainer's sigma.
 _SIGMAS = range(-4, 5)
-# What a weight moves by in a generation, in units of sigma.
+# Learning rates to try, as the step of a weight in a generation, in units of sigma.
 _STEPS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
-# A sigma may have this share of the best linear share, and so many ties.
+# A sigma is acceptable from this fraction of the best linear share on, and below this tie probability.
 _NEARLY, _TIES = 0.85, 0.3
 
 
@@ -48,22 +49,23 @@ def tune(
     apply: bool = True,
     verbose: bool = True,
 ) -> Tuning:
-    """Find a sigma and a learning rate with which a trainer learns, from where it is now.
+    """Find a sigma and a learning rate with which a trainer learns, starting from its current state.
 
-    The trainer is tried with other settings and put back each time: weights, history, optimizer and random streams
-    stay as they are. Where parameter groups have settings of their own, their ratios stay.
+    The trainer is run with various settings, and restored after each trial: weights, history, optimizer and random
+    streams do not change. If parameter groups have different settings, their ratios are kept.
 
     Args:
-        trainer: What to tune, with its fitness function, population and optimizer. If it has no antithetic pairs it
-            gets them for the search of sigma.
-        budget: Generations that the search may take, 20 at least; a fifth of what you will train is a fair share.
-        sigma: Whether to look for sigma. A custom :class:`~eggroll_trainer.ESTrainer` keeps its own in any case.
-        learning_rate: Whether to look for the learning rate.
-        apply: Whether to set what was found; else the trainer keeps its settings.
+        trainer: The trainer to tune, with its fitness function, population and optimizer. The search for sigma uses
+            antithetic pairs if possible, even if the trainer does not.
+        budget: Largest number of generations for the search, at least 20. A fifth of those you plan to train is a
+            fair share.
+        sigma: Whether to search for sigma. A custom :class:`~eggroll_trainer.ESTrainer` always keeps its own.
+        learning_rate: Whether to search for the learning rate.
+        apply: Whether to set the settings that were found. If False, the trainer keeps its own.
         verbose: Whether to show a progress bar.
 
     Returns:
-        What was found; print it for a table, and see :meth:`Tuning.plot`.
+        The settings that were found, and all trials. Print it to get a table, or use :meth:`Tuning.plot`.
 
     Raises:
         TypeError: An argument is of the wrong type.
@@ -92,7 +94,9 @@ def tune(
     if not isinstance(trainer, ESTrainer):
         raise TypeError(f"tune takes a trainer, got {type(trainer).__name__}")
     if hasattr(trainer, "adaptation"):
-        raise ValueError('settings that are "auto" are adapted anyway; tune a trainer with settings of numbers')
+        raise ValueError(
+            'settings that are "auto" adapt themselves: give learning_rate and sigma as numbers to tune them'
+        )
     budget = validation.check_int("budget", budget, 20)
     with tqdm(total=budget, unit="gen", disable=not (verbose and trainer.is_main)) as bar:
         search = _Search(trainer, budget, bar)
@@ -108,32 +112,32 @@ def tune(
 
 
 class _Search:
-    """Tries settings of a trainer.
+    """Runs a trainer with various settings.
 
     Args:
         trainer: The trainer.
-        budget: Generations.
-        bar: Shows how many are over.
+        budget: Largest number of generations.
+        bar: The progress bar.
     """
 
     def __init__(self, trainer: ESTrainer, budget: int, bar: Any) -> None:
         self.trainer, self.budget, self.bar = trainer, budget, bar
         self.generations = 0
-        # Inside of the search, higher is better.
+        # Inside the search, higher is better.
         self._sign = 1.0 if trainer.maximize else -1.0
         self._start = trainer.state_dict()
         groups = trainer.param_groups
         first = groups[0]
         self._sigmas = [group["sigma"] / first["sigma"] for group in groups]
-        # A first rate of zero has no ratios.
+        # Without ratios if the first rate is zero.
         self._rates = [group["lr"] / first["lr"] if first["lr"] else 1.0 for group in groups]
 
     @contextlib.contextmanager
     def restored(self) -> Iterator[None]:
-        """Put the trainer back at the end of the block."""
+        """Restore the trainer at the end of the block."""
         trainer = self.trainer
         warned, planned = trainer._warned, trainer._watch.planned
-        # What is wrong with a setting that is tried is no news.
+        # Warnings about settings on trial are not for the user.
         trainer._warned = Warned()
         try:
             with warnings.catch_warnings():
@@ -144,7 +148,7 @@ class _Search:
             trainer._warned, trainer._watch.planned = warned, planned
 
     def set(self, sigma: float | None = None, learning_rate: float | None = None) -> None:
-        """Set what the first parameter group has, and the others in proportion."""
+        """Set the values of the first parameter group, and those of the others in proportion."""
         groups = self.trainer.param_groups
         for group, sigma_ratio, rate_ratio in zip(groups, self._sigmas, self._rates, strict=True):
             if sigma is not None:
@@ -158,11 +162,11 @@ class _Search:
         return self.trainer.step()
 
     def sigmas(self) -> list[SigmaTrial]:
-        """Run a generation with each of some sigmas."""
+        """Run one generation with each of several sigmas."""
         trainer, centre = self.trainer, self.trainer.sigma
         assert isinstance(trainer, KeyedESTrainer)
         reuse = trainer.noise_reuse
-        # Groups of odd size cannot have pairs, nor chunks.
+        # Pairs need even sizes of the population, groups and chunks.
         pairs = not any(size % 2 for size in (trainer.population_size, trainer.group_size, trainer.chunk_size or 0))
         trials = []
         for power in _SIGMAS:
@@ -176,7 +180,7 @@ class _Search:
         if not any(trial.ties < 1 for trial in trials):
             raise ValueError(
                 f"all members have the same fitness with every sigma from {trials[0].sigma:.2g} to"
-                f" {trials[-1].sigma:.2g}: does the fitness function use the model that it is given?"
+                f" {trials[-1].sigma:.2g}: check that the fitness function uses the model that it gets"
             )
         return trials
 
@@ -186,7 +190,7 @@ class _Search:
         try:
             mean = self._step()["mean_fitness"]
         except ValueError:
-            # No score is finite, or the step leads to weights that are not.
+            # No score is finite, or the weights after the step are not.
             return SigmaTrial(sigma, 0.0, 1.0, math.nan)
         assert trainer.last_generation is not None
         scores = np.asarray(trainer.last_generation.scores, float).reshape(trainer.population_size, -1)
@@ -196,7 +200,7 @@ class _Search:
         return SigmaTrial(sigma, linear_share(fitness) if pairs else 1 - ties, ties, mean)
 
     def rates(self) -> list[RateTrial]:
-        """Race learning rates against each other."""
+        """Compare learning rates by successive halving."""
         trainer = self.trainer
         state = trainer.state_dict()
         unit = trainer.learning_rate or 1.0
@@ -204,7 +208,7 @@ class _Search:
         moved = self._step()["update_norm"] / math.sqrt(max(1, len(trainer.current_params)))
         trainer.load_state_dict(state)
         if not moved > 0:
-            # All members tie: there is nothing to choose by.
+            # All members tie, so rates cannot be compared.
             return []
         trials = [RateTrial(unit * step * trainer.sigma / moved) for step in _STEPS]
         states: dict[float, dict[str, Any]] = {}
@@ -231,16 +235,16 @@ class _Search:
                 trial.fitness.append(metrics["mean_fitness"])
                 trial.agreement.append(metrics["agreement"])
             except ValueError:
-                # Scores or weights that are not finite.
+                # Scores or weights are not finite: rank this rate last.
                 trial.fitness.append(-self._sign * math.inf)
                 return
 
     def _standing(self, trial: RateTrial) -> float:
-        """Return what a rate is judged by: the mean fitness of its last two generations; higher is better."""
+        """Return the mean fitness of the last two generations of a rate, higher is better."""
         return self._sign * float(np.mean(trial.fitness[-2:]))
 
     def winner(self, trials: list[RateTrial]) -> float:
-        """Return the rate that came furthest of those that ran longest, or a lower one if its steps went too far."""
+        """Return the best of the rates that ran longest, or a lower one if its steps went too far."""
         longest = max(len(trial.fitness) for trial in trials)
         best = max((trial for trial in trials if len(trial.fitness) == longest), key=self._standing)
         for trial in reversed(trials[: trials.index(best) + 1]):
@@ -249,7 +253,7 @@ class _Search:
         return trials[0].learning_rate
 
     def _overshoots(self, trial: RateTrial) -> bool:
-        """Return whether the last estimates point back, by more than the standard error of random directions."""
+        """Return whether the last estimates point back along the steps, by more than chance."""
         lately = trial.agreement[len(trial.agreement) // 2 :]
         if not lately:
             return False
