@@ -3,7 +3,8 @@
 ``eggroll-es`` 0.2.0 (``pip install --no-deps eggroll-es``) perturbs a Hugging Face model by low-rank matrices that it
 forms in full, and evaluates members one after the other. Both do one generation with the same members, prompts and
 tokens, once with a score of given texts (perplexity, one forward a member) and once with greedy completions. They take
-turns; the first of each is not counted.
+turns; the first of each is not counted. ``eggroll-es`` holds the perturbations of all members, 8.6 GB for 16 members of
+SmolLM2-135M.
 """
 
 from __future__ import annotations
@@ -57,8 +58,10 @@ def main() -> None:
     arguments = parser.parse_args()
     import transformers
 
-    models = [transformers.AutoModelForCausalLM.from_pretrained(arguments.model).eval() for _ in range(2)]
-    vocabulary = models[0].config.vocab_size
+    def loaded() -> Any:
+        return transformers.AutoModelForCausalLM.from_pretrained(arguments.model).eval()
+
+    vocabulary = transformers.AutoConfig.from_pretrained(arguments.model).vocab_size
     ids = torch.randint(10, vocabulary, (PROMPTS, LENGTH), generator=torch.Generator().manual_seed(0))
     options = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False, "pad_token_id": 0}
 
@@ -85,18 +88,22 @@ def main() -> None:
         tokens = model.generate(inputs, attention_mask=torch.ones_like(inputs), **options)
         return float(tokens[:, LENGTH:].double().mean())
 
-    runs = {
-        "perplexity, ours": ours(models[0], perplexities),
-        "perplexity, eggroll-es": theirs(models[1], perplexity, ids),
-        "completions, ours": ours(models[0], completions),
-        "completions, eggroll-es": theirs(models[1], completion, ids),
-    }
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for i in range(arguments.repeats + 1):
-        for name, run in runs.items():
-            spent = timed(run)
-            if i:
-                seconds[name].append(spent)
+    seconds: dict[str, list[float]] = {}
+    for task, score, peer_score in (
+        ("perplexity", perplexities, perplexity),
+        ("completions", completions, completion),
+    ):
+        # Made anew for each task: both at once would need twice the memory.
+        runs = {
+            f"{task}, ours": ours(loaded(), score),
+            f"{task}, eggroll-es": theirs(loaded(), peer_score, ids),
+        }
+        for i in range(arguments.repeats + 1):
+            for name, run in runs.items():
+                spent = timed(run)
+                if i:
+                    seconds.setdefault(name, []).append(spent)
+        del runs, run
     for name, values in seconds.items():
         print(f"{name:24} {statistics.median(values):7.1f} s a generation ({min(values):.1f} to {max(values):.1f})")
     if arguments.out:
