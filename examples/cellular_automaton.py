@@ -1,4 +1,4 @@
-"""A cellular automaton that finds out what most cells are: no cell sees more than its neighbours.
+"""A cellular automaton that finds the majority of its cells, though no cell sees more than its neighbours.
 
     python examples/cellular_automaton.py
 

@@ -1,7 +1,7 @@
-"""CartPole without its velocities: a recurrent policy has to remember what one observation does not tell.
+"""CartPole without its velocities: a recurrent policy has to remember what a single observation does not show.
 
-python examples/hidden_velocities.py             # a gated recurrent unit
-python examples/hidden_velocities.py --policy linear    # without a memory, for comparison
+    python examples/hidden_velocities.py                    # a gated recurrent unit
+    python examples/hidden_velocities.py --policy linear    # without a memory, for comparison
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
     python examples/int8_weights.py
 
 Handwritten digits, 64-32-10. A weight is a whole number from -127 to 127, times one fixed scale for each layer. Members
-differ from the centre by whole numbers, and the step is rounded at random to whole numbers, so that nothing else than
-int8 has to be stored. There is no float master copy.
+differ from the centre by whole numbers, and the step is rounded at random to whole numbers, so that nothing but
+int8 has to be stored. There is no float copy of the weights.
 """
 
 from __future__ import annotations

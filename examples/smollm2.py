@@ -7,7 +7,7 @@
     model = AutoModelForCausalLM.from_pretrained("models/smollm2")
     tokenizer = AutoTokenizer.from_pretrained("models/smollm2", padding_side="left")
 
-The weights are float32 numbers of the precision that four bits have. The chat template comes along.
+The weights are float32 numbers with the precision of the four-bit file. The chat template is included.
 """
 
 from __future__ import annotations

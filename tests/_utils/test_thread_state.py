@@ -1,4 +1,4 @@
-"""What is left on in torch when an exception breaks into its context managers is put back."""
+"""Modes of torch are restored after an exception has interrupted one of its context managers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where the time of an evaluation goes, said once to those whose simulator takes it."""
+"""One warning where a plain function's simulator takes most of the time."""
 
 from __future__ import annotations
 

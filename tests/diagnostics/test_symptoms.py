@@ -1,4 +1,4 @@
-"""Each symptom is told once where it is there, with what to do; a run that learns hears nothing."""
+"""Each symptom gives one warning that says what to do; a run that learns gives none."""
 
 from __future__ import annotations
 

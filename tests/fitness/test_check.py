@@ -1,4 +1,4 @@
-"""The check of what is quick against what is right: when it looks, what it says, and what follows."""
+"""The check of scores: when it runs, what it says, and what follows."""
 
 from __future__ import annotations
 

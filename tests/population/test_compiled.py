@@ -1,4 +1,4 @@
-"""Compiled forwards: the same numbers, code made as seldom as possible, and a way back where one is needed."""
+"""Compiled forwards: the same numbers, few recompilations, and eager forwards where compiling fails."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Batched forwards in tiles: the same numbers, within memory, and a way back where one is needed."""
+"""Batched forwards in tiles: the same numbers, within memory, and smaller tiles where memory runs out."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Calls made over and over: those of ``each`` to the bit, at less cost."""
+"""Repeated calls: equal to those of ``each``, to the bit, at less cost."""
 
 from __future__ import annotations
 

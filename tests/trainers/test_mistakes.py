@@ -1,4 +1,4 @@
-"""What people get wrong who come from other libraries: the error says what was meant."""
+"""Mistakes of people who come from other libraries: the error says what was meant."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Trainers under modes of the caller's, and populations of one."""
+"""Trainers under the caller's modes of torch, and populations of one."""
 
 from __future__ import annotations
 
