@@ -2,6 +2,8 @@
 
     python examples/hidden_velocities.py                    # a gated recurrent unit
     python examples/hidden_velocities.py --policy linear    # without a memory, for comparison
+
+Of the four numbers of an observation the policy sees the position of the cart and the angle of the pole.
 """
 
 from __future__ import annotations

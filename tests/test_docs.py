@@ -30,6 +30,8 @@ PREPARED = {
 }
 # Blocks in the language of another library, with its name: ```{.python .evotorch}
 PEERS = ["evotorch", "evosax", "trl"]
+# The same of code that is no package, so that nothing can run it.
+REPOSITORIES = ["hyperscalees", "es_at_scale"]
 _FENCE = r"^(?P<indent> *)```{}\n(?P<code>.*?)^(?P=indent)```$"
 
 
@@ -72,11 +74,14 @@ def test_pages_are_found() -> None:
 
 def test_no_block_is_left_out() -> None:
     """A block in Python is run, is another library's, or is the source of an example, which tests of its own run."""
-    known = {"python", *(f"{{.python .{peer}}}" for peer in PEERS)}
+    known = {"python", *(f"{{.python .{peer}}}" for peer in PEERS + REPOSITORIES)}
     for page in all_pages():
         for info in re.findall(r"^ *```(.*(?:python|py\b).*)$", (ROOT / page).read_text(), re.MULTILINE):
             info = re.sub(r' title="[^"]*"', "", info)
             assert info in known or info.startswith("{.python .source"), (page, info)
+    for name in REPOSITORIES:
+        for block in (block for page in all_pages() for block in blocks(page, f"{{.python .{name}}}")):
+            compile(block, name, "exec")
 
 
 @pytest.mark.parametrize("page", PLAIN)
