@@ -82,7 +82,18 @@ def surroundings() -> dict[str, Any]:
     commit = subprocess.run(
         ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=False
     ).stdout.strip()
-    packages = ("torch", "numpy", "greenlet", "evotorch", "evosax", "evox", "jax", "jaxlib")
+    packages = (
+        "torch",
+        "numpy",
+        "greenlet",
+        "transformers",
+        "eggroll-es",
+        "evotorch",
+        "evosax",
+        "evox",
+        "jax",
+        "jaxlib",
+    )
     versions = {}
     for name in packages:
         try:
@@ -99,8 +110,13 @@ def surroundings() -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": versions,
         "commit": commit,
-        "command": "python -m benchmarks " + " ".join(sys.argv[1:]),
+        "command": " ".join(["python", "-m", _main_module(), *sys.argv[1:]]),
     }
+
+
+def _main_module() -> str:
+    spec = sys.modules["__main__"].__spec__
+    return "benchmarks" if spec is None else spec.name.removesuffix(".__main__")
 
 
 def _processor() -> str:
