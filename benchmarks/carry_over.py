@@ -1,8 +1,8 @@
 """Whether settings carry over to other populations, ranks, networks, optimizers: ``python -m benchmarks.carry_over``.
 
-Digits as in ``benchmarks.settings``. The learning rate is tuned in every setting by a grid with steps of 2, and what the
-documented rule makes of the best rate of the base setting is looked up in the grid of the other ones. The figure is the
-cross-entropy on all training images, which is steadier than the accuracy: lower is better.
+Digits as in ``benchmarks.settings``. The learning rate is tuned in every setting by a grid with steps of 2, and what
+the documented rule makes of the best rate of the base setting is looked up in the grid of the other ones. The figure
+is the cross-entropy on all training images, which is steadier than the accuracy: lower is better.
 
     OMP_NUM_THREADS=1 python -m benchmarks.carry_over    # about half an hour on a core
 """
