@@ -7,14 +7,20 @@ For each number of members ``N``, prompts ``Q`` and new tokens it times, in turn
 - ``folded``: the same call inside ``population.folded()``;
 - ``together``: a generation of a plain ``fitness_fn`` that calls ``generate()``, with noise and update;
 - ``alone``: some members one after the other on dense weights, times ``N`` over their number.
+
+With ``--memory`` it measures instead the most memory above that of the model, each in a process of its own, for the
+first two and for ``generation``: a whole one with folded rows, with noise and update.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import functools
 import json
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,60 +28,117 @@ import torch
 
 from eggroll_trainer import EGGROLLTrainer, Population, batched
 
-from .measure import surroundings, timed
+from .measure import in_new_process, peak_memory, settled_memory, surroundings, timed
 
 # Members of whom the seconds alone are measured.
 _ALONE = 3
 
 
-def measure(model: Any, case: str, repeats: int, sigma: float) -> dict[str, Any]:
-    """Return medians of wall and processor seconds for each way."""
-    members, prompts, length, new = map(int, case.split(","))
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(10, model.config.vocab_size, (prompts, length), generator=generator)
-    options = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "pad_token_id": 0}
+@dataclasses.dataclass
+class Case:
+    """A model, ``members`` with ``prompts`` of ``length`` tokens each, and ``new`` tokens to generate."""
 
-    def generate(times: int) -> None:
-        rows = ids.repeat(times, 1)
-        model.generate(rows, attention_mask=torch.ones_like(rows), **options)
+    model: Any
+    members: int
+    prompts: int
+    length: int
+    new: int
+    sigma: float
 
-    def fitness(member: Any) -> float:
-        tokens = member.generate(ids, attention_mask=torch.ones_like(ids), **options)
-        return float(tokens[:, length:].double().mean())
+    @classmethod
+    def parse(cls, model: Any, text: str, sigma: float) -> Case:
+        """Return the case of ``N,Q,length,new``."""
+        members, prompts, length, new = map(int, text.split(","))
+        return cls(model, members, prompts, length, new, sigma)
 
-    @batched
-    def ranks(population: Population) -> torch.Tensor:
-        return torch.arange(float(len(population)))
+    def generate(self, times: int, model: Any = None) -> torch.Tensor:
+        """Complete the prompts of so many members, and return the new tokens."""
+        generator = torch.Generator().manual_seed(0)
+        vocabulary = self.model.config.vocab_size
+        ids = torch.randint(10, vocabulary, (self.prompts, self.length), generator=generator).repeat(times, 1)
+        options = {"max_new_tokens": self.new, "min_new_tokens": self.new, "do_sample": False, "pad_token_id": 0}
+        with torch.no_grad():
+            tokens = (self.model if model is None else model).generate(
+                ids, attention_mask=torch.ones_like(ids), **options
+            )
+        return tokens[:, self.length :]
 
-    settings: dict[str, Any] = {"model": model, "population_size": members, "sigma": sigma, "seed": 0}
-    population = next(iter(EGGROLLTrainer(fitness_fn=ranks, chunk_size=members, **settings).ask().chunks()))
-    together = EGGROLLTrainer(fitness_fn=fitness, chunk_size=members, **settings)
+    def fitness(self, member: Any) -> float:
+        """The plain function."""
+        return float(self.generate(1, member).double().mean())
 
-    def folded() -> None:
-        with population.folded(rows=prompts):
-            generate(members)
+    def folded(self, population: Population) -> torch.Tensor:
+        """The function of a population, with folded rows."""
+        with population.folded(rows=self.prompts):
+            return self.generate(len(population)).double().reshape(len(population), -1).mean(1)
 
-    def alone() -> None:
+    def trainer(self, fitness_fn: Any) -> EGGROLLTrainer:
+        return EGGROLLTrainer(
+            model=self.model,
+            fitness_fn=fitness_fn,
+            population_size=self.members,
+            chunk_size=self.members,
+            sigma=self.sigma,
+            seed=0,
+        )
+
+    def population(self) -> Population:
+        return next(iter(self.trainer(batched(self.folded)).ask().chunks()))
+
+    def alone(self, population: Population) -> None:
+        """Run some members one after the other."""
         for i in range(_ALONE):
             with population.holding(i):
-                generate(1)
+                self.generate(1)
 
-    runs = {"plain": lambda: generate(members), "folded": folded, "together": together.step, "alone": alone}
+
+def measure(case: Case, repeats: int) -> dict[str, Any]:
+    """Return medians of wall and processor seconds for each way."""
+    population, together = case.population(), case.trainer(case.fitness)
+    runs: dict[str, Callable[[], object]] = {
+        "plain": lambda: case.generate(case.members),
+        "folded": lambda: case.folded(population),
+        "together": together.step,
+        "alone": lambda: case.alone(population),
+    }
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
-    with torch.no_grad():
-        for i in range(repeats + 1):
-            for name, run in runs.items():
-                start = time.process_time()
-                wall = timed(run)  # type: ignore[arg-type]
-                # The first generation together is checked as well; the others are what most are.
-                if i:
-                    found[name].append((wall, time.process_time() - start))
-    factor = {"alone": members / _ALONE}
+    for i in range(repeats + 1):
+        for name, run in runs.items():
+            start = time.process_time()
+            wall = timed(run)
+            # The first generation together is checked as well; the others are what most are.
+            if i:
+                found[name].append((wall, time.process_time() - start))
+    factor = {"alone": case.members / _ALONE}
     medians = {
         name: [statistics.median(column) * factor.get(name, 1) for column in zip(*values, strict=True)]
         for name, values in found.items()
     }
-    return {"members": members, "prompts": prompts, "length": length, "new": new, "seconds": medians}
+    sizes = {"members": case.members, "prompts": case.prompts, "length": case.length, "new": case.new}
+    return {**sizes, "seconds": medians}
+
+
+def memory(case: Case, way: str) -> int:
+    """Return the most bytes above what the process holds before, trainer included."""
+    run: Callable[[], object]
+    if way == "plain":
+        run = functools.partial(case.generate, case.members)
+    elif way == "folded":
+        run = functools.partial(case.folded, case.population())
+    else:
+        run = case.trainer(batched(case.folded)).step
+    # The weights are read from the file when they are first used.
+    case.generate(1)
+    held = settled_memory()
+    run()
+    return peak_memory() - held
+
+
+def caches(case: Case) -> int:
+    """Return the bytes of the keys and values of all rows and tokens."""
+    config = case.model.config
+    heads = config.num_key_value_heads * config.hidden_size // config.num_attention_heads
+    return 2 * config.num_hidden_layers * heads * 4 * case.members * case.prompts * (case.length + case.new)
 
 
 def main() -> None:
@@ -86,22 +149,41 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", default=["16,4,46,16", "64,1,46,16"], help="N,Q,length,new tokens")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--sigma", type=float, default=0.002)
+    parser.add_argument("--memory", action="store_true", help="measure memory instead of time")
+    parser.add_argument("--way", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     import transformers
 
     model = transformers.AutoModelForCausalLM.from_pretrained(arguments.model).eval()
+    cases = [Case.parse(model, case, arguments.sigma) for case in arguments.cases]
+    if arguments.way:
+        print(memory(cases[0], arguments.way))
+    elif arguments.memory:
+        print("   N   Q length  new  caches   plain  folded generation, GB above the model and the trainer")
+        for case, sizes in zip(cases, arguments.cases, strict=True):
+            options = ("--model", arguments.model, "--sigma", arguments.sigma, "--cases", sizes, "--way")
+            peaks = [int(in_new_process(__spec__.name, *options, way)) for way in ("plain", "folded", "generation")]
+            print(_sizes(case), " ".join(f"{bytes_ / 1e9:7.2f}" for bytes_ in (caches(case), *peaks)), flush=True)
+    else:
+        times(cases, arguments.repeats, arguments.out)
+
+
+def times(cases: list[Case], repeats: int, out: Path | None) -> None:
     rows = []
     print("   N   Q length  new     plain   folded together    alone  tokens/s folded")
-    for case in arguments.cases:
-        row = measure(model, case, arguments.repeats, arguments.sigma)
+    for case in cases:
+        row = measure(case, repeats)
         rows.append(row)
         wall, plain = {name: value[0] for name, value in row["seconds"].items()}, row["seconds"]["plain"][0]
         shares = " ".join(f"{plain / wall[name]:8.2f}" for name in ("folded", "together", "alone"))
-        tokens = row["members"] * row["prompts"] * row["new"] / wall["folded"]
-        sizes = f"{row['members']:>4} {row['prompts']:>3} {row['length']:>6} {row['new']:>4}"
-        print(f"{sizes}  {plain:7.2f}s {shares}  {tokens:.0f}", flush=True)
-    if arguments.out:
-        arguments.out.write_text(json.dumps({"surroundings": surroundings(), "rows": rows}, indent=1) + "\n")
+        tokens = case.members * case.prompts * case.new / wall["folded"]
+        print(f"{_sizes(case)}  {plain:7.2f}s {shares}  {tokens:.0f}", flush=True)
+        if out:
+            out.write_text(json.dumps({"surroundings": surroundings(), "rows": rows}, indent=1) + "\n")
+
+
+def _sizes(case: Case) -> str:
+    return f"{case.members:>4} {case.prompts:>3} {case.length:>6} {case.new:>4}"
 
 
 if __name__ == "__main__":

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import datetime
+import gc
 import importlib.metadata
 import os
 import platform
@@ -68,8 +70,20 @@ def in_new_process(module: str, *arguments: object) -> str:
 
 def peak_memory() -> int:
     """Return the most bytes that this process has held at one time."""
+    return _status("VmHWM")
+
+
+def settled_memory() -> int:
+    """Free what is not in use, count the peak of memory from now on, and return the bytes that this process holds."""
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    restart_peak()
+    return _status("VmRSS")
+
+
+def _status(key: str) -> int:
     with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM"))
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith(key))
 
 
 def restart_peak() -> None:
