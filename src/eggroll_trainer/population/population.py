@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
@@ -13,8 +12,6 @@ from torch import Tensor, nn
 
 from .._torch import TreeSpec, tree_flatten, tree_map
 from .._utils import validation
-from .._utils.graphs import replay
-from .._utils.interrupts import delayed_interrupt
 from .._utils.warned import Warned
 from ..noise.keys import keyed_generator
 from ..perturbation import densify
@@ -37,6 +34,7 @@ from .module_state import (
 )
 from .object_calls import ObjectCallResult, run_with_objects
 from .one_by_one import call_one_by_one
+from .repeated import RepeatedCalls
 
 
 class Population:
@@ -276,35 +274,18 @@ class Population:
             >>> results[-1].shape
             torch.Size([1, 4, 3])
         """
-        calls: dict[Any, Call] = {}
-        prepared: dict[Any, Callable[[Sequence[Tensor]], Any]] = {}
         everybody = range(len(self))
 
-        def each(*tensors: Tensor, members: range | tuple[int, ...] = everybody) -> Any:
-            return audited(self, call(tensors, members), tensors, {}, [0] * len(tensors), members)
+        def make(tensors: Sequence[Tensor], members: Sequence[int]) -> Call:
+            return self._call_of(self.model, tuple(tensors), {}, [0] * len(tensors), members, exact=True)
 
-        def call(tensors: tuple[Tensor, ...], members: range | tuple[int, ...]) -> Any:
-            kind = members, tuple((t.shape, t.stride(), t.dtype, t.device) for t in tensors)
-            if kind in prepared:
-                try:
-                    with delayed_interrupt(), torch.no_grad():
-                        return prepared[kind](tensors)
-                except Exception:
-                    # The full call below handles errors, such as running out of memory.
-                    del prepared[kind]
-            dims = [0] * len(tensors)
-            if kind not in calls:
-                for shape in (list(t.shape) for t in tensors):
-                    if not shape or shape[0] != len(members):
-                        raise ValueError(f"expected one input for each of {len(members)} members, got shape {shape}")
-                calls[kind] = self._call_of(self.model, tensors, {}, dims, members, exact=True)
-            one = dataclasses.replace(calls[kind], leaves=list(tensors))
-            with self.forwards.backend.recording() as records:
-                result = self._call(tensors, {}, dims, members, one)
-            again = replay(records, tensors, result)
-            if again is not None:
-                prepared[kind] = again
-            return result
+        def run(call: Call, members: Sequence[int]) -> Any:
+            return self._call(tuple(call.leaves), {}, call.dims, members, call)
+
+        calls = RepeatedCalls(make, run, self.forwards.backend)
+
+        def each(*tensors: Tensor, members: range | tuple[int, ...] = everybody) -> Any:
+            return audited(self, calls(tensors, members), tensors, {}, [0] * len(tensors), members)
 
         before, caches = ModuleState(self.model), len(self._before_caches)
         failed = True
