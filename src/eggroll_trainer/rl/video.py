@@ -52,7 +52,8 @@ def record(
             if len(frames) < most_frames:
                 frames.append(env.render())
     env.close()
-    imageio.mimwrite(path, frames, fps=env.metadata.get("render_fps", 30))  # type: ignore[arg-type]
+    # The format needs even sizes only; imageio scales to multiples of 16 by default.
+    imageio.mimwrite(path, frames, fps=env.metadata.get("render_fps", 30), macro_block_size=2)  # type: ignore[arg-type]
     return total
 
 
