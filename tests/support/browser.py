@@ -32,10 +32,17 @@ class Page:
         target = self._call("Target.createTarget", url="about:blank")["targetId"]
         self._session = self._call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         self._call("Page.enable")
-        self._call("Emulation.setDeviceMetricsOverride", width=1280, height=640, deviceScaleFactor=1, mobile=False)
+        self.look(1280, 640)
 
     def open(self, address: str) -> None:
         self._call("Page.navigate", url=address)
+
+    def look(self, width: int, height: int, *, dark: bool = False) -> None:
+        """Take another window, and another preference for light or dark pages."""
+        size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
+        self._call("Emulation.setDeviceMetricsOverride", **size)
+        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
+        self._call("Emulation.setEmulatedMedia", features=[scheme])
 
     def run_first(self, script: str) -> None:
         """Run a script in every page before its own."""
