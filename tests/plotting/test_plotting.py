@@ -194,7 +194,7 @@ def test_bad_input(tmp_path: Path) -> None:
     (tmp_path / "list.jsonl").write_text("[{}\n")
     for name, error, message in (
         ("none", FileNotFoundError, "there is no run at"),
-        ("empty", FileNotFoundError, "nothing of a run"),
+        ("empty", FileNotFoundError, "contains no run"),
         ("none.jsonl", ValueError, "no generation yet"),
         ("text.jsonl", ValueError, "not a file of JSON lines"),
     ):

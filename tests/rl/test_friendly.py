@@ -34,7 +34,7 @@ from eggroll_trainer.rl.settings import TASKS, Settings, settings_for  # noqa: E
         ),
         (
             Settings("LunarLander-v3", steps=1_000_000, population_size=256),
-            "1,000,000 steps are at least 4 generations of 256 members, more where episodes end early",
+            "1,000,000 steps are at least 4 generations of 256 members, and more if episodes end early",
         ),
         (
             Settings("LunarLander-v3", steps=1_000_000, population_size=256, max_steps=100),

@@ -175,8 +175,13 @@ def test_observations_keep_the_dtype_of_their_space(dtype: type) -> None:
 @pytest.mark.parametrize(
     ("env", "kwargs", "error", "message"),
     [
-        ("Nothing-v0", {}, ValueError, "env='Nothing-v0' is nothing that Gymnasium can make: .*doesn't exist"),
-        ("not an id", {}, ValueError, "env='not an id' is nothing that Gymnasium can make: Malformed"),
+        (
+            "Nothing-v0",
+            {},
+            ValueError,
+            "env='Nothing-v0' is not an environment that Gymnasium can make: .*doesn't exist",
+        ),
+        ("not an id", {}, ValueError, "env='not an id' is not an environment that Gymnasium can make: Malformed"),
         ("nowhere:Nothing-v0", {}, RuntimeError, "needs a package that is not installed: No module named 'nowhere'"),
         ("CartPole-v1", {"wind": 1}, TypeError, "'CartPole-v1' could not be made: .*'wind'"),
         (
@@ -275,7 +280,7 @@ STATISTICS: list[tuple[str, Any]] = [
 @pytest.mark.parametrize(("name", "make"), STATISTICS)
 def test_running_statistics_in_wrappers_are_refused(name: str, make: Any) -> None:
     for cls in (lambda make: GymnasiumSimulator(make, 2), EpisodeReturn):
-        with pytest.raises(ValueError, match=f"{name} of Toy gathers running statistics.*normalize=True"):
+        with pytest.raises(ValueError, match=f"{name} of Toy collects running statistics.*normalize=True"):
             cls(make)
 
 

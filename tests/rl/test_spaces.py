@@ -228,7 +228,7 @@ def test_agents_refuse_what_does_not_fit(
 
 
 def test_spaces_that_cannot_be_flattened() -> None:
-    with pytest.raises(TypeError, match="are not of one size"):
+    with pytest.raises(TypeError, match="have no fixed size"):
         Policy(spaces.Sequence(spaces.Discrete(2)), spaces.Discrete(2))
     with pytest.raises(TypeError, match="actions must be a Box, Discrete, MultiDiscrete or MultiBinary"):
         Policy(spaces.Discrete(2), spaces.Text(2))

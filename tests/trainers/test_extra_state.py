@@ -147,7 +147,7 @@ def test_of_another_shape() -> None:
     state = trainer.state_dict()
     state["extra"]["scales"] = torch.ones(3)
     before = trainer.state_dict()
-    with pytest.raises(ValueError, match=r"scales has shape \[3\] there"):
+    with pytest.raises(ValueError, match=r"scales has shape \[3\] in the state"):
         trainer.load_state_dict(state)
     assert_same(trainer.state_dict(), before)
 

@@ -1,4 +1,4 @@
-"""Reinforcement learning: simulators that step one environment for every member of a population."""
+"""Reinforcement learning: policies, and simulators that step one environment for every member of a population."""
 
 from importlib.util import find_spec
 

@@ -1,4 +1,4 @@
-"""The interface of simulators: environments of one kind, one for each member of a population, stepped together."""
+"""The interface of simulators, which step one environment for each member of a population."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from .._utils.validation import check_int
 
 
 class Step(NamedTuple):
-    """What a step of ``count`` environments gives; rows of environments that are not active are zero.
+    """The results of a step of ``count`` environments. Rows of inactive environments are zero.
 
     Attributes:
         observations: ``[count, *observation]``.
-        rewards: ``[count]`` of float64.
-        terminated: ``[count]`` of bool, whether the episode came to an end of its own.
-        truncated: ``[count]`` of bool, whether it was cut off, as by a time limit.
-        survival: ``[count]`` of float64, the part of the reward that is a mere bonus for being alive; zero where an
-            environment doesn't tell it apart.
+        rewards: ``[count]``, float64.
+        terminated: ``[count]``, bool: whether the episode has reached a terminal state.
+        truncated: ``[count]``, bool: whether it was cut off, such as by a time limit.
+        survival: ``[count]``, float64: the part of the reward that is a bonus for staying alive; zero if the
+            environment does not report it.
     """
 
     observations: np.ndarray
@@ -34,24 +34,24 @@ class Step(NamedTuple):
 class Simulator(ABC):
     """``count`` environments of one kind, stepped together.
 
-    An environment whose episode has ended is not reset: mark it as not active, or step it on if it allows that. A
-    simulator belongs to the process that made it and to one thread at a time.
+    An environment is not reset when its episode ends: mark it as inactive, or continue to step it if it allows that. A
+    simulator can be used in the process that made it, by one thread at a time.
 
-    Subclasses implement ``_reset``, ``_step`` and ``_close``; this class checks what goes in and what comes out.
+    Subclasses implement ``_reset``, ``_step`` and ``_close``. This class checks arguments and results.
 
     Args:
         name: The environment's name in messages.
-        count: How many environments, at least 1.
+        count: Number of environments, at least 1.
         observation_space: Gymnasium's space of one environment's observations.
         action_space: Gymnasium's space of one environment's actions: Box, Discrete, MultiDiscrete or MultiBinary.
 
     Attributes:
-        strict: Whether an observation or a reward that is not finite is an error, as it is unless it is set to False.
-        not_finite: If not strict, the environments that gave one at the last reset or step, with what to say of each;
-            observations count in single precision, as policies see them.
+        strict: Whether an observation or a reward that is not finite raises an error. True unless you set it to False.
+        not_finite: If not strict, messages about such observations and rewards in the last reset or step, by the index
+            of the environment. Observations are checked in single precision, as policies see them.
 
     Raises:
-        TypeError: The spaces are not of these kinds.
+        TypeError: The spaces are of other kinds.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class Simulator(ABC):
 
         Raises:
             TypeError: A seed is not an integer.
-            ValueError: There are more or fewer than ``count``, one is negative, or an observation is not finite.
+            ValueError: The number of seeds is not ``count``, one is negative, or an observation is not finite.
             RuntimeError: An environment raised, or the simulator is closed.
         """
         self._check_open()
@@ -107,20 +107,19 @@ class Simulator(ABC):
         """Step the active environments.
 
         Args:
-            actions: ``[count, *action]``, floating point for a Box of floats and integers otherwise. Values beyond
-                the bounds of a Box are for the environment to judge. What stands in rows that are not active is
-                ignored.
-            active: ``[count]`` of bool. The others stay as they are.
+            actions: ``[count, *action]``, floating point for a Box of floats and integers otherwise. Values beyond the
+                bounds of a Box are passed to the environment. Rows of inactive environments are ignored.
+            active: ``[count]``, bool: the environments to step. The others do not change.
 
         Returns:
             The step, its arrays owned by the caller.
 
         Raises:
-            TypeError: An argument is of the wrong dtype.
-            ValueError: An argument is of the wrong shape, an action is not finite or not in its discrete space, or
-                an observation or a reward is not finite.
-            RuntimeError: An environment raised, there was no reset before, or the simulator is closed. After an
-                error from an environment the simulator has to be reset.
+            TypeError: An argument has the wrong dtype.
+            ValueError: An argument has the wrong shape, an action is not finite or not in its discrete space, or an
+                observation or a reward is not finite.
+            RuntimeError: An environment raised, there was no reset before, or the simulator is closed. After an error
+                of an environment, reset the simulator.
         """
         self._check_open()
         if not self._ready:
@@ -142,7 +141,7 @@ class Simulator(ABC):
         )
         if not len(ids):
             return step
-        # An error leaves some environments stepped and others not.
+        # If this raises, only some environments have been stepped.
         self._ready = False
         self.elapsed[ids] += 1
         self._step(actions, ids, step)
@@ -152,7 +151,7 @@ class Simulator(ABC):
         return step
 
     def close(self) -> None:
-        """Give back what the environments hold; the simulator is of no use afterwards."""
+        """Close the environments. The simulator cannot be used afterwards."""
         if not self._closed:
             self._closed = True
             self._close()
@@ -173,10 +172,10 @@ class Simulator(ABC):
 
     @abstractmethod
     def _close(self) -> None:
-        """Give back what the environments hold."""
+        """Close the environments."""
 
     def _failure(self, index: int, error: BaseException) -> RuntimeError:
-        """Return the error that says which environment raised ``error``."""
+        """Return an error that names the environment that raised ``error``."""
         return RuntimeError(f"{self._where(index)} raised {type(error).__name__}: {error}")
 
     def _where(self, index: int) -> str:
@@ -188,7 +187,7 @@ class Simulator(ABC):
             raise RuntimeError(f"the simulator of {self.name} is closed; make another")
 
     def _check_actions(self, actions: np.ndarray, ids: np.ndarray) -> np.ndarray:
-        """Return the actions as the environments take them, in an array of our own."""
+        """Check actions, and return a copy in the dtype that the environments take."""
         space = self.action_space
         expected = (self.count, *(space.shape or ()))
         if actions.shape != expected:
@@ -206,7 +205,7 @@ class Simulator(ABC):
                 raise ValueError(
                     f"actions[{index}] is not finite: {actions[index]}; mark the environment as not active instead"
                 )
-            # Not cast to the space's dtype: costs of control are rounded as the actions are.
+            # Not cast to the space's dtype, as the dtype affects the rounding of control costs.
             return actions.copy()
         low, high = _bounds(space)
         chosen = actions[ids]
@@ -217,7 +216,7 @@ class Simulator(ABC):
         return actions.astype(space.dtype)
 
     def _look(self, what: str, values: np.ndarray, ids: np.ndarray) -> None:
-        """Raise for values that are not finite or, if not strict, note which environments gave them."""
+        """Raise an error for values that are not finite or, if not strict, record the environments."""
         if values.dtype.kind != "f":
             return
         if not self.strict and what == "an observation" and values.itemsize > 4:
@@ -236,7 +235,7 @@ class Simulator(ABC):
 
 
 def _bounds(space: spaces.Space[Any]) -> tuple[Any, Any]:
-    """Return the lowest and the highest allowed action, beyond every one where the environment is to judge."""
+    """Return the lowest and highest allowed action; infinite if the environment itself handles all actions."""
     if isinstance(space, spaces.Discrete):
         return space.start, space.start + space.n - 1
     if isinstance(space, spaces.MultiDiscrete):

@@ -1,4 +1,4 @@
-"""What a number of environment steps buys: generations, and whether compiled code pays."""
+"""Estimates from the number of environment steps: generations, and whether compiled code pays off."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ import gymnasium
 
 from .settings import Settings
 
-# Forwards of the policy, one for each step of all members together, from which compiling it pays: that takes 10 to 20
-# seconds and spares about a millisecond each time.
+# Number of forwards of the policy from which on compiling pays off. There is one forward for each step of all members
+# together. Compiling takes 10 to 20 seconds, and saves about a millisecond per forward.
 _FORWARDS_THAT_PAY = 20_000
 
-# Fewer generations than this rarely learn anything.
+# With fewer generations, a policy rarely learns anything.
 _FEW = 20
 
 
 def generations(settings: Settings) -> int | None:
-    """Return how many generations a run has at least, or None if its episodes have no limit.
+    """Return the smallest number of generations of a run, or None if its episodes have no limit.
 
-    It has more where episodes end before their limit.
+    There are more if episodes end before their limit.
     """
     limit = settings.max_steps or episode_limit_of(settings.env)
     if limit is None:
@@ -31,7 +31,7 @@ def generations(settings: Settings) -> int | None:
 
 
 def episode_limit_of(env: str) -> int | None:
-    """Return the steps after which an environment ends an episode, if it is known and does."""
+    """Return the step limit of an environment's episodes, or None if it is unknown or has none."""
     try:
         return gymnasium.spec(env).max_episode_steps
     except gymnasium.error.Error:
@@ -39,7 +39,7 @@ def episode_limit_of(env: str) -> int | None:
 
 
 def described(settings: Settings) -> str:
-    """Return what a user is told of the budget when a run begins.
+    """Return the message about the budget at the beginning of a run.
 
     Example:
         >>> described(Settings("Pendulum-v1", steps=100_000, population_size=64))
@@ -54,20 +54,20 @@ def described(settings: Settings) -> str:
     if count >= _FEW:
         return text
     if early:
-        return f"{text}, more where episodes end early"
+        return f"{text}, and more if episodes end early"
     return f"{text}: too few to learn much; raise --steps or lower --population-size"
 
 
 def with_compile(settings: Settings, folder: Path) -> Settings:
-    """Return settings by which the policy is compiled only where that pays, or as before in a run that goes on."""
+    """Return the settings with ``compile`` set to whether it pays off; for a resumed run, to its earlier value."""
     pays = settings.steps >= _FORWARDS_THAT_PAY * settings.population_size
     if settings.resume:
-        # What is wrong with the folder is said by those who open it.
+        # Problems with the folder raise an error when it is opened.
         with contextlib.suppress(OSError, ValueError, KeyError):
             pays = bool(json.loads((folder / "config.json").read_text())["compile"])
     return dataclasses.replace(settings, compile=settings.compile and pays)
 
 
 def _always_full(env: str) -> bool:
-    # The one classic task whose episodes cannot end before their limit.
+    # The only classic task whose episodes cannot end before their limit.
     return env.split("/")[-1].startswith("Pendulum-")

@@ -1,4 +1,4 @@
-"""``eggroll rl ENV_ID``: train a policy, and leave a folder with all that belongs to the run."""
+"""``eggroll rl ENV_ID``: trains a policy, and writes a folder with the results of the run."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .settings import TASKS, Settings, settings_for
 from .training import Run, plot
 from .video import record
 
-DESCRIPTION = f"""Train a policy in a Gymnasium environment, and leave a folder with all that belongs to the run.
+DESCRIPTION = f"""Train a policy in a Gymnasium environment, and write a folder with the results of the run.
 
 Examples:
   eggroll rl CartPole-v1
@@ -25,13 +25,13 @@ Examples:
 
 
 def parsed(arguments: list[str]) -> Settings:
-    """Return the settings of a command line, with those found for its task as defaults.
+    """Return the settings of a command line, with the tuned settings of its task as defaults.
 
     Raises:
-        ValueError: The file of ``--config`` is not as it should be.
+        ValueError: The file of ``--config`` cannot be used.
     """
     file, arguments = without_config(arguments)
-    # Wherever the task stands among the options, and for --help as well.
+    # The task may be anywhere among the options; also used for --help.
     task = next((argument for argument in arguments if argument in TASKS), None)
     default = Settings(tyro.MISSING) if task is None else settings_for(task)
     if file is not None:

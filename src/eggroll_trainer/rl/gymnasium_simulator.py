@@ -1,4 +1,4 @@
-"""Simulators of any Gymnasium environment, one for each member, stepped one after the other."""
+"""Simulators for any Gymnasium environment: one environment for each member, stepped one after the other."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .observations import Flattened
 
 __all__ = ["Environment", "GymnasiumSimulator", "make_environment", "name_of"]
 
-# What Gymnasium's environments call the bonus for being alive in their info, the older ones last.
+# Names of the survival bonus in the info of Gymnasium's environments, older ones last.
 _SURVIVAL = ("reward_survive", "reward_alive")
 
 Environment = gymnasium.Env[Any, Any]
@@ -24,23 +24,23 @@ Environment = gymnasium.Env[Any, Any]
 class GymnasiumSimulator(Simulator):
     """Any Gymnasium environment, made ``count`` times and stepped one by one.
 
-    Gymnasium's own vector environments step them as slowly and reset those whose episodes have ended, which a
-    population of different policies has no use for. Observations that are not a Box (Discrete, Dict, Tuple, …) are
-    flattened to one by ``gymnasium.wrappers.FlattenObservation``; Discrete becomes one-hot.
+    Gymnasium's own vector environments are no faster. They also reset environments whose episodes have ended, which a
+    population of different policies does not need. Observations that are not a Box (Discrete, Dict, Tuple, …) are
+    flattened by ``gymnasium.wrappers.FlattenObservation``; Discrete becomes one-hot.
 
-    Wrappers that gather running statistics, such as ``gymnasium.wrappers.NormalizeObservation``, are refused: every
-    environment would have its own, of one member, and no checkpoint would keep them.
+    Wrappers that collect running statistics, such as ``gymnasium.wrappers.NormalizeObservation``, are refused: each
+    environment would have its own statistics, of a single member, and checkpoints would not include them.
 
     Args:
         env: An id such as ``"CartPole-v1"``, or a function without arguments that makes an environment.
-        count: How many environments, at least 1.
-        **kwargs: Passed on to ``gymnasium.make``; only with an id.
+        count: Number of environments, at least 1.
+        **kwargs: Arguments of ``gymnasium.make``; only with an id.
 
     Raises:
-        TypeError: ``env`` is neither, doesn't make environments, its spaces are of unsupported kinds, or an argument
-            is unknown to it.
-        ValueError: There is no environment of that id, it gathers running statistics, or ``count`` is below 1.
-        RuntimeError: The environment can't be made, as for want of a package.
+        TypeError: ``env`` is neither an id nor such a function, its spaces are not supported, or it does not know an
+            argument.
+        ValueError: There is no environment of that id, it collects running statistics, or ``count`` is below 1.
+        RuntimeError: The environment can't be made, for example because a package is missing.
 
     Example:
         >>> with GymnasiumSimulator("CartPole-v1", count=2) as simulator:
@@ -106,7 +106,7 @@ class GymnasiumSimulator(Simulator):
         self._environments = []
 
     def _check_shape(self, index: int, observation: Any) -> Any:
-        # NumPy would repeat a smaller one to fill the row.
+        # NumPy would broadcast a smaller one.
         if np.shape(observation) != self.observation_space.shape:
             raise ValueError(
                 f"{self._where(index)} gave an observation of shape {np.shape(observation)}, expected"
@@ -119,7 +119,7 @@ def make_environment(env: str | Callable[[], Environment], kwargs: dict[str, Any
     """Return a new environment.
 
     Raises:
-        TypeError: ``env`` is neither an id nor a function that makes environments, or an argument is unknown to it.
+        TypeError: ``env`` is neither an id nor a function that makes environments, or it does not know an argument.
         ValueError: There is no environment of that id.
         RuntimeError: It can't be made.
     """
@@ -137,7 +137,7 @@ def make_environment(env: str | Callable[[], Environment], kwargs: dict[str, Any
         raise RuntimeError(f"env={named} needs a package that is not installed: {error}") from error
     except gymnasium.error.Error as error:
         raise ValueError(
-            f"env={named} is nothing that Gymnasium can make: {error}"
+            f"env={named} is not an environment that Gymnasium can make: {error}"
             " Import the package that registers it, or pass a function that makes it"
         ) from error
     except TypeError as error:
@@ -150,22 +150,22 @@ def make_environment(env: str | Callable[[], Environment], kwargs: dict[str, Any
 
 
 def name_of(env: Environment) -> str:
-    """Return what to call an environment in messages: its id if it has one."""
+    """Return the name of an environment for messages: its id, or its class."""
     return env.spec.id if env.spec is not None else type(env.unwrapped).__name__
 
 
 def _check_no_statistics(env: Environment) -> None:
-    """Raise if the environment, or something around it, gathers running statistics and is not frozen."""
+    """Raise ``ValueError`` if the environment or a wrapper collects running statistics and is not frozen."""
     name = name_of(env)
     while True:
         frozen = getattr(env, "update_running_mean", None) is False
         kept = [key for key, value in vars(env).items() if _is_statistics(key, value)]
         if kept and not frozen:
             raise ValueError(
-                f"{type(env).__name__} of {name} gathers running statistics in {kept[0]}, apart for every member and"
-                " lost when a run is resumed. Leave it out: policies normalise observations themselves with"
-                " normalize=True, and the trainer's shaping sees to the scale of rewards. Statistics that don't change"
-                " any more are fine: set update_running_mean = False on it"
+                f"{type(env).__name__} of {name} collects running statistics in {kept[0]}, separately for every member,"
+                " and they are lost when a run is resumed. Leave it out: policies normalise observations themselves"
+                " with normalize=True, and the trainer's shaping makes the scale of rewards irrelevant. If the"
+                " statistics don't change any more, set update_running_mean = False on it"
             )
         if not isinstance(env, gymnasium.Wrapper):
             return
@@ -176,7 +176,7 @@ def _is_statistics(key: str, value: Any) -> bool:
     if key.lstrip("_") in ("running_mean", "running_var", "running_std"):
         return True
     values = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else [value]
-    # Everybody has a RunningMeanStd of their own, after that of OpenAI's baselines.
+    # Many libraries have a class RunningMeanStd of their own, named after the one in OpenAI's baselines.
     return any(
         any(cls.__name__.startswith("Running") for cls in type(v).__mro__)
         or {"mean", "var", "count"} <= getattr(v, "__dict__", {}).keys()

@@ -1,4 +1,4 @@
-"""Episodes of all members played in lockstep, with one forward a step for those that still play."""
+"""Plays the episodes of all members in lockstep, with one forward per step."""
 
 from __future__ import annotations
 
@@ -18,31 +18,31 @@ Array = np.ndarray[Any, Any]
 # Indices of members.
 Members = range | tuple[int, ...]
 
-# The forward is made for fewer members where no more than one in so many still plays: a compiled model is compiled for
-# each number of them. Below the smallest it takes as long for fewer.
+# Members are dropped from the forward when at most one in _SHRINK of them still plays, as a compiled model is compiled
+# for each number of members. Below _SMALLEST members, the forward does not get faster.
 _SHRINK, _SMALLEST = 4, 16
 
 
 class Lockstep:
     """Plays one episode in each environment of a simulator, all of them step by step.
 
-    An observation, reward or action that is not finite ends its episode, whose return becomes NaN.
+    If an observation, reward or action is not finite, the episode ends, and its return becomes NaN.
 
-    When most members' episodes have ended, the forward is made for the rest alone. Which members share a forward, and
-    so how it rounds, follows from their number and the course of their episodes.
+    When most members' episodes have ended, the forward is made for fewer members. The members of a forward, which
+    determine its rounding, depend only on the number of members and the lengths of their episodes.
 
     Args:
         simulator: The simulator.
-        forward: From members, their observations ``[n·episodes, O]`` (``[n·episodes, *shape]`` if ``shaped``) and,
-            where there is one, their state ``[n, …]``, to outputs, or to outputs and state.
-        state: The state at the start, ``[N, …]``, or None.
-        episodes: Episodes of each member, in consecutive environments.
-        device: Where observations go.
-        name: What to call the environment in messages.
+        forward: Takes members, their observations ``[n·episodes, O]`` (``[n·episodes, *shape]`` if ``shaped``), and
+            their state ``[n, …]`` if there is one. Returns outputs, or outputs and state.
+        state: The initial state, ``[N, …]``, or None.
+        episodes: Number of episodes of each member, in consecutive environments.
+        device: Device of the observations.
+        name: Name of the environment in messages.
         shaped: Whether observations keep the shape of their space.
 
     Attributes:
-        trouble: What ended the first episode that something not finite has ended, or None.
+        trouble: The reason why the first such episode ended, or None.
     """
 
     def __init__(
@@ -73,16 +73,16 @@ class Lockstep:
         seen: Statistics | None = None,
         on_steps: Callable[[int], object] | None = None,
     ) -> tuple[Array, int]:
-        """Play an episode for each seed and return their returns, and the number of all steps together.
+        """Play an episode for each seed; return their returns, and the total number of steps.
 
         The return of an episode is NaN if something in it was not finite.
 
         Args:
-            seeds: Of the episodes.
-            limit: Steps after which an episode is cut off.
+            seeds: Seeds of the episodes.
+            limit: Steps after which an episode is cut off, or None.
             bonus: Whether the survival bonus counts.
-            seen: What counts the observations in.
-            on_steps: Called after each step of all, with how many environments took it.
+            seen: Statistics to which observations are added, or None.
+            on_steps: Called after each step with the number of environments that took it, or None.
 
         Raises:
             ValueError: The policy's outputs do not fit the actions.
@@ -116,13 +116,13 @@ class Lockstep:
         return returns, steps
 
     def _lose(self, bad: dict[int, str], active: Array, returns: Array) -> None:
-        """End the episodes in which something is not finite, with what there is to say of each."""
+        """End the episodes in which something is not finite, given a message for each."""
         for index, message in bad.items():
             active[index], returns[index] = False, np.nan
             self.trouble = self.trouble or message
 
     def _act(self, observations: Array, active: Array) -> tuple[Array, dict[int, str]]:
-        """Return the actions in all environments, zero where no forward was made, and where they are not finite."""
+        """Return actions for all environments, zero for those without a forward, and messages for bad actions."""
         everybody = isinstance(self._members, range)
         own = observations if everybody else observations[self._rows]
         x = torch.from_numpy(own.reshape(len(own), *self._shape)).float().to(self._device)
@@ -136,7 +136,7 @@ class Lockstep:
         if not fine.all():
             rows = np.arange(len(observations)) if everybody else self._rows
             bad = {
-                int(rows[i]): f"{self._name}: the policy gave outputs of which no action follows, {checked[i]}"
+                int(rows[i]): f"{self._name}: the policy gave outputs that are not valid actions, {checked[i]}"
                 for i in np.flatnonzero(~fine)
                 if active[rows[i]]
             }
@@ -147,7 +147,7 @@ class Lockstep:
         return padded, bad
 
     def _shrink(self, active: Array) -> None:
-        """Go on with fewer members, those that play among them, if few do."""
+        """If few members still play, continue with fewer members, which include these."""
         size = len(self._members) // _SHRINK
         if size < _SMALLEST or np.count_nonzero(active) > size * self._episodes:
             return
@@ -155,7 +155,7 @@ class Lockstep:
         if np.count_nonzero(live) > size:
             return
         members = np.asarray(self._members)
-        # Filled up with some whose episodes have ended, so that sizes are few.
+        # Filled up with members whose episodes have ended, so that there are few different sizes.
         chosen = np.sort(np.argsort(~live[members], kind="stable")[:size])
         self._members = tuple(members[chosen].tolist())
         self._rows = (members[chosen, None] * self._episodes + np.arange(self._episodes)).ravel()

@@ -1,4 +1,4 @@
-"""MuJoCo's locomotion tasks for a whole population at once, to the bit as Gymnasium simulates them."""
+"""MuJoCo's locomotion tasks for a whole population at once, bitwise equal to Gymnasium's."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ from .gymnasium_simulator import Environment, make_environment
 _CHECKED_STEPS = 20
 _CHECKED_SEEDS = 2
 
-# Returns a field of MjData for the environments in question, [n, …].
+# Returns a field of MjData for the current environments, [n, …].
 _Read = Callable[[str], np.ndarray]
 
 
 class NotExactError(ValueError):
-    """The fast path would not do what Gymnasium's environment does."""
+    """The fast simulator would differ from Gymnasium's environment."""
 
 
 class _Task:
     """Observations and rewards of one kind of environment, for ``n`` of them at once.
 
-    The order of operations, and the dtype of each, is that of Gymnasium's code: any other rounds differently.
+    The order of operations and their dtypes are those of Gymnasium's code, as others would round differently.
     """
 
     entry_point: ClassVar[str]
-    # How many positions are left out of observations if they are to be.
+    # Number of positions that exclude_current_positions_from_observation leaves out.
     excluded: ClassVar[int] = 1
-    # Whether the noise of velocities at resets is Gaussian instead of uniform.
+    # Whether the noise of initial velocities is Gaussian instead of uniform.
     gaussian: ClassVar[bool] = False
 
     def __init__(self, env: Any, options: SimpleNamespace) -> None:
@@ -55,11 +55,11 @@ class _Task:
         return np.concatenate(self._state(read, read("qvel")), axis=1)
 
     def healthy(self, read: _Read) -> np.ndarray | None:
-        """Return whether each is healthy, ``[n]``, or None where that makes no difference."""
+        """Return whether each environment is healthy, ``[n]``, or None if the task has no such condition."""
         return None
 
     def costs(self, read: _Read, actions: np.ndarray) -> np.ndarray:
-        """Return what is taken off the rewards, ``[n]``."""
+        """Return the costs, which are subtracted from the rewards, ``[n]``."""
         cost: np.ndarray = self.options.ctrl_cost_weight * np.sum(np.square(actions), axis=1)
         return cost
 
@@ -145,7 +145,7 @@ class _Humanoid(_Task):
     def __init__(self, env: Any, options: SimpleNamespace) -> None:
         super().__init__(env, options)
         self._mass = self.model.body_mass.sum()
-        # What observations have besides positions and velocities, and where it begins; Gymnasium too asks `is True`.
+        # Further parts of observations, and the first body or joint of each. Gymnasium too compares with `is True`.
         parts = {"cinert": 1, "cvel": 1, "qfrc_actuator": 6, "cfrc_ext": 1}
         self._parts = {f: n for f, n in parts.items() if getattr(options, f"include_{f}_in_observation") is True}
         self._contacts = bool("cfrc_ext" in self._parts or options.contact_cost_weight)
@@ -154,7 +154,7 @@ class _Humanoid(_Task):
             self.fields.append("cfrc_ext")
 
     def place(self, read: _Read) -> np.ndarray:
-        # The centre of mass. All three coordinates, so that einsum adds up as it does for a single environment.
+        # The centre of mass, in all three coordinates, so that einsum adds in the same order as for one environment.
         weighted: np.ndarray = np.einsum("b,nbj->nj", self.model.body_mass, read("xipos"))
         return weighted[:, 0] / self._mass
 
@@ -167,7 +167,7 @@ class _Humanoid(_Task):
         return _between(read("qpos")[:, 2], self.options.healthy_z_range)
 
     def costs(self, read: _Read, actions: np.ndarray) -> np.ndarray:
-        # Of the controls, which are of float64, and not of the actions.
+        # Gymnasium computes this cost from the controls, which are float64, not from the actions.
         cost = super().costs(read, actions.astype(np.float64))
         low, high = self.options.contact_cost_range
         contact = self._contact_cost(read("cfrc_ext")) if self._contacts else np.zeros(len(actions))
@@ -185,26 +185,26 @@ TASKS: dict[str, type[_Task]] = {
 
 
 class LocomotionSimulator(Simulator):
-    """MuJoCo's locomotion tasks, all environments stepped in one call and scored at once.
+    """MuJoCo's locomotion tasks, with all environments stepped in one call and scored at once.
 
-    Observations, rewards, terminations and truncations are those of Gymnasium's environments, bit for bit. At
-    construction the simulator compares itself with Gymnasium's environment for a few steps, so that a version or an
-    option that it doesn't know is an error and not another task.
+    Observations, rewards, terminations and truncations are bitwise equal to those of Gymnasium's environments. At
+    construction, the simulator compares itself with Gymnasium's environment for a few steps. So an unknown version or
+    option is an error, not another task.
 
-    MuJoCo 4 steps the simulations itself. Ant and Humanoid look at the forces of contacts, which it then leaves out:
-    these are stepped one by one by a pool of threads, and so is everything with MuJoCo 3.
+    MuJoCo 4 steps all simulations in one call, but does not compute contact forces. Ant and Humanoid, which use these,
+    are stepped one by one in a pool of threads. So are all tasks with MuJoCo 3.
 
     Args:
         env_id: One of HalfCheetah-v5, Ant-v5, Hopper-v5, Walker2d-v5, Humanoid-v5 and Swimmer-v5.
-        count: How many environments, at least 1.
-        threads: How many threads step them; ``torch.get_num_threads()`` if None. The results don't depend on it.
+        count: Number of environments, at least 1.
+        threads: Number of threads that step them; ``torch.get_num_threads()`` if None. The results don't depend on it.
         backend: ``"batch"`` for MuJoCo's own stepping, ``"threads"`` for the pool, ``"auto"`` for the faster one.
-        **kwargs: Passed on to ``gymnasium.make``: weights of rewards, healthy ranges, ``max_episode_steps``, …
+        **kwargs: Arguments of ``gymnasium.make``: weights of rewards, healthy ranges, ``max_episode_steps``, …
 
     Raises:
-        NotExactError: What the simulator does is not what Gymnasium's environment does. It is a ValueError.
-        TypeError: An argument is unknown to the environment.
-        ValueError: ``env_id`` or ``backend`` is none of these, or a number is below 1.
+        NotExactError: The simulator differs from Gymnasium's environment. It is a ValueError.
+        TypeError: The environment does not know an argument.
+        ValueError: ``env_id`` or ``backend`` is not one of these, or a number is below 1.
         RuntimeError: The environment can't be made.
 
     Example:
@@ -246,7 +246,7 @@ class LocomotionSimulator(Simulator):
 
     def _prepare(self, env: Environment, task: type[_Task], threads: int, backend: str) -> None:
         _check_known(self.name, env, task)
-        # It is a MujocoEnv, whose module cannot be imported without MuJoCo.
+        # A MujocoEnv. Of type Any, as its module cannot be imported without MuJoCo.
         unwrapped: Any = env.unwrapped
         options = _options(env)
         self._task = task(unwrapped, options)
@@ -260,8 +260,8 @@ class LocomotionSimulator(Simulator):
         self._limit = env.spec.max_episode_steps if env.spec is not None else None
         contacts = "cfrc_ext" in self._task.fields
         if backend == "batch" and (physics.batch is None or contacts):
-            reason = "leaves out the forces of contacts" if contacts else "needs MuJoCo 4"
-            raise ValueError(f"backend='batch' {reason}, and {self.name} asks for it; use backend='auto'")
+            reason = "does not compute contact forces, which it needs" if contacts else "needs MuJoCo 4"
+            raise ValueError(f"{self.name} cannot use backend='batch': it {reason}; use backend='auto'")
         batched = backend != "threads" and physics.batch is not None and not contacts
         kind = physics.BatchPhysics if batched else physics.ThreadPhysics
         self._physics: physics.Physics = kind(unwrapped.model, self.count, threads, self._task.fields)
@@ -276,7 +276,7 @@ class LocomotionSimulator(Simulator):
         seeds = list(range(self.count))
         active = np.arange(self.count) < _CHECKED_SEEDS
         rng = np.random.default_rng(0)
-        # Single precision, since that is what policies give.
+        # In single precision, like the actions of policies.
         actions = rng.uniform(-1.1, 1.1, (_CHECKED_STEPS, self.count, *(self.action_space.shape or ())))
         actions = actions.astype(np.float32)
         first = self.reset(seeds)
@@ -333,7 +333,7 @@ class LocomotionSimulator(Simulator):
         self._physics.close()
 
     def _reader(self, ids: np.ndarray) -> _Read:
-        """Return what reads each field of environments ``ids`` once."""
+        """Return a function that reads fields of environments ``ids``, each only once."""
         known: dict[str, np.ndarray] = {}
 
         def read(field: str) -> np.ndarray:
@@ -345,7 +345,7 @@ class LocomotionSimulator(Simulator):
 
 
 def _check_known(name: str, env: Environment, task: type[_Task]) -> None:
-    """Raise unless the environment is Gymnasium's own and nothing is wrapped around it that changes what it does."""
+    """Raise ``NotExactError`` unless the environment is Gymnasium's own, without wrappers that change its behaviour."""
     cls = type(env.unwrapped)
     made = f"{cls.__module__}:{cls.__qualname__}"
     if made != task.entry_point:
@@ -357,7 +357,7 @@ def _check_known(name: str, env: Environment, task: type[_Task]) -> None:
 
 
 def _options(env: Environment) -> SimpleNamespace:
-    """Return the arguments that the environment was made with, the defaults included."""
+    """Return the arguments that the environment was made with, including defaults."""
     parameters = inspect.signature(type(env.unwrapped).__init__).parameters
     options = {name: parameter.default for name, parameter in parameters.items()}
     return SimpleNamespace(**{**options, **(env.spec.kwargs if env.spec is not None else {})})

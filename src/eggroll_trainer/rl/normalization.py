@@ -1,4 +1,4 @@
-"""Running statistics of observations, as a part of the policy that it carries along."""
+"""Running statistics of observations, as a part of the policy."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 
 class ObservationNormalizer(nn.Module):
-    """Shifts and scales observations to zero mean and unit variance, by the statistics of those seen so far.
+    """Shifts and scales observations to zero mean and unit variance, with running statistics.
 
-    The statistics are buffers: they change only by :meth:`merge`, between generations, and are kept in checkpoints.
-    Until the first :meth:`merge` observations pass as they are.
+    The statistics are buffers: they change only in :meth:`merge`, between generations, and are saved in checkpoints.
+    Before the first :meth:`merge`, observations are only clipped.
 
     Args:
         size: Numbers in an observation, ``O``.
@@ -38,34 +38,35 @@ class ObservationNormalizer(nn.Module):
     def __init__(self, size: int, clip: float = 10.0) -> None:
         super().__init__()
         self.clip = clip
-        # In float64, as a run sees millions of them.
+        # In float64, as a run has millions of observations.
         self.register_buffer("count", torch.zeros((), dtype=torch.float64))
         self.register_buffer("mean", torch.zeros(size, dtype=torch.float64))
         # Sum of squared deviations from the mean.
         self.register_buffer("squares", torch.zeros(size, dtype=torch.float64))
-        # What follows from them for the forward.
+        # Computed from these, for the forward.
         self.register_buffer("shift", torch.zeros(size))
         self.register_buffer("scale", torch.ones(size))
 
     def forward(self, observations: Tensor) -> Tensor:
-        """Return ``[..., O]`` normalised.
+        """Return normalised observations, ``[..., O] → [..., O]``.
 
         Raises:
-            ValueError: They are of another number of numbers, which would be repeated to fit.
+            ValueError: Observations have another size.
         """
+        # Without this check, an observation with one number would be broadcast.
         if observations.shape[-1] != len(self.shift):
             raise ValueError(f"expected observations of {len(self.shift)} numbers, got {observations.shape[-1]}")
         return ((observations - self.shift) * self.scale).clamp(-self.clip, self.clip)
 
     @torch.no_grad()
     def merge(self, statistics: Sequence[Tensor]) -> None:
-        """Take in statistics, one after the other.
+        """Merge statistics of further observations, in order.
 
         Args:
-            statistics: What :class:`Statistics` gave, ``[2·O + 1]`` each.
+            statistics: Results of :meth:`Statistics.as_tensor`, ``[2·O + 1]`` each.
         """
         for values in statistics:
-            # They come by way of the CPU, maybe from another process.
+            # They are on the CPU, and may come from another process.
             values = values.to(self.mean.device)
             count, (mean, squares) = values[0], values[1:].view(2, -1)
             if count == 0:
@@ -79,15 +80,15 @@ class ObservationNormalizer(nn.Module):
         if self.count > 1:
             deviation = (self.squares / self.count).sqrt()
             self.shift.copy_(self.mean)
-            # What never changes is only shifted.
+            # Numbers that never change are only shifted.
             self.scale.copy_(torch.where(deviation > 1e-8, 1 / deviation, 1.0))
 
 
 class Statistics:
-    """Count, mean and squared deviations of observations that come bit by bit.
+    """Computes count, mean and squared deviations of observations that are added step by step.
 
     Args:
-        reference: ``[O]``, about where the mean is expected: sums are taken of what differs from it, in float64.
+        reference: ``[O]``, a value near the expected mean. Differences from it are summed in float64.
     """
 
     def __init__(self, reference: np.ndarray[Any, Any]) -> None:
@@ -96,7 +97,7 @@ class Statistics:
         self._sum, self._squares = np.zeros_like(self._reference), np.zeros_like(self._reference)
 
     def add(self, observations: np.ndarray[Any, Any]) -> None:
-        """Count observations ``[n, O]`` in."""
+        """Add observations ``[n, O]``."""
         differences = observations - self._reference
         self._count += len(differences)
         self._sum += differences.sum(0)
@@ -106,7 +107,7 @@ class Statistics:
         """Return count, mean and sum of squared deviations, ``[2·O + 1]`` in float64."""
         count = max(1, self._count)
         mean = self._reference + self._sum / count
-        # Rounding may leave a little less than nothing.
+        # Rounding may make these slightly negative.
         squares = np.maximum(self._squares - self._sum**2 / count, 0)
         return torch.from_numpy(np.concatenate([[float(self._count)], mean, squares]))
 

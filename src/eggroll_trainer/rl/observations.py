@@ -1,4 +1,4 @@
-"""Observations as policies see them: flattened as Gymnasium does it or, if they ask for it, in their own shape."""
+"""Observations as policies see them: flattened like in Gymnasium or, on request, in their own shape."""
 
 from __future__ import annotations
 
@@ -13,40 +13,46 @@ Array = np.ndarray[Any, Any]
 
 
 class Flattened(spaces.Box):
-    """The box that observations of another space are flattened to.
+    """The ``Box`` for flattened observations of another space.
 
     Args:
-        original: That space: Discrete, Dict, Tuple, …
+        original: The other space: Discrete, Dict, Tuple, …
 
     Attributes:
-        original: The same.
+        original: The other space.
+
+    Raises:
+        TypeError: Observations of that space cannot be flattened to a ``Box``.
     """
 
     def __init__(self, original: spaces.Space[Any]) -> None:
         box = spaces.flatten_space(original)
         if not isinstance(box, spaces.Box):
-            raise TypeError(f"observations of {original} cannot be flattened to a Box")
+            raise TypeError(
+                f"observations of {original} cannot be flattened to a Box; turn them into one with"
+                " gymnasium.wrappers.TransformObservation"
+            )
         super().__init__(box.low, box.high, dtype=box.dtype.type)
         self.original = original
 
 
 def original_of(space: spaces.Space[Any]) -> spaces.Space[Any]:
-    """Return the space that an environment itself has, of one that may be flattened."""
+    """Return the environment's own space, for a space that may be flattened."""
     return space.original if isinstance(space, Flattened) else space
 
 
 def observation_size(space: spaces.Space[Any]) -> int:
-    """Return how many numbers an observation has when it is flattened."""
+    """Return the number of entries of a flattened observation, or raise ``TypeError`` if its size is not fixed."""
     if not space.is_np_flattenable:
         raise TypeError(
-            f"observations of {space} are not of one size; turn them into a Box with"
+            f"observations of {space} have no fixed size; turn them into a Box with"
             " gymnasium.wrappers.TransformObservation"
         )
     return spaces.flatdim(space)
 
 
 def keeps_shape(policy: nn.Module) -> bool:
-    """Return whether a policy wants observations in their own shape: ``flatten_observations = False`` says so."""
+    """Return whether a policy takes observations in their own shape: its ``flatten_observations`` is False."""
     return getattr(policy, "flatten_observations", True) is False
 
 
@@ -54,19 +60,19 @@ def as_input(observation: Any, space: spaces.Space[Any] | None, *, shaped: bool)
     """Return one observation as a policy sees it in training, ``[1, O]``, or ``[1, *shape]``.
 
     Args:
-        observation: From the environment, or flattened already.
-        space: What it is of; if None, it has to be an array.
+        observation: The observation of the environment, or a flattened one.
+        space: Its space; if None, it must be an array.
         shaped: Whether arrays keep their shape.
 
     Raises:
-        TypeError: It is no array, and there is no ``space``.
-        ValueError: It is not of ``space``.
+        TypeError: It is not an array, and ``space`` is None.
+        ValueError: It does not belong to ``space``.
     """
     space = None if space is None else original_of(space)
     if space is None or isinstance(space, spaces.Box):
         if space is None and isinstance(observation, (int, np.integer)) or isinstance(observation, (Mapping, str)):
             raise TypeError(
-                f"the observation {observation!r} is no array, and in training it was turned into one: pass"
+                f"the observation {observation!r} is not an array, but it was converted to one in training: pass"
                 " observation_space=env.observation_space to Agent"
             )
         values = np.asarray(observation)

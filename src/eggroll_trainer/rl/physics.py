@@ -20,7 +20,7 @@ class PhysicsError(RuntimeError):
     """MuJoCo raised in one of the simulations.
 
     Attributes:
-        index: Which one.
+        index: Index of the simulation.
     """
 
     def __init__(self, index: int, message: str) -> None:
@@ -29,12 +29,12 @@ class PhysicsError(RuntimeError):
 
 
 class Physics(ABC):
-    """``count`` simulations of a model, each as if it were the only one.
+    """``count`` independent simulations of a model.
 
     Args:
         model: The model.
-        count: How many simulations.
-        threads: How many threads step them; the results don't depend on it.
+        count: Number of simulations.
+        threads: Number of threads that step them. The results don't depend on it.
         fields: The fields of MjData that will be read.
     """
 
@@ -43,7 +43,7 @@ class Physics(ABC):
 
     @abstractmethod
     def reset(self, qpos: np.ndarray, qvel: np.ndarray) -> None:
-        """Set all simulations to the positions ``[count, nq]`` and velocities ``[count, nv]``, all else as new."""
+        """Reset all simulations to positions ``[count, nq]`` and velocities ``[count, nv]``."""
 
     @abstractmethod
     def step(self, ctrl: np.ndarray, ids: np.ndarray, substeps: int) -> None:
@@ -55,14 +55,14 @@ class Physics(ABC):
 
     @abstractmethod
     def read(self, field: str, ids: np.ndarray) -> np.ndarray:
-        """Return a field of simulations ``ids``, ``[len(ids), …]``, valid until the next step, to be read only."""
+        """Return a field of simulations ``ids``, ``[len(ids), …]``. It is read-only, and valid until the next step."""
 
     def close(self) -> None:  # noqa: B027
-        """Give back what the simulations hold."""
+        """Release the resources of the simulations."""
 
 
 class BatchPhysics(Physics):
-    """Stepped by MuJoCo itself in one call, without the forces of contacts (``cfrc_ext``), which it leaves out."""
+    """Steps all simulations in one call of MuJoCo, which does not compute contact forces (``cfrc_ext``)."""
 
     def __init__(self, model: mujoco.MjModel, count: int, threads: int, fields: Sequence[str]) -> None:
         self._count = count
@@ -70,7 +70,7 @@ class BatchPhysics(Physics):
         self._fields = {field: self._batch.bind(field) for field in {*fields, "qpos", "qvel", "ctrl"}}
 
     def reset(self, qpos: np.ndarray, qvel: np.ndarray) -> None:
-        """Set all simulations to positions and velocities, all else as new."""
+        """Reset all simulations to positions and velocities."""
         self._batch.reset(stage=mujoco.mjtStage.mjSTAGE_NONE.value)
         self._fields["qpos"][:] = qpos
         self._fields["qvel"][:] = qvel
@@ -96,13 +96,13 @@ class BatchPhysics(Physics):
 
 
 class ThreadPhysics(Physics):
-    """Stepped one by one by a pool of threads, forces of contacts included."""
+    """Steps simulations one by one in a pool of threads, with contact forces."""
 
     def __init__(self, model: mujoco.MjModel, count: int, threads: int, fields: Sequence[str]) -> None:
         self._model = model
         self._data = [mujoco.MjData(model) for _ in range(count)]
         self._ctrl = [data.ctrl for data in self._data]
-        # Views of MjData's memory, as rows: making them anew at every step takes longer than to copy what they show.
+        # Views of MjData's memory, as rows. Making new views at every step takes longer than copying the data.
         self._fields = {
             field: [getattr(data, field)[None] for data in self._data] for field in {*fields, "qpos", "qvel"}
         }
@@ -111,7 +111,7 @@ class ThreadPhysics(Physics):
         self._pool = ThreadPoolExecutor(threads, "eggroll_physics") if threads > 1 else None
 
     def reset(self, qpos: np.ndarray, qvel: np.ndarray) -> None:
-        """Set all simulations to positions and velocities, all else as new."""
+        """Reset all simulations to positions and velocities."""
         for index, data in enumerate(self._data):
             mujoco.mj_resetData(self._model, data)
             data.qpos[:] = qpos[index]
@@ -123,10 +123,10 @@ class ThreadPhysics(Physics):
         if self._pool is None:
             self._step(ctrl, ids.tolist(), substeps)
             return
-        # More parts than threads, since some simulations have more contacts than others.
+        # More parts than threads, to balance the load: some simulations have more contacts than others.
         parts = np.array_split(ids, min(len(ids), 4 * self._threads))
         futures = [self._pool.submit(self._step, ctrl, part.tolist(), substeps) for part in parts]
-        # None may still be running when an error reaches the caller.
+        # Wait for all parts before an error is raised.
         errors = [future.exception() for future in futures]
         for error in errors:
             if error is not None:

@@ -1,4 +1,4 @@
-"""Policies: ordinary modules from observations to actions, with the normalisation of observations inside."""
+"""Policies: modules that map observations to actions, and normalise observations themselves."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from .observations import as_input, keeps_shape, observation_size, original_of
 
 
 class Policy(nn.Module):
-    """What the policies have in common: observations are flattened and normalised, outputs become actions.
+    """Base class of policies: flattens and normalises observations, and turns outputs into actions.
 
-    The outputs are, for a continuous action space, the action, in units in which its bounds are ±1; for a discrete one,
-    a logit for each action (``MultiDiscrete``: for each action of each component; ``MultiBinary``: one for each bit,
-    which is set where it is above 0). With ``sample=True`` actions are drawn: around the output with a deviation that
-    is learnt as well, or by the logits.
+    For a continuous action space, the outputs are the action, in units in which its bounds are ±1. For a discrete one,
+    they are a logit for each action (``MultiDiscrete``: for each action of each component; ``MultiBinary``: for each
+    bit, which is set if it is above 0). With ``sample=True``, actions are drawn at random: around the output, with a
+    learnt standard deviation, or according to the logits.
 
     Args:
-        observation_space: Of one environment, flattened or not.
-        action_space: Of one environment: ``Box``, ``Discrete``, ``MultiDiscrete`` or ``MultiBinary``.
-        normalize: Whether to normalise observations by their running statistics.
-        sample: Whether to draw actions, with torch's global generator.
-        observed: How many numbers of an observation the policy sees, from the first; all if None.
+        observation_space: Observation space of one environment, flattened or not.
+        action_space: Action space of one environment: ``Box``, ``Discrete``, ``MultiDiscrete`` or ``MultiBinary``.
+        normalize: Whether to normalise observations with running statistics.
+        sample: Whether to draw actions at random, with torch's global generator.
+        observed: Number of leading entries of an observation that the policy sees; all if None.
 
     Raises:
         TypeError: A space is of another kind, or ``observed`` is not an integer.
-        ValueError: Observations have fewer numbers than ``observed``.
+        ValueError: Observations have fewer entries than ``observed``.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class Policy(nn.Module):
             not isinstance(action_space, spaces.Box),
             isinstance(action_space, spaces.MultiBinary),
         )
-        # As bytes, which no forward can change: populations look at a model's attributes at every call.
+        # As bytes, which are immutable: populations compare mutable attributes of a model at every call.
         original = original_of(observation_space)
         self._observation_space = None if isinstance(original, spaces.Box) else pickle.dumps(original)
         self.normalizer: nn.Module = ObservationNormalizer(size) if normalize else nn.Identity()
@@ -68,26 +68,26 @@ class Policy(nn.Module):
         return None if self._observation_space is None else pickle.loads(self._observation_space)
 
     def observe(self, observations: Tensor) -> Tensor:
-        """Return what the network takes, ``[..., inputs]``, of observations ``[..., O]``.
+        """Return the network's inputs ``[..., inputs]`` for observations ``[..., O]``.
 
         Raises:
-            ValueError: They have another number of numbers than the policy was made for.
+            ValueError: Observations have another size than those that the policy was made for.
         """
         if observations.shape[-1] != self.size:
             raise ValueError(f"the policy is for observations of {self.size} numbers, got {observations.shape[-1]}")
         return self.normalizer(observations)[..., : self.inputs]
 
     def act(self, outputs: Tensor) -> Tensor:
-        """Return actions from the network's outputs, ``[..., outputs]``: drawn, or the outputs themselves."""
+        """Return actions for the network's outputs, ``[..., outputs]``: random ones, or the outputs themselves."""
         if not self.sample:
             return outputs
         if self.log_deviation is not None:
             return outputs + self.log_deviation.exp() * torch.randn_like(outputs)
         uniform = torch.rand_like(outputs).clamp(1e-20)
         if self.binary:
-            # A logit with logistic noise is above 0 with the probability that it stands for.
+            # A logit plus logistic noise is above 0 with the probability that the logit represents.
             return outputs + uniform.log() - (-uniform).log1p()
-        # The largest of logits with Gumbel noise is a draw from their softmax.
+        # The largest of logits plus Gumbel noise is a draw from their softmax.
         return outputs - (-uniform.log()).log()
 
 
@@ -95,10 +95,10 @@ class MLPPolicy(Policy):
     """A multilayer perceptron; without hidden layers, a linear policy.
 
     Args:
-        observation_space: Of one environment.
-        action_space: Of one environment.
+        observation_space: Observation space of one environment.
+        action_space: Action space of one environment.
         hidden: Widths of the hidden layers.
-        activation: What follows each of them.
+        activation: Activation after each hidden layer.
         options: ``normalize``, ``sample`` and ``observed`` of :class:`Policy`.
 
     Example:
@@ -132,8 +132,8 @@ class LinearPolicy(MLPPolicy):
     approach to reinforcement learning", 2018.
 
     Args:
-        observation_space: Of one environment.
-        action_space: Of one environment.
+        observation_space: Observation space of one environment.
+        action_space: Action space of one environment.
         options: ``normalize``, ``sample`` and ``observed`` of :class:`Policy`.
 
     Example:
@@ -149,11 +149,11 @@ class LinearPolicy(MLPPolicy):
 
 
 class GRUPolicy(Policy):
-    """A gated recurrent unit between two layers, for tasks where one observation does not tell enough.
+    """A gated recurrent unit and an output layer, for tasks in which a single observation is not enough.
 
     Args:
-        observation_space: Of one environment.
-        action_space: Of one environment.
+        observation_space: Observation space of one environment.
+        action_space: Action space of one environment.
         hidden: Width of the recurrent state.
         options: ``normalize``, ``sample`` and ``observed`` of :class:`Policy`.
 
@@ -174,7 +174,7 @@ class GRUPolicy(Policy):
         self.cell, self.head = nn.GRUCell(self.inputs, hidden), _head(hidden, self.outputs)
 
     def initial_state(self, count: int) -> Tensor:
-        """Return the state at the start of ``count`` episodes, ``[count, hidden]``."""
+        """Return the initial state of ``count`` episodes, ``[count, hidden]``."""
         return torch.zeros(count, self.hidden, device=self.cell.weight_hh.device)
 
     def forward(self, observations: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
@@ -184,7 +184,7 @@ class GRUPolicy(Policy):
 
 
 def output_size(space: spaces.Space[Any]) -> int:
-    """Return how many outputs a policy for this action space needs."""
+    """Return the number of outputs of a policy for an action space."""
     if isinstance(space, (spaces.Box, spaces.MultiBinary)):
         return int(np.prod(space.shape))
     if isinstance(space, spaces.Discrete):
@@ -195,16 +195,17 @@ def output_size(space: spaces.Space[Any]) -> int:
 
 
 def actions_of(outputs: np.ndarray[Any, Any], space: spaces.Space[Any]) -> np.ndarray[Any, Any]:
-    """Return environments' actions from a policy's outputs ``[n, A]``: scaled and clipped, or by the logits.
+    """Return the environments' actions for a policy's outputs ``[n, A]``: scaled and clipped, or by the logits.
 
-    Where all actions have bounds, -1 and 1 stand for them, so that a perturbation is as large in every task.
+    If all actions are bounded, the outputs -1 and 1 stand for the bounds, so that perturbations have the same effect in
+    every task.
     """
     if isinstance(space, spaces.Box):
         actions = outputs.reshape(len(outputs), *space.shape)
         low, high = space.low, space.high
         with np.errstate(over="ignore"):
             half = np.subtract(high, low, dtype=np.promote_types(space.dtype, np.float32)) / 2
-        # Some environments give the largest number there is for a bound.
+        # Some environments have the largest representable number as a bound.
         if np.isfinite(half).all():
             actions = low + half + half * actions
         actions = np.clip(actions, low, high)
@@ -222,7 +223,7 @@ def actions_of(outputs: np.ndarray[Any, Any], space: spaces.Space[Any]) -> np.nd
 def finite_actions_of(
     outputs: np.ndarray[Any, Any], space: spaces.Space[Any]
 ) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """Return what :func:`actions_of` does, and ``[n]``, whether it is an action: outputs without NaN, and finite."""
+    """Return the result of :func:`actions_of`, and whether each action is valid, ``[n]``: finite, from no NaN."""
     fine = ~np.isnan(outputs).any(-1)
     if not fine.all():
         outputs = np.where(fine[:, None], outputs, 0)
@@ -233,17 +234,18 @@ def finite_actions_of(
 
 
 class Agent:
-    """A policy at work in one ordinary environment: keeps the recurrent state, and turns outputs into actions.
+    """Runs a policy in one ordinary environment: keeps the recurrent state, and turns outputs into actions.
 
     Args:
         policy: The policy, for example ``trainer.get_best_model()``.
-        action_space: Of the environment.
-        observation_space: Of the environment. Observations that are no arrays (Discrete, Dict, Tuple, …) are turned
-            into one by it, as in training. A :class:`Policy` remembers it, other modules need it for such observations.
+        action_space: Action space of the environment.
+        observation_space: Observation space of the environment. It is needed to convert observations that are not
+            arrays (Discrete, Dict, Tuple, …), as in training. A :class:`Policy` has stored it; pass it for other
+            modules.
 
     Raises:
-        TypeError: An observation is no array, and its space is not known.
-        ValueError: An observation is not of its space, or not of as many numbers as the policy was made for.
+        TypeError: An observation is not an array, and its space is not known.
+        ValueError: An observation does not belong to its space, or has another size than the policy's.
 
     Example:
         >>> env = gymnasium.make("CartPole-v1")
@@ -269,7 +271,7 @@ class Agent:
         self.reset()
 
     def reset(self) -> None:
-        """Begin another episode."""
+        """Begin a new episode."""
         self.state = self.policy.initial_state(1) if hasattr(self.policy, "initial_state") else None  # type: ignore[operator]
 
     @torch.no_grad()
@@ -286,7 +288,7 @@ class Agent:
 
 
 def _head(inputs: int, outputs: int) -> nn.Linear:
-    # From zero no action is preferred, and what differs among members is the perturbation alone.
+    # Zero weights prefer no action, so that only perturbations make members differ.
     head = nn.Linear(inputs, outputs)
     nn.init.zeros_(head.weight)
     nn.init.zeros_(head.bias)

@@ -1,4 +1,4 @@
-"""The fitness of a policy: what it earns in episodes of an environment, for a whole population in lockstep."""
+"""The fitness of policies: their returns in episodes of an environment, for a whole population in lockstep."""
 
 from __future__ import annotations
 
@@ -20,43 +20,42 @@ from .simulators import make_simulator
 
 
 class EpisodeReturn:
-    """Fitness function: the mean return of a member over episodes, all members stepping together.
+    """Fitness function: the mean return of a member over episodes. All members step together.
 
-    No environment is reset by itself (what Gymnasium's vector environments call autoreset): a member's episode ends
-    once, and no reward after its end counts. Episode seeds are a function of the run's seed, the generation and the
-    member; members that share their noise, such as an antithetic pair, play the same episodes.
+    Environments are not reset after an episode (unlike with autoreset in Gymnasium's vector environments), and no
+    reward after its end counts. Episode seeds depend on the run's seed, the generation and the member. Members that
+    share their noise, such as an antithetic pair, play the same episodes.
 
-    Observations are flattened (Discrete, Dict, Tuple and the like as ``gymnasium.spaces.flatten`` does it). A model
-    with the attribute ``flatten_observations = False``, such as a convolutional network, gets those of a ``Box`` in
-    their own shape, ``[n, *shape]``.
+    Observations are flattened as by ``gymnasium.spaces.flatten``. A model with the attribute ``flatten_observations =
+    False``, such as a convolutional network, gets observations of a ``Box`` in their own shape, ``[n, *shape]``.
 
-    An observation, a reward or an action that is not finite ends the episode: the member's return is NaN, which counts
-    as the worst of the generation.
+    If an observation, a reward or an action is not finite, the episode ends. The member's return is then NaN, which
+    counts as the worst of the generation.
 
     Args:
         env: Id of a Gymnasium environment, or a function that makes one.
-        episodes: Episodes of each member.
-        max_steps: Steps after which an episode is cut off, besides the environment's own limit; or a function from the
-            environment steps so far to that number, for episodes that grow over training.
-        share: How many consecutive members play the same episodes: the trainer's ``noise_reuse``.
-        survival_bonus: Whether the reward for merely being alive counts.
-        threads: Threads of the simulator; torch's number if None. Torch itself uses one meanwhile, as its products are
-            small.
+        episodes: Number of episodes of each member.
+        max_steps: Steps after which an episode is cut off, in addition to the environment's own limit. Or a function
+            that takes the number of environment steps so far and returns this limit, for episodes that grow.
+        share: Number of consecutive members that play the same episodes: the trainer's ``noise_reuse``.
+        survival_bonus: Whether the reward for staying alive counts.
+        threads: Threads of the simulator; as many as torch has if None. During episodes, torch itself uses one thread,
+            as its products are small.
         env_options: Keyword arguments of the environment.
 
     Attributes:
-        steps: Environment steps of all members, in the generations that are over.
-        on_steps: Called with a number of steps as soon as this process has taken them, such as the ``update`` of a
-            progress bar; or None.
-        noisy: Whether the best member of a generation plays other episodes before it counts as the best of the run; it
-            may owe its return to luck. That takes the time of one or two episodes of one environment.
+        steps: Environment steps of all members in completed generations.
+        on_steps: Called with a number of steps once this process has taken them, such as the ``update`` of a progress
+            bar; or None.
+        noisy: Whether the best member of a generation plays other episodes before it counts as the best of the run, as
+            its return may be luck. This takes one or two episodes of one environment.
 
     Raises:
         TypeError: The environment has observations that cannot be flattened, or actions of another kind than ``Box``,
             ``Discrete``, ``MultiDiscrete`` and ``MultiBinary``.
-        ValueError: The environment does not exist, keeps running statistics in a wrapper, or the model's output does
-            not fit its actions.
-        RuntimeError: It cannot be made, as for want of a package.
+        ValueError: The environment does not exist or collects running statistics in a wrapper, or the model's outputs
+            do not fit its actions.
+        RuntimeError: It cannot be made, for example because a package is missing.
 
     Example:
         >>> from eggroll_trainer import EGGROLLTrainer
@@ -90,9 +89,9 @@ class EpisodeReturn:
         self._simulators: dict[int, Simulator] = {}
         self._statistics = torch.zeros(1, dtype=torch.float64, device="cpu")
         self._warned = False
-        # What makes this a fitness function for populations.
+        # Mark this object as a fitness function for populations.
         batched(self)
-        # What is wrong with the environment is said here, and not in the first generation.
+        # Raise errors about the environment here, not in the first generation.
         self._simulator(1)
 
     def __call__(self, population: Population) -> Tensor:
@@ -123,14 +122,14 @@ class EpisodeReturn:
         return torch.from_numpy(returns).view(len(population), self.episodes).mean(1)
 
     def evaluate(self, policy: nn.Module, episodes: int, seed: int) -> np.ndarray[Any, Any]:
-        """Return the returns of ``episodes`` episodes of one policy, the survival bonus included, ``[episodes]``.
+        """Return the returns of one policy in ``episodes`` episodes, with the survival bonus, ``[episodes]``.
 
-        Those in which something was not finite are NaN.
+        The return of an episode is NaN if something in it was not finite.
 
         Args:
             policy: The policy.
-            episodes: How many.
-            seed: Of the episodes, those of training have other seeds; and of the actions that the policy draws.
+            episodes: Number of episodes.
+            seed: Seed of the episodes, which differ from those of training, and of the actions that the policy draws.
         """
         seeds = [derive_seed("evaluation", seed, episode) % 2**31 for episode in range(episodes)]
         state = policy.initial_state(episodes) if hasattr(policy, "initial_state") else None  # type: ignore[operator]
@@ -138,7 +137,7 @@ class EpisodeReturn:
         def forward(_: Members, *inputs: Tensor) -> Any:
             return policy(*inputs)
 
-        # As if of one member, which is always called for all its episodes.
+        # As the episodes of a single member, so that all stay in the forward until the end.
         rollout = self._rollout(policy, episodes, forward, state, episodes)
         with torch.no_grad(), forked_rng("evaluation", seed, device=_device_of(policy)):
             returns, _ = rollout.play(seeds, None, bonus=True)
@@ -146,7 +145,7 @@ class EpisodeReturn:
         return returns
 
     def pop_statistics(self) -> Tensor:
-        """Return the steps of the last chunk, and count, mean and squared deviations of its observations.
+        """Return the steps of the last chunk, and the count, mean and squared deviations of its observations.
 
         Returns:
             ``[1]``, or ``[2·O + 2]`` if the policy normalises observations.
@@ -155,11 +154,11 @@ class EpisodeReturn:
         return statistics
 
     def merge_statistics(self, model: nn.Module, statistics: Sequence[Tensor]) -> None:
-        """Take in the steps and observations of a generation.
+        """Merge the statistics of a generation.
 
         Args:
             model: The model that is trained.
-            statistics: What :meth:`pop_statistics` returned for each chunk, in the order of its members.
+            statistics: The result of :meth:`pop_statistics` for each chunk, in the order of members.
         """
         self.steps += sum(int(values[0]) for values in statistics)
         normalizer = find_normalizer(model)
@@ -175,13 +174,13 @@ class EpisodeReturn:
         self.steps = state["steps"]
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return the attributes for a copy, which makes simulators of its own."""
+        """Return the attributes for a copy, which makes its own simulators."""
         return {**self.__dict__, "_simulators": {}, "on_steps": None}
 
     def spaces(self) -> tuple[Any, Any]:
         """Return the observation and action space of one environment.
 
-        Observations that are no arrays have the box that they are flattened to, which remembers their own space.
+        If observations have to be flattened, it is the space of flattened observations, a :class:`.Flattened`.
         """
         simulator = self._simulator(1)
         return simulator.observation_space, simulator.action_space
@@ -206,7 +205,7 @@ class EpisodeReturn:
         )
 
     def _warn(self, trouble: str | None) -> None:
-        """Say once what ended an episode that something not finite has ended."""
+        """Warn once about an episode that ended because something was not finite."""
         if trouble is not None and not self._warned:
             self._warned = True
             warnings.warn(f"{trouble}; such an episode ends there, and its return is NaN", RuntimeWarning, stacklevel=3)
@@ -218,12 +217,12 @@ class EpisodeReturn:
 
 
 def growing(first: int, last: int, steps: int) -> Callable[[int], int]:
-    """Return a ``max_steps`` for episodes that grow from ``first`` to ``last`` steps, by the same factor each step.
+    """Return a ``max_steps`` for episodes that grow exponentially from ``first`` to ``last`` steps.
 
     Args:
-        first: At the beginning.
-        last: At the end.
-        steps: Environment steps after which they have grown.
+        first: Length at the beginning.
+        last: Length at the end.
+        steps: Environment steps after which they have the final length.
 
     Example:
         >>> length = growing(100, 400, steps=1_000_000)
@@ -238,5 +237,5 @@ def _device_of(model: nn.Module) -> torch.device:
 
 
 def find_normalizer(model: nn.Module) -> ObservationNormalizer | None:
-    """Return the model's normaliser of observations, if it has one."""
+    """Return the model's normaliser of observations, or None."""
     return next((module for module in model.modules() if isinstance(module, ObservationNormalizer)), None)

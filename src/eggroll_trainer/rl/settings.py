@@ -1,4 +1,4 @@
-"""The settings of a training run, and those found to work for each task."""
+"""The settings of a training run, and tuned settings for each task."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ class Settings:
     env: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="ENV_ID")]
     """Id of the environment, such as HalfCheetah-v5."""
     steps: int = 1_000_000
-    """Environment steps to train for, of all members together; the generation that reaches them is the last."""
+    """Environment steps to train for, of all members together. The generation that reaches them is the last one."""
     policy: Literal["linear", "mlp", "gru"] = "mlp"
     """Kind of policy."""
     hidden: tuple[int, ...] = (16,)
-    """Widths of the hidden layers of an mlp; of the recurrent state of a gru, its first number."""
+    """Widths of the hidden layers of an mlp. The first number is the width of the recurrent state of a gru."""
     population_size: int = 64
     """Members in a generation."""
     sigma: float = 0.1
     """Standard deviation of the perturbations."""
     learning_rate: float = 0.05
-    """Step size; with adam, of a weight in a generation; with sgd and z-scores, in units of sigma (ranks count 0.29 as
-    much)."""
+    """Step size. With adam, about the step of a weight in a generation; with sgd and z-scores, in units of sigma (with
+    ranks, 0.29 times that)."""
     final_learning_rate: float | None = None
-    """What the learning rate falls to, linearly in environment steps; it stays as it is if left out."""
+    """Final learning rate, to which it falls linearly in environment steps; by default, it stays constant."""
     optimizer: Literal["sgd", "adam"] = "adam"
-    """What takes the steps."""
+    """Optimizer that takes the steps."""
     rank: int = 1
     """Rank of the perturbations; 0 for full rank."""
     antithetic: bool = True
@@ -41,42 +41,42 @@ class Settings:
     normalize: bool = True
     """Whether observations are normalised by their running statistics."""
     observed: int | None = None
-    """How many numbers of an observation the policy sees, from the first; all if left out."""
+    """Number of leading entries of an observation that the policy sees; by default, all."""
     sample: bool = False
-    """Whether the policy draws its actions."""
+    """Whether the policy draws its actions at random."""
     survival_bonus: bool = True
-    """Whether the reward for merely being alive counts in training; in evaluation it always does."""
+    """Whether the reward for staying alive counts in training. In evaluation it always does."""
     episodes: int = 1
     """Episodes of each member in a generation."""
     max_steps: int | None = None
-    """Steps after which training cuts an episode off, besides the environment's own limit."""
+    """Steps after which training cuts an episode off, in addition to the environment's own limit."""
     first_max_steps: int | None = None
-    """The same at the beginning, from where it grows, by the same factor each step, over 70 % of the training."""
+    """Initial value of this limit, which grows exponentially over the first 70 % of the training."""
     seed: int = 0
-    """Of weights, noise and episodes."""
+    """Seed of weights, noise and episodes."""
     eval_every: int = 20
-    """Evaluate the centre policy every so many generations, and after every tenth of the steps."""
+    """Number of generations between evaluations of the centre policy. It is also evaluated every tenth of the steps."""
     eval_episodes: int = 20
     """Episodes of an evaluation."""
     save_every: int = 20
-    """Write a checkpoint every so many generations, and at the end."""
+    """Number of generations between checkpoints. One is also written at the end."""
     threads: int | None = None
-    """Threads of the simulator; torch's number if left out."""
+    """Threads of the simulator; by default, as many as torch has."""
     chunk_size: int | None = None
-    """Members evaluated at a time, which is what several processes share; up to 1024 if left out."""
+    """Members evaluated at a time; several processes share the chunks. By default, up to 1024."""
     engine: Literal["local", "torch", "ray"] | None = None
-    """Who evaluates the population; what torchrun has started, else this process, if left out."""
+    """What evaluates the population; by default, torch under torchrun, else local."""
     compile: bool = True
-    """Whether the population's forward is compiled, where the run is long enough for that to pay."""
+    """Whether to compile the population's forward, if the run is long enough for that to pay off."""
     out: Path | None = None
-    """Folder of the run; runs/ENV-SEED if left out."""
+    """Folder of the run; by default, runs/ENV-SEED."""
     resume: bool = False
-    """Go on with the run in that folder."""
+    """Continue the run in that folder."""
     video: bool = True
-    """Whether to leave a video of the policy."""
+    """Whether to record a video of the policy."""
 
 
-# What was tried for them, and what was reached: docs/research/reinforcement-learning.md.
+# See docs/research/reinforcement-learning.md for the experiments behind these settings.
 _LOCOMOTION: dict[str, object] = {
     "policy": "linear",
     "hidden": (64, 64),
@@ -90,9 +90,9 @@ _WIDER: dict[str, object] = {**_LOCOMOTION, "policy": "mlp", "sigma": 0.02, "fir
 TASKS: dict[str, dict[str, object]] = {
     "CartPole-v1": {"steps": 300_000},
     "Acrobot-v1": {"steps": 500_000},
-    # With less noise no member of some seeds ever reaches the goal, and all learn to stand still.
+    # With less noise, no member reaches the goal for some seeds, and all learn to stand still.
     "MountainCarContinuous-v0": {"steps": 500_000, "sigma": 0.3},
-    # Its observations are of size 1 as they are, and their statistics change most while it learns to swing up.
+    # Its observations are about 1 in size already, and their statistics change most while it learns to swing up.
     "Pendulum-v1": {"steps": 1_600_000, "learning_rate": 0.1, "normalize": False},
     "LunarLander-v3": {"steps": 2_000_000},
     "HalfCheetah-v5": {

@@ -1,4 +1,4 @@
-"""The fastest simulator of an environment that is exact."""
+"""Chooses the fastest exact simulator of an environment."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ __all__ = ["Environment", "GymnasiumSimulator", "Simulator", "Step", "make_envir
 def make_simulator(
     env: str | Callable[[], Environment], count: int, *, threads: int | None = None, **kwargs: Any
 ) -> Simulator:
-    """Return the fastest simulator that does to the bit what Gymnasium's environments do.
+    """Return the fastest simulator that is bitwise equal to Gymnasium's environments.
 
-    That is a :class:`~eggroll_trainer.rl.locomotion.LocomotionSimulator` for MuJoCo's six locomotion tasks, and a
-    :class:`GymnasiumSimulator` for everything else, for environments that are rendered, and, with a warning, for
-    versions and options under which the former would differ.
+    For MuJoCo's six locomotion tasks it is a :class:`~eggroll_trainer.rl.locomotion.LocomotionSimulator`. For
+    everything else, and for environments with a render mode, it is a :class:`GymnasiumSimulator`. If a version or an
+    option would make the former differ, it is also the latter, with a warning.
 
     Args:
         env: An id such as ``"HalfCheetah-v5"``, or a function without arguments that makes an environment.
-        count: How many environments, at least 1.
-        threads: How many threads step MuJoCo; ``torch.get_num_threads()`` if None. The results don't depend on it.
-        **kwargs: Passed on to ``gymnasium.make``; only with an id.
+        count: Number of environments, at least 1.
+        threads: Number of threads for MuJoCo; ``torch.get_num_threads()`` if None. The results don't depend on it.
+        **kwargs: Arguments of ``gymnasium.make``; only with an id.
 
     Raises:
-        TypeError: As :class:`GymnasiumSimulator` does.
-        ValueError: As :class:`GymnasiumSimulator` does, or ``threads`` is below 1.
-        RuntimeError: As :class:`GymnasiumSimulator` does.
+        TypeError: As for :class:`GymnasiumSimulator`.
+        ValueError: As for :class:`GymnasiumSimulator`, or ``threads`` is below 1.
+        RuntimeError: As for :class:`GymnasiumSimulator`.
 
     Example:
         >>> with make_simulator("Swimmer-v5", count=2) as simulator:
@@ -41,11 +41,11 @@ def make_simulator(
     if threads is not None:
         check_int("threads", threads, 1)
     if isinstance(env, str) and kwargs.get("render_mode") is None:
-        # Needs MuJoCo, which other environments do without.
+        # The module needs MuJoCo, which other environments do not.
         try:
             from . import locomotion
         except ImportError:
-            # Gymnasium says what is missing, if it is.
+            # If the environment needs MuJoCo, Gymnasium's error says what to install.
             return GymnasiumSimulator(env, count, **kwargs)
         if env in locomotion.TASKS:
             try:

@@ -1,4 +1,4 @@
-"""A training run: one folder with its configuration, metrics, checkpoint, policy, curve and video."""
+"""A training run: a folder with its configuration, metrics, checkpoints, policy, curve and video."""
 
 from __future__ import annotations
 
@@ -25,26 +25,26 @@ from .policies import GRUPolicy, LinearPolicy, MLPPolicy, Policy
 from .rollout import EpisodeReturn, growing
 from .settings import Settings
 
-# What may differ when a run is resumed.
+# Settings that may differ when a run is resumed.
 _FREE = {"steps", "video", "threads", "save_every", "engine"}
 
-# Episodes that grow have their full length after this share of the training.
+# Growing episodes have their full length after this share of the training.
 _GROWN = 0.7
 
 
 class Run:
-    """A training run, in one process or in several that ``torchrun`` started, of which the first one writes.
+    """A training run, in one process or in several under ``torchrun``, of which the first one writes files.
 
     Args:
-        settings: How to train. With ``resume``, the run in its folder goes on.
+        settings: The settings. With ``resume``, the run in its folder is continued.
 
     Attributes:
-        folder: Where everything goes.
+        folder: Folder of the run.
         trainer: The trainer.
         metrics: One dictionary for each generation.
 
     Raises:
-        FileExistsError: The folder holds a run, and ``resume`` is not set.
+        FileExistsError: The folder contains a run, and ``resume`` is not set.
         FileNotFoundError: There is no run to resume.
         ValueError: The environment is unknown, or the run to resume has other settings.
     """
@@ -61,7 +61,7 @@ class Run:
             survival_bonus=settings.survival_bonus,
             threads=settings.threads,
         )
-        # The run reports the centre policy, so that the best member need not be played again.
+        # The run reports the centre policy, so the best member need not be evaluated again.
         self.fitness.noisy = False
         self.policy = make_policy(settings, *self.fitness.spaces())
         self.trainer = make_trainer(settings, self.policy, self.fitness)
@@ -81,7 +81,7 @@ class Run:
         return self.fitness.steps
 
     def train(self) -> None:
-        """Train until the settings' number of steps; a Ctrl-C or a SIGTERM leaves a run that can be resumed."""
+        """Train for the number of steps in the settings. After a Ctrl-C or SIGTERM, the run can be resumed."""
         settings = self.settings
         bar = tqdm(
             total=settings.steps,
@@ -98,13 +98,13 @@ class Run:
                 self.fitness.on_steps = bar.update
                 while self.steps < settings.steps:
                     line = self._step()
-                    # A generation that is over is written down, also if somebody wants to end the run meanwhile.
+                    # Write a completed generation before an interrupt ends the run.
                     with delayed_interrupt():
                         self._evaluate(line)
                         writer.metrics(line, line["steps"])
                         writer.histogram("returns", scores_of(self.trainer), line["steps"])
                         self.checkpoints.after_generation(self.trainer)
-                    # What other processes have taken, too.
+                    # Include the steps of other processes.
                     bar.update(line["steps"] - bar.n)
                     bar.set_postfix_str(self._progress())
         finally:
@@ -113,7 +113,7 @@ class Run:
             self.fitness.close()
 
     def save(self) -> None:
-        """Write the checkpoint, and the policy beside it."""
+        """Write a checkpoint and the policy."""
         self.checkpoints.save(self.trainer)
         if self.is_main:
             torch.save(self.policy.state_dict(), self.folder / "policy.pt")
@@ -127,7 +127,7 @@ class Run:
         result = self.trainer.step()
         seconds = time.perf_counter() - start
         return {
-            # Diagnostics, whatever there are.
+            # All diagnostics.
             **{key: value for key, value in record(result).items() if "fitness" not in key},
             "generation": result["generation"],
             "steps": self.steps,
@@ -139,7 +139,7 @@ class Run:
         }
 
     def _evaluate(self, line: dict[str, Any]) -> None:
-        """Add the return of the centre policy to a generation's metrics if it is time, and keep them."""
+        """Add the return of the centre policy to a generation's metrics if it is due, and store the metrics."""
         settings = self.settings
         last, before = self.steps >= settings.steps, self.metrics[-1]["steps"] if self.metrics else 0
         tenth = 10 * self.steps // settings.steps > 10 * before // settings.steps
@@ -149,7 +149,7 @@ class Run:
         self.metrics.append(line)
 
     def _progress(self) -> str:
-        """Return what the progress bar says beside the steps."""
+        """Return the text of the progress bar next to the steps."""
         if not self.metrics:
             return "first generation"
         line = self.metrics[-1]
@@ -161,9 +161,9 @@ class Run:
         )
 
     def improvement(self) -> str | None:
-        """Return what to say if the centre policy is no better than it was before training, else None.
+        """Return a message if the centre policy is no better than before training, else None.
 
-        Both play the same episodes, those of the last evaluation.
+        Both play the same episodes: those of the last evaluation.
         """
         settings = self.settings
         if settings.eval_episodes < 2 or not self.metrics:
@@ -176,7 +176,7 @@ class Run:
         self.fitness.close()
         gain = after - before
         error = gain.std(ddof=1) / len(gain) ** 0.5
-        # NaN, where something was not finite, is no improvement either.
+        # False for NaN, if something was not finite.
         if gain.mean() > 2 * error:
             return None
         return (
@@ -187,21 +187,21 @@ class Run:
 
 
 def episode_limit(settings: Settings) -> int | Callable[[int], int] | None:
-    """Return the steps after which training cuts an episode off: none, a number, or a function of the steps so far.
+    """Return the step limit of episodes in training: None, a number, or a function of the environment steps so far.
 
     Raises:
-        ValueError: Episodes shall grow, and the environment has no limit to which they could.
+        ValueError: Episodes are to grow, but there is no final limit.
     """
     if settings.first_max_steps is None:
         return settings.max_steps
     first, last = settings.first_max_steps, settings.max_steps or gymnasium.spec(settings.env).max_episode_steps
     if last is None:
-        raise ValueError(f"first_max_steps needs max_steps, as {settings.env} has no limit of its own")
+        raise ValueError(f"first_max_steps needs max_steps, as {settings.env} has no step limit of its own")
     return growing(first, last, round(_GROWN * settings.steps))
 
 
 def make_policy(settings: Settings, observation_space: Any, action_space: Any) -> Policy:
-    """Return the policy that the settings describe, the same every time."""
+    """Return the policy that the settings describe, with the same initial weights every time."""
     options: dict[str, Any] = {
         "normalize": settings.normalize,
         "sample": settings.sample,
@@ -222,8 +222,8 @@ def make_trainer(settings: Settings, policy: nn.Module, fitness: EpisodeReturn) 
 
 
 def plot(run: Run) -> Path:
-    """Draw the learning curve of a run and return where it is."""
-    # Not by pyplot, which has the process's choice of a window system.
+    """Plot the learning curve of a run, and return the path of the file."""
+    # Not with pyplot, which would choose a window system for the process.
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), layout="constrained")

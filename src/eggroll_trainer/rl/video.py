@@ -1,4 +1,4 @@
-"""Videos of a policy, on machines without a screen as well."""
+"""Records videos of a policy, even on machines without a screen."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ def record(
     Args:
         policy: The policy.
         env_id: Id of the environment.
-        path: Of the video, ``.mp4`` or ``.gif``.
-        seed: Of the episode, and of the actions that the policy draws.
-        most_frames: Frames after which the video ends; the episode goes on.
+        path: Path of the video, ``.mp4`` or ``.gif``.
+        seed: Seed of the episode, and of the actions that the policy draws.
+        most_frames: Largest number of frames in the video. The episode continues after them.
         options: Keyword arguments of the environment.
 
     Raises:
-        RuntimeError: Nothing here can render: the message says what to install.
+        RuntimeError: The environment cannot be rendered; the message says what to install.
     """
     import imageio
 
@@ -59,9 +59,9 @@ def record(
 
 @contextlib.contextmanager
 def renderer_chosen() -> Iterator[None]:
-    """In the block, have MuJoCo render without a screen where there is none, by EGL or OSMesa.
+    """Inside the block, let MuJoCo render with EGL or OSMesa if there is no screen.
 
-    MuJoCo reads the environment variable that says so when it is imported, and when the first frame is rendered.
+    MuJoCo reads the environment variable when it is imported, and when the first frame is rendered.
     """
     chosen = None
     if "MUJOCO_GL" not in os.environ and sys.platform == "linux" and not os.environ.get("DISPLAY"):
@@ -78,6 +78,6 @@ def renderer_chosen() -> Iterator[None]:
 
 
 _HELP = (
-    "Without a screen, MuJoCo renders by EGL (Debian: libegl1) or OSMesa (Debian: libosmesa6); MUJOCO_GL=egl or osmesa"
-    " chooses one. Training needs neither: --no-video"
+    "Without a screen, MuJoCo needs EGL (Debian: libegl1) or OSMesa (Debian: libosmesa6); choose one with MUJOCO_GL=egl"
+    " or MUJOCO_GL=osmesa. Training needs neither: --no-video"
 )
