@@ -41,7 +41,7 @@ def test_not_a_number_stays() -> None:
     "k, error, text",
     [
         (0, ValueError, "k must be at least 1, got 0"),
-        (4, ValueError, "k=4 is more than there are samples, 3"),
+        (4, ValueError, "k=4 must be at most the number of samples, 3"),
         (1.0, TypeError, "k must be an integer"),
     ],
 )

@@ -198,7 +198,7 @@ def test_bad_input(row: str) -> None:
     "model", [torch.nn.Linear(2, 2), T5ForConditionalGeneration(T5Config(d_model=8, num_layers=1))]
 )
 def test_models_that_do_not_go_on_with_a_prompt(model: Any) -> None:
-    with pytest.raises(TypeError, match="is no causal language model of transformers"):
+    with pytest.raises(TypeError, match="is not a causal language model of transformers"):
         Completer(tokenizer(), Decoding(4)).by_model(model, PROMPTS, 1)
 
 

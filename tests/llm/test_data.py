@@ -93,8 +93,8 @@ def test_what_a_module_itself_lacks_is_said_as_it_is() -> None:
         ("a.jsonl", '{"prompt": "a", "x": 1}\n{"prompt": "b"}\n', "column 'x' is in row 0 of a.jsonl and not in row 1"),
         ("a.json", "{", "a.json is not JSON"),
         ("a.json", '{"data": []}', "must hold a list of objects, got a dict"),
-        ("a.csv", "prompt,answer\na\n", "line 2 of a.csv has not as many values"),
-        ("a.csv", "prompt,answer\na,1,2\n", "line 2 of a.csv has not as many values"),
+        ("a.csv", "prompt,answer\na\n", "line 2 of a.csv has another number of values"),
+        ("a.csv", "prompt,answer\na,1,2\n", "line 2 of a.csv has another number of values"),
         ("a.txt", "", "must be a .jsonl, .json, .csv file or MODULE:FUNCTION, got 'a.txt'"),
     ],
 )
@@ -133,7 +133,7 @@ def test_prompts_held_out_are_not_trained_on() -> None:
 
 
 @pytest.mark.parametrize(
-    ("rows", "fraction", "message"), [(ROWS, 1.0, "below 1, got 1.0"), (ROWS[:1], 0.1, "a single prompt")]
+    ("rows", "fraction", "message"), [(ROWS, 1.0, "below 1, got 1.0"), (ROWS[:1], 0.1, "only one prompt")]
 )
 def test_what_cannot_be_held_out(rows: list[dict[str, Any]], fraction: float, message: str) -> None:
     with pytest.raises(ValueError, match=message):

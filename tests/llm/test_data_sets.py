@@ -69,7 +69,7 @@ def test_anything_with_a_length_and_indices() -> None:
 BAD: dict[str, tuple[Any, type[Exception], str]] = {
     "splits": ({"train": ["a"]}, TypeError, "dataset must be a sequence of examples, got a dict; pass one of its"),
     "a text": ("a b c", TypeError, "dataset must be a sequence of examples, got a str"),
-    "an iterator": (iter(["a"]), TypeError, "dataset must have a length and be indexed by integers, got a list_iter"),
+    "an iterator": (iter(["a"]), TypeError, "dataset must have a length and integer indices, got a list_iter"),
     "empty": ([], ValueError, "dataset is empty"),
     "no mapping": ([3], TypeError, "dataset[0] must be a mapping from columns to values, got int"),
     "another column": (
@@ -97,7 +97,7 @@ def test_a_later_example_is_named() -> None:
 @pytest.mark.parametrize(
     "count, error, text",
     [
-        (11, ValueError, "prompts_per_generation=11 is more than there are examples, 10; lower it"),
+        (11, ValueError, "prompts_per_generation=11 must be at most the number of examples, 10; lower it"),
         (0, ValueError, "prompts_per_generation must be at least 1, got 0"),
         (2.5, TypeError, "prompts_per_generation must be an integer"),
     ],

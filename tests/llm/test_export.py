@@ -231,7 +231,7 @@ def test_changes_of_a_run_with_freezing(tmp_path: Path) -> None:
             assert torch.equal(weights[name], p)
             assert torch.equal(changes[name], p.detach() - initial[name].detach())
     next(trainer.model.parameters()).requires_grad_(False)
-    with pytest.raises(ValueError, match="frozen or freed during the run"):
+    with pytest.raises(ValueError, match="frozen or unfrozen during the run"):
         changes_of(trainer)
 
 

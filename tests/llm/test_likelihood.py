@@ -198,7 +198,11 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         ValueError,
         'reduction must be "mean" or "sum", got \'max\'',
     ),
-    "too many prompts": ({}, ValueError, "prompts_per_generation=8 is more than there are examples, 5; lower it"),
+    "too many prompts": (
+        {},
+        ValueError,
+        "prompts_per_generation=8 must be at most the number of examples, 5; lower it",
+    ),
     "no budget": ({"prompts_per_generation": 1, "logits_budget": 0}, ValueError, "logits_budget must be at least 1"),
     "no column": ({"answer_key": "solution"}, ValueError, "dataset[0] has no column 'solution'"),
     "a number as answer": (
@@ -233,7 +237,12 @@ def test_bad_input(row: str) -> None:
         (["a"], {}, ValueError, "the text 'a' has 1 tokens; at least two are needed to predict one"),
         ([{"text": 3}], {}, TypeError, "a text must be a string, got int"),
         (["a b"], {"max_length": 1}, ValueError, "max_length must be at least 2, got 1"),
-        (["a b"], {"texts_per_generation": 2}, ValueError, "texts_per_generation=2 is more than there are examples"),
+        (
+            ["a b"],
+            {"texts_per_generation": 2},
+            ValueError,
+            "texts_per_generation=2 must be at most the number of examples",
+        ),
     ],
 )
 def test_bad_texts(dataset: Any, options: Any, error: type[Exception], text: str) -> None:

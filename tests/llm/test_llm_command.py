@@ -224,7 +224,7 @@ def test_what_is_trained(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> 
         ((*FUNCTIONS, "--eval-samples", 2), "needs an eval_temperature above 0"),
         ((*FUNCTIONS, "--system", "a"), "add --chat"),
         ((*FUNCTIONS, "--resume"), "no run to resume"),
-        ((*FUNCTIONS, "--prompts-per-generation", 100), "prompts_per_generation=100 is more than there are"),
+        ((*FUNCTIONS, "--prompts-per-generation", 100), "prompts_per_generation=100 must be at most the number of"),
         ((*FUNCTIONS, "--target-modules", "attention"), "'attention' matches no module"),
         ((*FUNCTIONS, "--population-size", 7), "population_size"),
     ],

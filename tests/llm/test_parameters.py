@@ -114,9 +114,9 @@ BAD: dict[str, tuple[Any, Any, type[Exception], str]] = {
         language_model,
         {"target_modules": ["q_proj"], "exclude_modules": ["self_attn"]},
         ValueError,
-        "leave nothing to train: no parameter of floating point",
+        "leave nothing to train: no floating-point parameter",
     ),
-    "integers": (Frozen, {"target_modules": ["table"]}, ValueError, "no parameter of floating point"),
+    "integers": (Frozen, {"target_modules": ["table"]}, ValueError, "no floating-point parameter"),
     "no linear layers": (Frozen, {}, ValueError, "Frozen has no linear layers; name modules in target_modules"),
     "no module": (lambda: "llama", {}, TypeError, "model must be a torch.nn.Module, got str"),
 }

@@ -86,5 +86,5 @@ def test_members_as_adapters(tmp_path: Path) -> None:
 def test_adapters_on_tied_weights_are_not_merged(tmp_path: Path) -> None:
     model = adapted(targets=["embed_tokens", "lm_head", "q_proj"])
     trainer_of(model).train(1, verbose=False)
-    with pytest.raises(ValueError, match="PEFT adds both"):
+    with pytest.raises(ValueError, match="adds both to the shared weight"):
         save_merged(model, tmp_path)

@@ -230,5 +230,5 @@ def test_bad_arguments() -> None:
         batch_quantised_layers(model, [])
     with pytest.raises(TypeError, match="layers must be modules, got str"):
         batch_quantised_layers(model, ["0"])  # type: ignore[list-item]
-    with pytest.raises(ValueError, match=r"1 \(ReLU\) is no linear layer"):
+    with pytest.raises(ValueError, match=r"1 \(ReLU\) is not a linear layer"):
         batch_quantised_layers(model, [model[1]])

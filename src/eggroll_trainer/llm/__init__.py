@@ -1,4 +1,4 @@
-"""Language models: a reward, or a likelihood, as the fitness of a whole population."""
+"""Language models: rewards and likelihoods as fitness functions for a whole population."""
 
 from importlib.util import find_spec
 

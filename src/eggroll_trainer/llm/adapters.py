@@ -1,4 +1,4 @@
-"""Changes of a model's weights as a PEFT adapter: the two files that PEFT, and servers with LoRA support, load.
+"""Writes changes of a model's weights as a PEFT adapter: two files, which PEFT and servers of LoRA adapters load.
 
 A change ``A Bᵀ`` of a weight becomes the pair of factors that PEFT adds on top of it: ``lora_B · lora_A`` with
 ``lora_B = A`` and ``lora_A = Bᵀ``. ``lora_alpha = r``, so that loaders multiply by 1.
@@ -17,14 +17,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-# What becomes of a change that has no factors, such as a norm's.
+# How to handle a change without low-rank factors, such as that of a norm.
 FullRank = Literal["error", "save"]
 
 _PREFIX = "base_model.model."
 
 
 class _Place(NamedTuple):
-    """Where a model keeps a parameter: a module's path, the module, and the name in it."""
+    """A place where a model stores a parameter: a module's path, the module, and the name in it."""
 
     path: str
     module: nn.Module
@@ -32,10 +32,10 @@ class _Place(NamedTuple):
 
     @property
     def kind(self) -> str | None:
-        """What PEFT makes of low-rank factors here, or None where it has no layer for them."""
+        """The kind of PEFT layer for low-rank factors here, or None if it has none."""
         if self.leaf != "weight":
             return None
-        # Not subclasses: a layer of the user's may compute something else.
+        # Not subclasses, as a user-defined layer may compute something else.
         kinds: dict[type, str] = {nn.Linear: "linear", Conv1D: "conv1d", nn.Embedding: "embedding"}
         return kinds.get(type(self.module))
 
@@ -46,14 +46,14 @@ class AdapterWriter:
 
     Args:
         model: The model that the adapters are for, as ``from_pretrained`` returns it.
-        base_model: The folder or name of the unchanged model, for ``base_model_name_or_path``. The one that the model
-            was loaded from if None.
-        full_rank: What becomes of changes without factors: ``"error"`` refuses them; ``"save"`` stores norms and the
-            like whole, among PEFT's ``modules_to_save``. PEFT loads these, servers such as vLLM don't.
+        base_model: Folder or name of the unchanged model, for ``base_model_name_or_path``. If None, the one that the
+            model was loaded from.
+        full_rank: How to handle changes without low-rank factors. ``"error"`` refuses them. ``"save"`` stores norms and
+            the like as a whole, among PEFT's ``modules_to_save``; PEFT loads these, servers such as vLLM don't.
 
     Raises:
-        TypeError: ``model`` is no module, or a PEFT model, which writes its adapter itself.
-        ValueError: ``full_rank`` is something else.
+        TypeError: ``model`` is not a module, or is a PEFT model, which writes its adapter itself.
+        ValueError: ``full_rank`` is neither ``"error"`` nor ``"save"``.
     """
 
     model: nn.Module
@@ -64,12 +64,12 @@ class AdapterWriter:
         if not isinstance(self.model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(self.model).__name__}")
         if hasattr(self.model, "peft_config"):
-            raise TypeError("the model is a PEFT model, which saves its adapter by model.save_pretrained(folder)")
+            raise TypeError("the model is a PEFT model: save its adapter with model.save_pretrained(folder)")
         if self.full_rank not in ("error", "save"):
             raise ValueError(f'full_rank must be "error" or "save", got {self.full_rank!r}')
 
     def takes(self, name: str) -> bool:
-        """Return whether an adapter can hold a low-rank change of the parameter of this name."""
+        """Return whether an adapter can hold a low-rank change of a parameter, given its name."""
         return _holds(_places(self.model)[name])
 
     def write(
@@ -81,10 +81,10 @@ class AdapterWriter:
         """Write ``adapter_config.json`` and ``adapter_model.safetensors``.
 
         Args:
-            folder: Where to; it is made.
+            folder: Folder to write to. It is created.
             factors: ``A [O, R]`` and ``B [I, R]`` of parameters by name: the change is ``A Bᵀ``, in the parameter's own
-                shape ``[O, I]``. Ranks may differ; all are filled up with zeros to the largest.
-            dense: New values of other parameters, in full.
+                shape ``[O, I]``. Ranks may differ; all are padded with zeros to the largest.
+            dense: New values of other parameters by name.
 
         Returns:
             The folder.
@@ -98,7 +98,7 @@ class AdapterWriter:
         if dense and self.full_rank == "error":
             raise ValueError(
                 f"low-rank factors cannot hold the changes of {_some(dense)}: train with freeze_nonlora=True, or pass"
-                ' full_rank="save" to store norms whole'
+                ' full_rank="save" to store norms as a whole'
             )
         places = _places(self.model)
         rank = max((A.shape[1] for A, _ in factors.values()), default=1)
@@ -107,12 +107,12 @@ class AdapterWriter:
         for name, (A, B) in factors.items():
             if not _holds(places[name]):
                 raise ValueError(
-                    f"PEFT has no adapter for {name!r}, a parameter of {_described(places[name])}: leave it out of what"
-                    " is trained, or save merged weights"
+                    f"PEFT has no adapter for {name!r}, a parameter of {_described(places[name])}: don't train it, or"
+                    " save merged weights"
                 )
             A, B = (nn.functional.pad(factor, (0, rank - factor.shape[1])) for factor in (A, B))
-            # Each place of a tied parameter gets factors of its own. PEFT's ensure_weight_tying stores them once, but
-            # a second adapter in the same model then computes something else (0.21.2).
+            # Each place of a tied parameter gets its own factors. PEFT's ensure_weight_tying stores them once, but with
+            # it, a second adapter in the same model computes something else (0.21.2).
             for place in places[name]:
                 targets.add(place.path)
                 tensors.update(_pair(_PREFIX + place.path, place.kind, A, B))
@@ -128,7 +128,7 @@ class AdapterWriter:
             tensors.update({f"{_PREFIX}{path}.{leaf}": values[f"{path}.{leaf}"] for leaf in own})
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        # Copies, as the format wants no two tensors in the same memory.
+        # Copies, as safetensors refuses tensors that share memory.
         contents = {
             key: value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
             for key, value in tensors.items()
@@ -156,7 +156,7 @@ class AdapterWriter:
 
 
 def _places(model: nn.Module) -> dict[str, list[_Place]]:
-    """Return, for the name of every parameter, each place where the model keeps it."""
+    """Return all places where the model stores a parameter, by the parameter's name."""
     at: dict[int, list[_Place]] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         for leaf, parameter in module.named_parameters(recurse=False):
@@ -166,7 +166,7 @@ def _places(model: nn.Module) -> dict[str, list[_Place]]:
 
 def _holds(places: list[_Place]) -> bool:
     """Return whether PEFT has a layer for each place of a parameter."""
-    # It replaces a module in one place only, where several are the same object.
+    # PEFT replaces a module in one place only, even if the same object is in several.
     return all(place.kind is not None for place in places) and len({id(p.module) for p in places}) == len(places)
 
 
@@ -174,14 +174,14 @@ def _pair(key: str, kind: str | None, A: Tensor, B: Tensor) -> dict[str, Tensor]
     """Return PEFT's two factors of the change ``A Bᵀ`` of a weight."""
     if kind == "embedding":
         return {f"{key}.lora_embedding_A": A.mT, f"{key}.lora_embedding_B": B}
-    # Conv1D keeps its weight as [I, O].
+    # Conv1D stores its weight as [I, O].
     inner, outer = (A, B) if kind == "conv1d" else (B, A)
     return {f"{key}.lora_A.weight": inner.mT, f"{key}.lora_B.weight": outer}
 
 
 def _short_names(chosen: set[str], paths: list[str]) -> list[str]:
-    """Return the last parts of the chosen paths, such as ``q_proj``, where these choose nothing else."""
-    # Servers go by such names.
+    """Return the last parts of the chosen paths, such as ``q_proj``, if these match no other paths; else the paths."""
+    # Servers expect such short names.
     last = {path.rpartition(".")[2] for path in chosen}
     same = {path for path in paths if path.rpartition(".")[2] in last} == chosen
     return sorted(last if same else chosen)

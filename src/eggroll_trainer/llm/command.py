@@ -1,4 +1,4 @@
-"""``eggroll llm MODEL``: train a language model by a reward, and leave a folder with all that belongs to the run."""
+"""``eggroll llm MODEL``: trains a language model with a reward, and writes a folder with the results of the run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .presets import PRESETS
 from .settings import Settings
 from .training import Run
 
-DESCRIPTION = f"""Train a language model by a reward, and leave a folder with all that belongs to the run.
+DESCRIPTION = f"""Train a language model with a reward, and write a folder with the results of the run.
 
 Examples:
   eggroll llm MODEL --data prompts.jsonl --reward my_rewards.py:score
@@ -38,7 +38,7 @@ def main(arguments: list[str]) -> int:
         return 1
     if run.is_main:
         print(f"run: {run.folder}")
-    # What a reward function raises needs its traceback.
+    # Exceptions of reward functions keep their traceback.
     run.train()
     if run.is_main:
         _finish(run)
@@ -46,24 +46,24 @@ def main(arguments: list[str]) -> int:
 
 
 def parsed(arguments: list[str]) -> Settings:
-    """Return the settings of a command line, with those of a preset, if it names one, as defaults.
+    """Return the settings of a command line, with those of a preset as defaults if it names one.
 
     Raises:
-        ValueError: The file of ``--config`` is not as it should be.
+        ValueError: The file of ``--config`` cannot be used.
     """
     file, arguments = without_config(arguments)
-    # For --help as well.
+    # Also used for --help.
     named = _preset(arguments)
     values = next((values for preset, values in PRESETS.items() if preset == named), {})
     defaults = Settings(tyro.MISSING, tyro.MISSING, **values)
     if file is not None:
-        # What a run's own file says of its data.
+        # The file of a run also contains a checksum of its data.
         defaults = dataclasses.replace(defaults, **read_settings(file, Settings, ignored=("data_checksum",)))
     return tyro.cli(Settings, args=arguments, default=defaults, prog="eggroll llm", description=DESCRIPTION)
 
 
 def _preset(arguments: list[str]) -> str:
-    """Return what follows ``--preset``."""
+    """Return the value of ``--preset``, or an empty string."""
     for i, argument in enumerate(arguments):
         option, _, value = argument.partition("=")
         if option == "--preset":
@@ -72,11 +72,11 @@ def _preset(arguments: list[str]) -> str:
 
 
 def _finish(run: Run) -> None:
-    """Write the exports, and say what came out and what to do next."""
+    """Write the exports, and print the results and the next steps."""
     first, last = run.evaluations[0], run.evaluations[-1]
     figure = run.objective.figure
     print(f"{figure} of the centre: {first[figure]:.4g} → {last[figure]:.4g} in {last['generation']} generations")
-    # Its weights are those that were evaluated, also where they are rounded ones of masters in float32.
+    # Save the weights that were evaluated, even if they are rounded copies of float32 masters.
     save_merged(run.trainer.model, run.folder / "model", tokenizer=run.tokenizer)
     print(f"model: {run.folder / 'model'}")
     _write_adapter(run)
@@ -84,20 +84,20 @@ def _finish(run: Run) -> None:
 
 
 def _advice(run: Run) -> str:
-    """Return what to do next."""
+    """Return advice on the next steps."""
     if run.metrics and all(line["std_fitness"] == 0 for line in run.metrics):
         return (
-            "nothing was learnt, as all members had the same score in every generation; give a reward that tells bad"
-            " completions from worse ones, easier prompts, or a larger --sigma"
+            "nothing was learnt, as all members had the same score in every generation; use a reward that distinguishes"
+            " bad completions from worse ones, easier prompts, or a larger --sigma"
         )
     return (
         f'AutoModelForCausalLM.from_pretrained("{run.folder / "model"}") loads it; --resume --generations'
-        f" {2 * max(1, run.trainer.generation)} trains on; tensorboard --logdir {run.folder} shows the curves"
+        f" {2 * max(1, run.trainer.generation)} continues; tensorboard --logdir {run.folder} shows the curves"
     )
 
 
 def _write_adapter(run: Run) -> None:
-    """Write the sum of all updates as an adapter, if it can be one, and say how much of it that keeps."""
+    """Write the sum of all updates as an adapter, if possible, and print how much of it the adapter keeps."""
     changes, rank = changes_of(run.trainer), run.settings.adapter_rank
     if rank == 0 or not any(bool(change.any()) for change in changes.values()):
         return

@@ -1,4 +1,4 @@
-"""Completions of prompts: by a model, or by all members of a population in one ``generate()``."""
+"""Completes prompts with a model, or with all members of a population in one call of ``generate()``."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .._utils.validation import check_int, check_real
 from .models import check_causal, device_of
 from .prompts import left_padded, padding_token
 
-# Options of generate() that Decoding has arguments for, or that change the shape of its result.
+# Options of generate() for which Decoding has arguments, and options that change its result.
 _ARGUMENTS = {
     "max_new_tokens": "max_new_tokens",
     "max_length": "max_new_tokens",
@@ -28,12 +28,12 @@ _REFUSED = ("return_dict_in_generate", "output_scores", "output_logits", "stream
 
 
 class Completion(NamedTuple):
-    """What a model has added to a prompt.
+    """The completion of a prompt by a model.
 
     Attributes:
-        tokens: Up to the first token that ends it, with that one.
-        text: Without special tokens.
-        ended: Whether it has come to an end of its own, within the number of tokens allowed.
+        tokens: Its tokens, including the token that ends it.
+        text: Its text, without special tokens.
+        ended: Whether it has ended by itself, within the allowed number of tokens.
     """
 
     tokens: list[int]
@@ -48,13 +48,13 @@ class Decoding:
     Args:
         max_new_tokens: Tokens after which a completion is cut off.
         temperature: 0 for the likeliest token at each step; otherwise tokens are sampled from ``softmax(logits / t)``.
-        top_p: Sample from the likeliest tokens that have this probability together; 1 for all.
-        top_k: Sample from so many likeliest tokens; 0 for all.
+        top_p: Sample from the likeliest tokens with this total probability; 1 for all tokens.
+        top_k: Sample from this number of likeliest tokens; 0 for all tokens.
         options: Further keyword arguments of ``generate()``, such as ``{"stop_strings": ["###"]}``.
 
     Raises:
         TypeError: An argument is of the wrong type.
-        ValueError: An argument is out of range, or ``options`` contains what has an argument of its own.
+        ValueError: An argument is out of range, or ``options`` contains an option that has its own argument.
     """
 
     max_new_tokens: int
@@ -79,7 +79,7 @@ class Decoding:
 
     @property
     def ends_otherwise(self) -> bool:
-        """Whether a completion may be ended by something else than a token, such as a string."""
+        """Whether something other than a token may end a completion, such as a string."""
         return not self.options.keys().isdisjoint(("stop_strings", "stopping_criteria", "max_time"))
 
     @property
@@ -88,7 +88,7 @@ class Decoding:
         return self.temperature > 0
 
     def at(self, temperature: float) -> Decoding:
-        """Return the same at another temperature; at 0 without ``top_p`` and ``top_k``."""
+        """Return the same settings with another temperature; for 0, without ``top_p`` and ``top_k``."""
         if temperature == 0:
             return Decoding(self.max_new_tokens, 0.0, options=self.options)
         return dataclasses.replace(self, temperature=temperature)
@@ -96,8 +96,8 @@ class Decoding:
     def arguments(self, model: Any, tokenizer: Any) -> dict[str, Any]:
         """Return the keyword arguments of ``generate()``.
 
-        Options of the model's ``generation_config`` that change probabilities, such as a repetition penalty, are
-        turned off: what is rewarded is the model's own distribution.
+        Options of the model's ``generation_config`` that change probabilities, such as a repetition penalty, are turned
+        off, as rewards are for the model's own distribution.
         """
         arguments: dict[str, Any] = {
             "max_new_tokens": self.max_new_tokens,
@@ -115,7 +115,7 @@ class Decoding:
         return {**arguments, **self.options}
 
     def ends(self, model: Any, tokenizer: Any) -> list[int]:
-        """Return the tokens that end a completion: those of ``options``, or the model's and the tokenizer's."""
+        """Return the tokens that end a completion: those in ``options``, or those of the model and the tokenizer."""
         if "eos_token_id" in self.options:
             found = [self.options["eos_token_id"]]
         else:
@@ -130,7 +130,7 @@ class Completer:
 
     Args:
         tokenizer: A tokenizer of transformers.
-        decoding: How.
+        decoding: The settings.
     """
 
     def __init__(self, tokenizer: Any, decoding: Decoding) -> None:
@@ -144,8 +144,8 @@ class Completer:
         Args:
             population: The ``n`` members.
             prompts: The tokens of each prompt.
-            samples: How many completions of each.
-            key: Tells the random numbers of this call from those of others.
+            samples: Number of completions of each prompt.
+            key: Distinguishes the random numbers of this call from those of other calls.
         """
         check_causal(population.model)
         arguments = self.decoding.arguments(population.model, self.tokenizer)
@@ -175,22 +175,22 @@ class Completer:
         ends = frozenset(self.decoding.ends(model, self.tokenizer))
         pad = padding_token(self.tokenizer) if self.decoding.ends_otherwise else None
         rows = [trimmed(row, ends, pad, self.decoding.max_new_tokens) for row in new.tolist()]
-        # The token that has ended it may be an ordinary one, such as a line break.
+        # The token that ends a completion may be an ordinary one, such as a line break.
         contents = [tokens[:-1] if tokens and tokens[-1] in ends else tokens for tokens, _ in rows]
         texts = self.tokenizer.batch_decode(contents, skip_special_tokens=True)
         return [Completion(tokens, text, ended) for (tokens, ended), text in zip(rows, texts, strict=True)]
 
 
 def trimmed(row: Sequence[int], ends: frozenset[int], pad: int | None, most: int) -> tuple[list[int], bool]:
-    """Return a row of new tokens up to its own end, and whether it has one.
+    """Return the tokens of a row up to its end, and whether it has ended by itself.
 
-    Rows of a batch are filled up until the last of them has ended.
+    ``generate()`` pads the rows of a batch until the last of them has ended.
 
     Args:
         row: The tokens.
         ends: Tokens that end it.
-        pad: What rows are filled up with that something else than a token has ended; None if nothing else does.
-        most: How many tokens it may have.
+        pad: The padding token, if something other than a token may end the row; else None.
+        most: Largest number of tokens.
 
     Example:
         >>> trimmed([5, 6, 2, 0, 0], frozenset({2}), pad=None, most=8)

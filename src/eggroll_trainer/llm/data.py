@@ -1,4 +1,4 @@
-"""Data sets that a command line names."""
+"""Loads data sets that are named on a command line."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ _FILES = (".jsonl", ".json", ".csv")
 
 
 def load_examples(option: str, source: str, column: str) -> list[Example]:
-    """Return the rows of a ``.jsonl``, ``.json`` or ``.csv`` file, or of what ``MODULE:FUNCTION`` returns.
+    """Return the rows of a ``.jsonl``, ``.json`` or ``.csv`` file, or those that ``MODULE:FUNCTION`` returns.
 
     Args:
-        option: What names it, for messages.
+        option: The command-line option, for messages.
         source: The file or function. A function may return any sequence of mappings, or of texts.
         column: The column of the prompt, or of the text.
 
     Raises:
         FileNotFoundError: There is no such file.
-        RuntimeError: The function raises something.
-        ValueError: It is of another kind, has no rows, or a row is not as it should be.
+        RuntimeError: The function has raised an exception.
+        ValueError: The source is of another kind, has no rows, or has a malformed row.
     """
     suffix = Path(source).suffix.lower()
     if suffix in _FILES:
@@ -53,7 +53,7 @@ def _returned(option: str, source: str) -> list[Any]:
         whole = isinstance(rows, (Mapping, str)) or not isinstance(rows, Iterable)
         listed = [] if whole else list(rows)
     except Exception as error:
-        # No ValueError, which would be taken for a wrong argument, without the traceback.
+        # Not a ValueError, which commands report as a wrong argument, without the traceback.
         raise RuntimeError(f"{option}: {source} raised {type(error).__name__}") from error
     if whole:
         hint = "; return one of its splits" if isinstance(rows, Mapping) else ""
@@ -63,7 +63,7 @@ def _returned(option: str, source: str) -> list[Any]:
 
 def _json_lines(option: str, path: Path) -> list[Any]:
     rows = []
-    # Not splitlines(), as JSON strings may hold line breaks of Unicode.
+    # Not splitlines(), as JSON strings may contain Unicode line breaks.
     for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
         if line.strip():
             try:
@@ -87,9 +87,11 @@ def _csv(option: str, path: Path) -> list[Any]:
     with open(path, encoding="utf-8-sig", newline="") as file:
         reader, rows = csv.DictReader(file), []
         for row in reader:
-            # The reader's marks of values that are missing, and of those that have no column.
+            # DictReader marks missing values by a value None, and surplus values by a key None.
             if None in row or None in row.values():
-                raise ValueError(f"{option}: line {reader.line_num} of {path} has not as many values as the first line")
+                raise ValueError(
+                    f"{option}: line {reader.line_num} of {path} has another number of values than the first line"
+                )
             rows.append(row)
         return rows
 
@@ -107,13 +109,13 @@ def _checked(option: str, source: str, index: int, row: Any, first: Any) -> Exam
 
 
 def check_columns(option: str, source: str, examples: Sequence[Example], keys: Mapping[str, str]) -> None:
-    """Check that the columns of a data set are there.
+    """Check that a data set has some columns.
 
     Args:
-        option: What names the data set, for messages.
-        source: Where it is from.
+        option: The command-line option of the data set, for messages.
+        source: Its file or function, for messages.
         examples: Its rows.
-        keys: From options to the columns that they name.
+        keys: The columns, by the command-line options that name them.
 
     Raises:
         ValueError: A column is missing.
@@ -127,7 +129,7 @@ def check_columns(option: str, source: str, examples: Sequence[Example], keys: M
 
 
 def as_conversations(examples: Sequence[Example], key: str, system: str | None) -> list[Example]:
-    """Return examples whose prompts, where they are texts, are a user's message, after one of the system's."""
+    """Return examples in which prompts that are texts become a user's message, after a system message if given."""
     before = [] if system is None else [{"role": "system", "content": system}]
     return [
         {**example, key: [*before, {"role": "user", "content": example[key]}]}
@@ -138,15 +140,15 @@ def as_conversations(examples: Sequence[Example], key: str, system: str | None) 
 
 
 def held_out(examples: Sequence[Example], key: str, fraction: float, seed: int) -> tuple[list[Example], list[Example]]:
-    """Return the examples to train on, and those to evaluate on: a share of the prompts, drawn by the seed.
+    """Split examples at random into those to train on and those to evaluate on.
 
     Examples with the same prompt stay together, so that no prompt of an evaluation is trained on.
 
     Args:
-        examples: All.
+        examples: All examples.
         key: The column of the prompt.
-        fraction: The share; at least one prompt is on either side. With 0, all examples are on both.
-        seed: Of the run.
+        fraction: Share of the prompts to evaluate on; each side gets at least one. With 0, both sides get all examples.
+        seed: Seed of the run.
 
     Raises:
         ValueError: ``fraction`` is not in [0, 1), or all prompts are the same.
@@ -159,8 +161,8 @@ def held_out(examples: Sequence[Example], key: str, fraction: float, seed: int) 
     distinct = list(dict.fromkeys(prompts))
     if len(distinct) < 2:
         raise ValueError(
-            "the data have a single prompt, of which none can be held out: pass eval_data, or eval_fraction=0 to"
-            " evaluate on the training data"
+            "the data have only one prompt, so none can be held out: pass eval_data, or eval_fraction=0 to evaluate on"
+            " the training data"
         )
     order = torch.randperm(len(distinct), generator=keyed_generator("held out", seed), device="cpu").tolist()
     count = min(len(distinct) - 1, max(1, math.floor(fraction * len(distinct) + 0.5)))

@@ -1,4 +1,4 @@
-"""How far models have moved from a reference model, on completions that they have written themselves."""
+"""The divergence of models from a reference model, on their own completions."""
 
 from __future__ import annotations
 
@@ -17,40 +17,40 @@ from .teacher_forcing import Sequences, divergences, tiles
 
 
 class Divergence:
-    """The Kullback–Leibler divergence of completions from what a reference model would have written.
+    """The Kullback–Leibler divergence of a model from a reference model, along the model's completions.
 
-    For a completion ``y_1 … y_L`` of a prompt it is ``Σ_t KL(p(· | y_<t) ‖ q(· | y_<t))`` in nats, ``p`` the model that
-    wrote it and ``q`` the reference, both at temperature 1. Its mean over completions that are sampled at temperature 1
-    is the divergence of the two models' distributions of completions; over others, such as greedy ones, it says how far
-    the models differ along the way.
+    For a completion ``y_1 … y_L`` of a prompt it is ``Σ_t KL(p(· | y_<t) ‖ q(· | y_<t))`` in nats. ``p`` is the model
+    that wrote it, ``q`` the reference, both at temperature 1. Averaged over completions sampled at temperature 1, it is
+    the divergence between the distributions of completions. Over others, such as greedy completions, it measures how
+    much the models differ along these.
 
     Args:
         tokenizer: A tokenizer of transformers.
-        reference: The reference, such as a copy of the model before training. If None, the model itself with its
-            adapters disabled, which must be a PEFT model.
-        budget: Bytes that logits may take.
+        reference: The reference model, such as a copy of the model before training. If None, the model must be a PEFT
+            model, and the reference is the model with its adapters disabled.
+        budget: Bytes for logits.
     """
 
     def __init__(self, tokenizer: Any, reference: nn.Module | None, budget: int) -> None:
         self.tokenizer, self.reference, self.budget = tokenizer, reference, budget
 
     def has_reference(self, model: nn.Module) -> bool:
-        """Return whether there is something to compare a model with."""
+        """Return whether there is a reference for a model."""
         return self.reference is not None or hasattr(model, "disable_adapter")
 
     def of_members(
         self, population: Population, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[Completion]]
     ) -> Tensor:
-        """Return it for each completion, ``[n, rows]`` in float64.
+        """Return the divergence for each completion of members, ``[n, rows]`` in float64.
 
         Args:
             population: The ``n`` members.
-            prompts: The tokens of the prompt of each row, ``rows`` of them.
-            completions: Of each member those of all rows.
+            prompts: The tokens of each row's prompt, for ``rows`` rows.
+            completions: For each member, the completions of all rows.
         """
         scores = torch.zeros(len(population), len(prompts), dtype=torch.float64, device="cpu")
         options, size = call_options(population.model), len(population) * logit_bytes(population.model)
-        # Whose completion is the longest decides how much a row of all members takes.
+        # The longest completion of any member determines the memory of a row.
         counts = [max(len(own[row].tokens) for own in completions) for row in range(len(prompts))]
         lengths = [len(prompt) + count for prompt, count in zip(prompts, counts, strict=True)]
         for first, last in tiles(lengths, counts, 2 * size, self.budget):
@@ -66,7 +66,7 @@ class Divergence:
         return scores
 
     def of_model(self, model: nn.Module, prompts: Sequence[Sequence[int]], completions: Sequence[Completion]) -> Tensor:
-        """Return it for each completion of one model, ``[rows]`` in float64."""
+        """Return the divergence for each completion of one model, ``[rows]`` in float64."""
         pairs = [(prompt, c.tokens) for prompt, c in zip(prompts, completions, strict=True)]
         scores = torch.zeros(len(pairs), dtype=torch.float64, device="cpu")
         counts = [len(tokens) for _, tokens in pairs]
@@ -91,7 +91,7 @@ class Divergence:
         with _reference(self.reference, model) as reference:
             there = sequences.to(device_of(reference))
             expected = there.logits(reference, call_options(reference)).to(logits.device)
-        # What is not scored may be anything, even NaN.
+        # Values at tokens that are not scored are arbitrary, even NaN.
         each = divergences(logits, expected).where(sequences.scored, 0.0)
         return each.sum(1).to("cpu", torch.float64)
 

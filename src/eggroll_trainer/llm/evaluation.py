@@ -1,4 +1,4 @@
-"""What an evaluation of one model on prompts found, and what a generation saw on the way."""
+"""The result of an evaluation on prompts, and statistics of the completions of a generation."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .completions import Completion
 
-# Completions that are shown, and characters of each.
+# Number of completions that are shown, and of characters of each.
 _SHOWN, _CHARACTERS = 3, 200
 
 
@@ -20,16 +20,16 @@ class EvaluationResult:
     """Rewards of one model on ``n`` prompts, with ``S`` samples each.
 
     Attributes:
-        reward: The mean.
+        reward: The mean reward.
         rewards: ``[n, S]`` in float64, the weighted sums of the reward functions.
-        each: The mean of each reward function, by name, over the completions that it applies to.
-        pass_at_k: For ``k = 1, 2, 4, …`` up to ``S`` the expected best reward of ``k`` samples: pass@k where rewards
-            are 0 or 1.
+        each: By name, the mean of each reward function over the completions to which it applies.
+        pass_at_k: For ``k = 1, 2, 4, …`` up to ``S``, the expected best reward of ``k`` samples; pass@k if rewards are
+            0 or 1.
         length: Mean number of tokens of a completion.
-        ended: Share of completions that ended by themselves, within the number of tokens allowed.
-        kl: Mean divergence from the reference model in nats a completion; None without one.
-        prompts: As the data set has them, ``n``.
-        completions: Texts, ``S`` for each prompt.
+        ended: Share of completions that ended by themselves, within the allowed number of tokens.
+        kl: Mean divergence from the reference model, in nats per completion; None without a reference.
+        prompts: The ``n`` prompts, as in the data set.
+        completions: The texts of the completions, ``S`` for each prompt.
     """
 
     reward: float
@@ -64,10 +64,10 @@ def _short(text: Any) -> str:
 
 
 class Tally:
-    """Sums over completions, which add up over chunks, and their means.
+    """Computes sums over completions, which can be added over chunks, and means from these.
 
     Args:
-        names: Of the reward functions.
+        names: Names of the reward functions.
     """
 
     def __init__(self, names: Sequence[str]) -> None:
@@ -77,10 +77,10 @@ class Tally:
         """Return the sums over completions, ``[7 + 2·functions]`` in float64.
 
         Args:
-            completions: ``rows`` of them.
+            completions: The completions, ``rows`` of them.
             totals: Their rewards, ``[rows]``.
-            each: What each function gave, ``[rows, functions]``; NaN where it does not apply.
-            divergence: ``[rows]``, or None.
+            each: The rewards of each function, ``[rows, functions]``; NaN if it does not apply.
+            divergence: Their divergences, ``[rows]``, or None.
         """
         rows = len(completions)
         tokens = sum(len(completion.tokens) for completion in completions)
@@ -98,7 +98,7 @@ class Tally:
         return torch.zeros(7 + 2 * len(self.names), dtype=torch.float64, device="cpu")
 
     def means(self, sums: Tensor) -> dict[str, float]:
-        """Return means by name; those of nothing are left out."""
+        """Return means by name, without those over no completions."""
         rows, tokens, ended, total, finite, divergence, diverging, *own = sums.tolist()
         pairs = {
             "reward": (total, finite),

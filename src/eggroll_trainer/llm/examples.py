@@ -1,4 +1,4 @@
-"""Data sets: which examples a generation sees, the same for all members in all processes."""
+"""Data sets: the examples of each generation, the same for all members in all processes."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ Example = dict[str, Any]
 
 
 class Examples:
-    """A data set that generations draw from.
+    """A data set from which generations draw examples.
 
-    Every example is drawn once an epoch, in an order that is a function of the seed and the epoch. What is left at the
-    end of an epoch, fewer than a generation's, is left out of it.
+    Every example is drawn once an epoch, in an order that depends on the seed and the epoch. If examples remain at the
+    end of an epoch, too few for a generation, they are left out.
 
     Args:
-        dataset: A list of dicts, a ``datasets.Dataset``, or any other sequence of mappings. Of strings each stands for
+        dataset: A list of dicts, a ``datasets.Dataset``, or another sequence of mappings. A string stands for
             ``{keys[0]: string}``.
         keys: The columns that every example must have.
 
     Raises:
-        TypeError: It is no sequence.
+        TypeError: ``dataset`` is not a sequence.
         ValueError: It is empty, or its first example lacks a column.
 
     Example:
@@ -40,13 +40,13 @@ class Examples:
             raise TypeError(f"dataset must be a sequence of examples, got a {type(dataset).__name__}{hint}")
         if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
             raise TypeError(
-                f"dataset must have a length and be indexed by integers, got a {type(dataset).__name__}; make a list"
-                " of as many examples as you want"
+                f"dataset must have a length and integer indices, got a {type(dataset).__name__}; make a list of as"
+                " many examples as you want"
             )
         if len(dataset) == 0:
             raise ValueError("dataset is empty")
         self._dataset, self._keys = dataset, tuple(keys)
-        # What is wrong with it is said here, and not in the first generation.
+        # Raise errors about examples here, not in the first generation.
         self[0]
 
     def __len__(self) -> int:
@@ -57,7 +57,7 @@ class Examples:
         """Return an example.
 
         Raises:
-            TypeError: It is no mapping.
+            TypeError: It is not a mapping.
             ValueError: It lacks a column.
         """
         example = self._dataset[index]
@@ -80,22 +80,22 @@ class Examples:
         return [self[i] for i in range(count)]
 
     def check_count(self, name: str, count: int) -> int:
-        """Return how many examples a generation draws, if there are as many.
+        """Return the number of examples of a generation, if the data set has that many.
 
         Raises:
-            TypeError: ``count`` is no integer.
+            TypeError: ``count`` is not an integer.
             ValueError: It is less than 1, or there are fewer examples.
         """
         count = check_int(name, count, 1)
         if count > len(self):
-            raise ValueError(f"{name}={count} is more than there are examples, {len(self)}; lower it")
+            raise ValueError(f"{name}={count} must be at most the number of examples, {len(self)}; lower it")
         return count
 
     def drawn(self, count: int, seed: int, generation: int) -> list[Example]:
         """Return the examples of a generation.
 
         Args:
-            count: How many, at most as many as there are.
+            count: Number of examples, at most all.
             seed: Seed of the run.
             generation: Index of the generation, counted from 0.
         """

@@ -1,4 +1,4 @@
-"""What comes out of a run: merged weights, or the sum of all updates as a PEFT adapter."""
+"""Exports the result of a run: merged weights, or the sum of all updates as a PEFT adapter."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from .._utils.validation import check_int
 from ..trainers.best import holding
 from .adapters import AdapterWriter, FullRank
 
-# From a model to its score.
+# Takes a model and returns its score.
 Evaluate = Callable[[nn.Module], float]
 
 
 def weights_of(trainer: ESTrainer) -> dict[str, Tensor]:
-    """Return the trained parameters by name, in float32 or wider: of a bf16 model these are the masters.
+    """Return the trained parameters by name, in float32 or wider. For a bf16 model, these are the float32 masters.
 
     Example:
         >>> from eggroll_trainer import EGGROLLTrainer
@@ -36,7 +36,7 @@ def weights_of(trainer: ESTrainer) -> dict[str, Tensor]:
 
 
 def changes_of(trainer: ESTrainer) -> dict[str, Tensor]:
-    """Return by how much training has changed each parameter, by name, in float32 or wider.
+    """Return the changes of trained parameters since the beginning, by name, in float32 or wider.
 
     Example:
         >>> from eggroll_trainer import EGGROLLTrainer
@@ -54,7 +54,7 @@ def _by_name(trainer: ESTrainer, flat: Tensor) -> dict[str, Tensor]:
     trained = {name: p for name, p in named if p.requires_grad}
     if sum(p.numel() for p in trained.values()) != len(flat):
         raise ValueError(
-            "parameters were frozen or freed during the run: pass changes and weights that you have computed yourself"
+            "parameters were frozen or unfrozen during the run: pass changes and weights that you compute yourself"
         )
     parts = flat.split([p.numel() for p in trained.values()])
     return {name: part.view(p.shape) for (name, p), part in zip(trained.items(), parts, strict=True)}
@@ -65,10 +65,10 @@ class Merged:
     """A model that was saved with its trained weights.
 
     Attributes:
-        folder: Where it is.
-        dtype: Of the saved weights.
-        score: What ``evaluate`` returned for the model in memory; None without it.
-        score_saved: What it returned for the saved model, loaded again.
+        folder: Folder of the model.
+        dtype: Dtype of the saved weights.
+        score: The score of the model in memory, by ``evaluate``; None without it.
+        score_saved: The score of the saved model, loaded again.
     """
 
     folder: Path
@@ -88,21 +88,21 @@ def save_merged(
 ) -> Merged:
     """Save a model of transformers with its trained weights by ``save_pretrained``, rounded to ``dtype``.
 
-    Updates of evolution strategies are small: bf16 keeps 8 bits of a weight and may swallow them. Pass ``evaluate`` to
-    see what rounding costs.
+    Updates of evolution strategies are small: bf16 has 8 significant bits, and may round them away. Pass ``evaluate``
+    to see the effect of rounding.
 
     Args:
         model: The trained model, or a PEFT model, whose adapters are merged.
-        folder: Where to.
-        dtype: ``torch.float32``, or ``torch.bfloat16`` for half the size. The model's own if None.
+        folder: Folder to write to.
+        dtype: ``torch.float32``, or ``torch.bfloat16`` for half the size; the model's own if None.
         weights: Values to save instead of the model's, by name: ``weights_of(trainer)`` for the float32 masters of a
             bf16 model.
-        tokenizer: Saved beside it, if given.
-        evaluate: From a model to its score, such as ``trainer.evaluate_fitness``. It is called for the model as it is
-            and for the saved one, loaded from ``folder``.
+        tokenizer: A tokenizer to save with the model, or None.
+        evaluate: A function from a model to its score, such as ``trainer.evaluate_fitness``. It is called with the
+            model in memory, and with the saved model, loaded from ``folder``.
 
     Returns:
-        Where the model is, and its scores.
+        The folder of the model, and the scores.
 
     Raises:
         ValueError: The adapters of a PEFT model are on tied weights, which PEFT merges twice, or ``weights`` has a name
@@ -137,7 +137,7 @@ def save_merged(
         tokenizer.save_pretrained(folder)
     if evaluate is None:
         return Merged(Path(folder), dtype)
-    # What is on the disk is what counts.
+    # Evaluate the model from the disk, as users will load it.
     loaded = type(merged).from_pretrained(folder, dtype=dtype).to(merged.device)
     return Merged(Path(folder), dtype, score, float(evaluate(loaded)))
 
@@ -147,8 +147,8 @@ def _check_merge(model: nn.Module) -> None:
     counts = Counter(id(p) for layer in layers if isinstance(layer, nn.Module) for p in layer.parameters())
     if max(counts.values(), default=0) > 1:
         raise ValueError(
-            "adapters on an embedding and on the output layer that is tied to it: merge_and_unload of PEFT adds both to"
-            " the weight that they share. Save the adapter instead, by model.save_pretrained(folder)"
+            "there are adapters on an embedding and on the output layer that is tied to it: PEFT's merge_and_unload"
+            " adds both to the shared weight. Save the adapter instead, with model.save_pretrained(folder)"
         )
 
 
@@ -157,12 +157,12 @@ class Update:
     """The sum of all updates as an adapter.
 
     Attributes:
-        folder: Where it is.
+        folder: Folder of the adapter.
         rank: ``k``.
-        energy: For each matrix, the share of the squared length of its change that rank ``k`` keeps, in [0, 1].
+        energy: For each matrix, the share of the squared norm of its change that rank ``k`` keeps, in [0, 1].
         total: The same for all matrices together.
-        score: What ``evaluate`` returned for the trained model; None without it.
-        score_kept: What it returned for the initial weights plus the adapter.
+        score: The score of the trained model, by ``evaluate``; None without it.
+        score_kept: The score of the initial weights plus the adapter.
     """
 
     folder: Path
@@ -173,7 +173,7 @@ class Update:
     score_kept: float | None = None
 
     def __str__(self) -> str:
-        """Return the energy kept in all and in each matrix, the least first."""
+        """Return the share of energy kept in total and in each matrix, the smallest first."""
         lines = [f"rank {self.rank} keeps {self.total:.1%} of the change's energy"]
         if self.score is not None:
             lines.append(f"score {self.score:.4g} of the trained model, {self.score_kept:.4g} of the adapter")
@@ -191,29 +191,29 @@ def write_update(
     full_rank: FullRank = "error",
     evaluate: Evaluate | None = None,
 ) -> Update:
-    """Write what training has changed as a PEFT adapter of rank ``k``: for the initial model, on any LoRA server.
+    """Write the changes of training as a PEFT adapter of rank ``k`` for the initial model, for any LoRA server.
 
-    The sum of many low-rank updates is of full rank. Each matrix ``ΔW [O, I]`` is replaced by the best approximation of
-    its rank, ``ΔW V Vᵀ`` with ``V`` its first ``k`` right singular vectors, so a part of the change is lost. Look at
-    :attr:`Update.total`, and pass ``evaluate``: directions that carry little energy may carry much of the score.
+    The sum of many low-rank updates has full rank. Each change ``ΔW [O, I]`` is replaced by its best approximation of
+    rank ``k``, ``ΔW V Vᵀ`` with ``V`` its first ``k`` right singular vectors, so a part of the change is lost. Look at
+    :attr:`Update.total`, and pass ``evaluate``: directions with little energy may contribute much to the score.
 
     Args:
         model: The trained model.
         changes: Trained minus initial weights by name, ``changes_of(trainer)``.
-        folder: Where to.
-        rank: ``k``. vLLM takes up to 512, and reserves memory for the largest that it is told of.
-        base_model: The folder or name of the initial model, which is noted in the adapter. The one that the model was
-            loaded from if None.
-        full_rank: ``"error"`` refuses changed norms and biases; ``"save"`` stores norms whole, among PEFT's
+        folder: Folder to write to.
+        rank: ``k``. vLLM supports up to 512, and reserves memory for its largest configured rank.
+        base_model: Folder or name of the initial model, which is stored in the adapter. If None, the one that the model
+            was loaded from.
+        full_rank: ``"error"`` refuses changed norms and biases. ``"save"`` stores norms as a whole, among PEFT's
             ``modules_to_save``.
-        evaluate: From a model to its score, such as ``trainer.evaluate_fitness``. It is called for the model as it is,
-            and while it holds the initial weights plus the adapter.
+        evaluate: A function from a model to its score, such as ``trainer.evaluate_fitness``. It is called with the
+            trained model, and with the initial weights plus the adapter.
 
     Returns:
-        The energy kept, and the scores.
+        The shares of energy kept, and the scores.
 
     Raises:
-        TypeError: ``rank`` is not an integer, or ``model`` a PEFT model.
+        TypeError: ``rank`` is not an integer, or ``model`` is a PEFT model.
         ValueError: ``rank`` is less than 1, nothing has changed, or an adapter cannot hold the change of a parameter.
 
     Example:
@@ -263,8 +263,8 @@ def write_update(
 
 
 def _truncated(change: Tensor, rank: int) -> tuple[Tensor, Tensor, float, float]:
-    """Return the factors of the best approximation of a rank, its squared length, and that of the change."""
-    # Float64, as the eigenvalues are squares; which Apple's accelerator does not have.
+    """Return the factors of the best approximation of a rank, its squared norm, and that of the change."""
+    # In float64, as eigenvalues are squares of singular values. MPS has no float64.
     D = change.to("cpu" if change.device.type == "mps" else change.device, torch.float64).flatten(1)
     tall = D if D.shape[0] >= D.shape[1] else D.mT
     _, vectors = torch.linalg.eigh(tall.mT @ tall)

@@ -1,4 +1,4 @@
-"""What a run is given: its settings, data and reward functions, checked before the model is loaded."""
+"""Checks the inputs of a run, its settings, data and reward functions, before the model is loaded."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from .settings import Settings
 
 
 def check_settings(settings: Settings) -> None:
-    """Check what can be said of settings before anything is loaded.
+    """Check settings before anything is loaded.
 
     Raises:
-        ValueError: A setting is out of range, missing, or of another objective.
+        ValueError: A setting is out of range, missing, or belongs to another objective.
     """
     for name in ("generations", "show", "adapter_rank", "rank"):
         check_int(name, getattr(settings, name), 0)
@@ -25,7 +25,7 @@ def check_settings(settings: Settings) -> None:
     if settings.objective == "reward":
         if not settings.reward:
             raise ValueError(
-                "--reward is missing: name a reward function by --reward MODULE:FUNCTION, or choose --objective"
+                "--reward is missing: name a reward function with --reward MODULE:FUNCTION, or choose --objective"
                 " likelihood or perplexity"
             )
     else:
@@ -38,7 +38,7 @@ def check_settings(settings: Settings) -> None:
         }
         for option, value in given.items():
             if value:
-                raise ValueError(f"{option} is for --objective reward, not for {settings.objective}")
+                raise ValueError(f"{option} is for --objective reward, not for {settings.objective}; leave it out")
     if settings.eval_samples > 1 and settings.eval_temperature == 0:
         raise ValueError(
             f"eval_samples={settings.eval_samples} needs an eval_temperature above 0: greedy completions are all the"
@@ -53,7 +53,7 @@ def examples_of(settings: Settings) -> tuple[list[Example], list[Example]]:
 
     Raises:
         FileNotFoundError: A file is missing.
-        ValueError: The data are not as they should be.
+        ValueError: The data are malformed, or a column is missing.
     """
     if settings.objective == "perplexity":
         keys = {"--text-key": settings.text_key}
@@ -77,10 +77,10 @@ def examples_of(settings: Settings) -> tuple[list[Example], list[Example]]:
 def check_rewards(
     settings: Settings, functions: Sequence[Callable[..., Any]], train: Sequence[Example], held: Sequence[Example]
 ) -> None:
-    """Check that reward functions find the columns they want, before the model is loaded.
+    """Check that the data have the columns that reward functions need.
 
     Raises:
-        ValueError: A column is missing, or there are too many or too few weights.
+        ValueError: A column is missing, or the number of weights is wrong.
     """
     if functions:
         for option, examples in (("--data", train), ("--eval-data", held)):

@@ -1,4 +1,4 @@
-"""Fitness without generating: how likely a model finds given answers, or texts."""
+"""Fitness functions without generation: the likelihood of given answers or texts."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from .scoring import Scored, TeacherForced
 
 
 class LogLikelihood(TeacherForced):
-    """Fitness function: the log-probability of given answers, ``log p(answer | prompt)``, without generating.
+    """Fitness function: the log-probability of given answers, ``log p(answer | prompt)``, without generation.
 
-    Each generation draws prompts from the data set, the same for all members: a score is one column for each,
+    Each generation draws prompts from the data set, the same for all members. There is one score for each prompt,
     ``[N, K]``.
 
     Args:
@@ -22,17 +22,18 @@ class LogLikelihood(TeacherForced):
         dataset: A list of dicts, a ``datasets.Dataset`` or another sequence of mappings.
         prompts_per_generation: ``K``.
         prompt_key: The column of the prompt, a text or a list of messages.
-        answer_key: The column of the answer, a text or, to a conversation, a list of messages.
-        reduction: ``"mean"`` over the tokens of an answer, so that long ones count as much as short ones, or
+        answer_key: The column of the answer, a text or, for a conversation, a list of messages.
+        reduction: ``"mean"`` over the tokens of an answer, so that long answers count as much as short ones, or
             ``"sum"``, the log-probability of the whole answer.
-        end: Whether the token that ends the answer counts as well, so that the model learns to stop.
+        end: Whether the token that ends the answer is scored too, so that the model learns to stop.
         chat_template_kwargs: Keyword arguments of the chat template.
-        logits_budget: Bytes that the logits of a forward may take: those of more prompts are computed one after the
-            other. One prompt of all members of a chunk is the least; ``chunk_size`` of the trainer makes that less.
-        check: Whether to compare, now and then, members with the model holding their weights.
+        logits_budget: Bytes for the logits of a forward. Prompts that don't fit are computed in further forwards. A
+            forward has at least one prompt for all members of a chunk; a smaller ``chunk_size`` of the trainer reduces
+            that.
+        check: Whether to compare members, now and then, with the model with their weights.
 
     Raises:
-        TypeError: ``dataset`` is no sequence, or the prompt neither a text nor a list of messages.
+        TypeError: ``dataset`` is not a sequence, or a prompt is neither a text nor a list of messages.
         ValueError: A column is missing, an answer is empty, or an argument is out of range.
 
     Example:
@@ -85,11 +86,11 @@ class LogLikelihood(TeacherForced):
     def _of_text(self, prompt: str, answer: Any, tokens: list[int]) -> list[int]:
         if not isinstance(answer, str):
             raise TypeError(f"the answer to a prompt that is a text must be a text, got {type(answer).__name__}")
-        # Some tokenizers begin a text by itself in another way than one that goes on.
+        # Some tokenizers encode the beginning of a text differently from its continuation.
         whole = self.encoder.plain(prompt + answer, special=True)
         ends = self._ends()
         while whole and whole[-1] in ends:
-            # What the tokenizer adds by itself.
+            # Remove end tokens that the tokenizer has added.
             whole.pop()
         goes_on = whole[: len(tokens)] == tokens
         added = whole[len(tokens) :] if goes_on else self.encoder.plain(answer)
@@ -106,8 +107,8 @@ class LogLikelihood(TeacherForced):
         after = self.encoder.formatted([*messages, *answer], complete=True)
         if not after.startswith(before):
             raise ValueError(
-                "the chat template formats the prompt in another way once the answer follows it; pass prompts and"
-                f" answers as texts. Prompt: {before!r}, with the answer: {after!r}"
+                "the chat template formats the prompt differently when an answer follows it; pass prompts and answers"
+                f" as texts. Prompt: {before!r}, with the answer: {after!r}"
             )
         added = self.encoder.plain(after[len(before) :])
         ends = self._ends()
@@ -122,10 +123,10 @@ class LogLikelihood(TeacherForced):
 
 
 class Perplexity(TeacherForced):
-    """Fitness function: the mean log-probability of the tokens of texts, minus the logarithm of their perplexity.
+    """Fitness function: the negative logarithm of the perplexity of texts, the mean log-probability of their tokens.
 
-    Each generation draws texts from the data set, the same for all members: a score is one column for each, ``[N, K]``.
-    :meth:`~TeacherForced.evaluate` reports the perplexity itself.
+    Each generation draws texts from the data set, the same for all members. There is one score for each text,
+    ``[N, K]``. :meth:`~TeacherForced.evaluate` reports the perplexity itself.
 
     Args:
         tokenizer: A tokenizer of transformers.
@@ -137,7 +138,7 @@ class Perplexity(TeacherForced):
         check: As for :class:`LogLikelihood`.
 
     Raises:
-        TypeError: ``dataset`` is no sequence, or a text no string.
+        TypeError: ``dataset`` is not a sequence, or a text is not a string.
         ValueError: A column is missing, a text has less than two tokens, or an argument is out of range.
 
     Example:

@@ -1,4 +1,4 @@
-"""Language models and their tokenizers, from a folder or a hub."""
+"""Loads language models and their tokenizers, from a folder or a hub."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from ..distributed import local_device
 
 
 def load(model: str, dtype: str | None = None, device: str | None = None) -> tuple[Any, Any]:
-    """Return a tokenizer, and the causal language model that goes with it.
+    """Return a tokenizer and its causal language model.
 
     Args:
         model: A folder, or a name in a hub.
-        dtype: Name of the weights' type, ``"auto"`` for that of the file. If None, float32 on a CPU, where it is the
-            fastest as a rule, and the file's elsewhere.
-        device: Where to; of several processes on a machine each takes one of the device's kind. If None, CUDA where
-            there is one, else the CPU.
+        dtype: Name of the weights' dtype, or ``"auto"`` for that of the file. If None, float32 on a CPU, where it is
+            usually the fastest, and that of the file elsewhere.
+        device: Device of the model. Several processes on a machine each take their own device of this type. If None,
+            CUDA if available, else the CPU.
 
     Raises:
-        OSError: There is no such model, it has no tokenizer, or it is no causal language model.
-        ValueError: ``device`` is none.
+        OSError: There is no such model, it has no tokenizer, or it is not a causal language model.
+        ValueError: ``device`` is not a device.
     """
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -36,6 +36,6 @@ def load(model: str, dtype: str | None = None, device: str | None = None) -> tup
             model, dtype=dtype if dtype == "auto" else getattr(torch, dtype)
         )
     except (OSError, ValueError) as error:
-        # What is no folder is taken for a hub's name.
+        # transformers takes a missing folder for a name in a hub; our message names both.
         raise OSError(f"the model {model!r} cannot be loaded, from a folder or a hub: {error}") from error
     return tokenizer, loaded.to(place).eval()

@@ -1,4 +1,4 @@
-"""Members of a population as PEFT adapters on disk, for a server that evaluates them."""
+"""Writes members of a population as PEFT adapters, for a server that evaluates them."""
 
 from __future__ import annotations
 
@@ -21,31 +21,31 @@ def write_adapters(
     base_model: str | None = None,
     full_rank: FullRank = "error",
 ) -> list[Path]:
-    """Write members as PEFT adapters, one folder each, to be evaluated by whatever serves LoRA adapters.
+    """Write members as PEFT adapters, one folder each, for evaluation by a server of LoRA adapters.
 
-    **A PEFT model**, ``peft.get_peft_model(base, …)``: what is written is the member's adapter, as PEFT saves it. The
-    base never changes, so a server keeps what it has loaded. Choose this where a server evaluates members.
+    **For a PEFT model**, ``peft.get_peft_model(base, …)``, the member's adapter is written, as PEFT saves it. The base
+    model never changes, so a server keeps it loaded. Choose this if a server evaluates members.
 
-    **Any other model**: the *current* centre plus the adapter is the member, its logits equal up to rounding. A
+    **For any other model**, the member is the *current* centre plus the adapter; its logits are equal up to rounding. A
     perturbation ``scale·A Bᵀ`` becomes ``lora_B = scale·A`` and ``lora_A = Bᵀ``, at the trainer's rank. Each step moves
-    the centre, which the server then needs before the next generation (``save_merged``). Perturb matrices alone
-    (``freeze_nonlora=True``) and leave embeddings out, as most servers have no place for changes of others.
+    the centre, so the server needs the new centre before the next generation (``save_merged``). Perturb only matrices
+    (``freeze_nonlora=True``) and leave embeddings out, as most servers do not support changes of other parameters.
 
     Args:
-        population: What ``trainer.ask()`` returned.
-        folder: Where to. Folders in it are named by generation and member, such as ``generation-12-member-3``, so that
-            a server which knows adapters by name never takes one for another.
-        members: Which members; all if None.
-        base_model: The folder or name of the unchanged model, which is noted in the adapters. The one that the model
-            was loaded from if None.
-        full_rank: ``"error"`` refuses perturbed norms and biases; ``"save"`` stores norms whole, among PEFT's
-            ``modules_to_save``, which PEFT loads and most servers don't.
+        population: The population that ``trainer.ask()`` has returned.
+        folder: Folder to write to. The folders in it are named by generation and member, such as
+            ``generation-12-member-3``. So a server that identifies adapters by name never confuses two of them.
+        members: Indices of the members; all if None.
+        base_model: Folder or name of the unchanged model, which is stored in the adapters. If None, the one that the
+            model was loaded from.
+        full_rank: ``"error"`` refuses perturbed norms and biases. ``"save"`` stores norms as a whole, among PEFT's
+            ``modules_to_save``, which PEFT loads but most servers don't.
 
     Returns:
         The folders, in the order of the members.
 
     Raises:
-        TypeError: ``population`` is something else.
+        TypeError: ``population`` is of another type.
         IndexError: A member is not in the population.
         ValueError: An adapter cannot hold the perturbation of a parameter.
 
@@ -86,11 +86,11 @@ def write_adapters(
 def _changes(
     population: WholePopulation, member: int, writer: AdapterWriter
 ) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tensor]]:
-    """Return the factors of a member's perturbations, the scale in ``A``, and its other parameters in full."""
+    """Return the factors of a member's perturbations, with the scale in ``A``, and its other parameters."""
     factors = {name: (A * A.new_tensor(scale), B) for name, (A, B, scale) in population.lora(member).items()}
     others = [name for name in population.names if name not in factors]
     dense = population.member_parameters(member, others)
-    # Matrices that are smaller than their factors would be.
+    # Matrices that are perturbed at full rank, as they are smaller than their factors would be.
     small = [name for name, value in dense.items() if value.ndim == 2 and writer.takes(name)]
     centres = dict(population.model.named_parameters(remove_duplicate=False))
     for name in small:
@@ -99,7 +99,7 @@ def _changes(
 
 
 def _exact(change: Tensor) -> tuple[Tensor, Tensor]:
-    """Return ``A`` and ``B`` with ``A Bᵀ = change``, of a rank that is its smaller side; ``change [O, I]``."""
+    """Return ``A [O, R]`` and ``B [I, R]`` with ``A Bᵀ = change [O, I]`` and ``R = min(O, I)``."""
     O, I = change.shape
     identity = torch.eye(min(O, I), dtype=change.dtype, device=change.device)
     return (change, identity) if O >= I else (identity, change.mT)

@@ -1,4 +1,4 @@
-"""What there is to know of a language model: what it can do, where it is, and what a token takes in memory."""
+"""Properties of a language model: its kind, its device, and the memory that a token takes."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from torch import nn
 
 
 def check_causal(model: Any) -> None:
-    """Raise ``TypeError`` unless a model goes on with the tokens that it is given, as those of transformers do."""
+    """Raise ``TypeError`` unless a model is a causal language model of transformers."""
     causal = callable(getattr(model, "generate", None)) and hasattr(model, "config")
     if not causal or getattr(model.config, "is_encoder_decoder", False):
         raise TypeError(
-            f"{type(model).__name__} is no causal language model of transformers, such as"
-            " AutoModelForCausalLM.from_pretrained makes"
+            f"{type(model).__name__} is not a causal language model of transformers: load one, for example with"
+            " AutoModelForCausalLM.from_pretrained"
         )
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Return where a model's inputs go."""
+    """Return the device of a model's inputs."""
     return next(model.parameters()).device
 
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Have a model in evaluation mode inside the block."""
+    """Set a model to evaluation mode inside the block."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -39,21 +39,21 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def call_options(model: Any) -> dict[str, Any]:
-    """Return the options of a model's forward that save memory, as far as it has them."""
+    """Return arguments of a model's forward that save memory, if it has them."""
     inside = model.get_base_model() if hasattr(model, "get_base_model") else model
     known = inspect.signature(inside.forward).parameters
     return {name: value for name, value in {"use_cache": False, "logits_to_keep": 0}.items() if name in known}
 
 
 def logit_bytes(model: Any) -> int:
-    """Return what the logits of one token take, in bytes."""
+    """Return the memory of the logits of one token, in bytes."""
     return int(_text_config(model).vocab_size) * _itemsize(model)
 
 
 def cache_bytes(model: Any) -> int:
-    """Return what keys and values of one token take, in bytes, in all layers; 0 for a model without attention.
+    """Return the memory of the keys and values of one token in all layers, in bytes; 0 for a model without attention.
 
-    Layers that keep less, such as those with a sliding window, are counted in full.
+    Layers that keep fewer tokens, such as those with a sliding window, are counted in full.
     """
     config = _text_config(model)
     heads = getattr(config, "num_attention_heads", None)

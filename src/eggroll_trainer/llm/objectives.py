@@ -1,4 +1,4 @@
-"""What ``eggroll llm`` raises: the fitness of members, and the evaluation of the centre."""
+"""The objectives of ``eggroll llm``: the fitness of members, and the evaluation of the centre."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from .settings import Settings
 
 @dataclasses.dataclass(frozen=True)
 class Evaluated:
-    """What an evaluation of the centre found.
+    """The result of an evaluation of the centre.
 
     Attributes:
         figures: Numbers by name.
-        completions: Some of the centre's completions: prompt, completions, and their rewards where there are any.
-        summary: The figures and some completions, to be read.
+        completions: Some of the centre's completions: prompt, completions, and rewards if there are any.
+        summary: The figures and some completions as text.
     """
 
     figures: dict[str, float]
@@ -37,10 +37,10 @@ class Evaluated:
 
 
 class MeanOverPrompts:
-    """Fitness function: the mean of another one's scores over the prompts, ``[N, K] → [N]``.
+    """Fitness function: the mean of another function's scores over the prompts, ``[N, K] → [N]``.
 
-    Members are then compared by their means alone: weights have unit spread, however much the prompts contradict each
-    other. Everything else is the other function's.
+    Members are then compared by their means only: weights have unit spread, even if members rank differently on
+    different prompts. All other attributes are those of the other function.
 
     Args:
         fitness: A fitness function for populations.
@@ -48,7 +48,7 @@ class MeanOverPrompts:
 
     def __init__(self, fitness: Any) -> None:
         self.fitness = fitness
-        # The calls that are checked are those of the other one.
+        # Keep the other function's choice of checks.
         batched(self, check=fitness._eggroll_batched == "checked")
 
     def __call__(self, population: Population) -> Tensor:
@@ -57,22 +57,22 @@ class MeanOverPrompts:
         return scores
 
     def __getattr__(self, name: str) -> Any:
-        """Return what else the other function has, such as its metrics and statistics."""
+        """Return an attribute of the other function, such as its metrics."""
         if name.startswith("__") or "fitness" not in self.__dict__:
             raise AttributeError(name)
         return getattr(self.fitness, name)
 
 
 class Objective(ABC):
-    """Something to raise.
+    """An objective to maximise.
 
     Args:
-        settings: The run's.
-        tokenizer: The model's.
+        settings: The settings of the run.
+        tokenizer: The model's tokenizer.
 
     Attributes:
         fitness: The fitness function for populations.
-        figure: Name of the figure of an evaluation that training raises.
+        figure: Name of the figure in evaluations that training maximises.
     """
 
     fitness: Any
@@ -86,7 +86,7 @@ class Objective(ABC):
         """Evaluate one model."""
 
     def shaped(self, fitness: Any) -> Any:
-        """Return a fitness function as the settings want members compared."""
+        """Return a fitness function that compares members as the settings say."""
         return MeanOverPrompts(fitness) if self.settings.compare == "mean" else fitness
 
 
@@ -94,11 +94,11 @@ class RewardObjective(Objective):
     """The reward of completions.
 
     Args:
-        settings: The run's.
-        tokenizer: The model's.
-        examples: To train on.
+        settings: The settings of the run.
+        tokenizer: The model's tokenizer.
+        examples: The training examples.
         functions: The reward functions.
-        reference: What divergences are from, or None.
+        reference: The reference model of divergences, or None.
     """
 
     figure = "reward"
@@ -208,7 +208,7 @@ def make_objective(
     functions: Sequence[Callable[..., Any]],
     reference: nn.Module | None,
 ) -> Objective:
-    """Return what the settings want raised."""
+    """Return the objective that the settings name."""
     if settings.objective == "likelihood":
         return LikelihoodObjective(settings, tokenizer, examples)
     if settings.objective == "perplexity":

@@ -1,4 +1,4 @@
-"""Which parameters of a language model are trained, chosen by pattern as in PEFT."""
+"""Chooses the trained parameters of a language model by patterns, as in PEFT."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ ALL_LINEAR = "all-linear"
 def trainable_parameters(
     model: nn.Module, target_modules: Patterns = ALL_LINEAR, *, exclude_modules: Patterns | None = None
 ) -> list[nn.Parameter]:
-    """Return the parameters of a model that patterns choose, to pass to a trainer as ``params``.
+    """Return the parameters of a model that match patterns. Pass them to a trainer as ``params``.
 
-    All others stay as they are: they are shared by the members and never copied.
+    All other parameters stay frozen: members share them, and they are never copied.
 
     Args:
         model: The model.
-        target_modules: ``"all-linear"`` for the linear layers except the output layer; another string is a regular
-            expression that the whole path of a module must match; of a list each entry is a path or the end of one,
-            such as ``["q_proj", "v_proj"]``. A module stands for all parameters below it, ``["self_attn"]`` for those
-            of attention. Paths of parameters can be given as well, such as ``["lm_head.weight"]``.
-        exclude_modules: What of these to leave out, likewise.
+        target_modules: ``"all-linear"`` for all linear layers except the output layer. Another string is a regular
+            expression that must match the whole path of a module. In a list, each entry is a path or the end of one,
+            such as ``["q_proj", "v_proj"]``. A module stands for all parameters below it: ``["self_attn"]`` for those
+            of attention. Paths of parameters work too, such as ``["lm_head.weight"]``.
+        exclude_modules: Modules to leave out of these, given in the same way.
 
     Returns:
-        Each parameter once, tied ones too, in the model's order.
+        The parameters in the model's order, each once, even if it is tied.
 
     Raises:
-        TypeError: A pattern is no string.
-        ValueError: A pattern matches nothing or quantised weights, or nothing is left that can be trained.
+        TypeError: A pattern is not a string.
+        ValueError: A pattern matches nothing or quantised weights, or no parameter is left to train.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 2))
@@ -52,20 +52,20 @@ def trainable_parameters(
     quantised = next((name for name, p in model.named_parameters() if id(p) in chosen and is_quantised(p)), None)
     if quantised is not None:
         raise ValueError(
-            f"{quantised!r} is quantised and cannot be perturbed: train an adapter on top of it,"
-            " peft.get_peft_model(model, …), whose parameters are all that a trainer takes by itself"
+            f"{quantised!r} is quantised and cannot be perturbed: train an adapter on top of it, as made by"
+            " peft.get_peft_model(model, …); a trainer then uses the adapter's parameters by default"
         )
     parameters = [p for p in model.parameters() if id(p) in chosen and p.is_floating_point()]
     if not parameters:
         raise ValueError(
             f"target_modules={target_modules!r} and exclude_modules={exclude_modules!r} leave nothing to train: no"
-            " parameter of floating point"
+            " floating-point parameter is left; choose other modules"
         )
     return parameters
 
 
 def _matching(model: nn.Module, argument: str, patterns: Patterns) -> set[int]:
-    """Return the ids of the parameters that are, or lie below, what patterns match."""
+    """Return the ids of the parameters that match patterns, or are below modules that do."""
     if isinstance(patterns, str):
         if patterns == ALL_LINEAR:
             return _all_linear(model)
@@ -89,7 +89,7 @@ def _matching(model: nn.Module, argument: str, patterns: Patterns) -> set[int]:
 
 
 def _all_linear(model: nn.Module) -> set[int]:
-    # PEFT leaves the output layer out, too, which is often tied to the embedding.
+    # PEFT leaves the output layer out too. It is often tied to the embedding.
     find: Any = getattr(model, "get_output_embeddings", None)
     output = None if find is None else find()
     linear = [module for module in model.modules() if _is_linear(module) and module is not output]

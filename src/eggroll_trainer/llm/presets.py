@@ -1,23 +1,23 @@
 """Published settings, converted to the scale of this library.
 
-The plain step here is ``θ ← θ + learning_rate·√N·mean_i(w_i·σ·ε_i)``: a weight moves by about ``learning_rate·σ`` a
-generation where the weights ``w`` have unit spread. Numbers that a source does not give are left at the command's own
-defaults. All of these were found for models of 0.5 to 8 billion parameters on accelerators.
+The plain step here is ``θ ← θ + learning_rate·√N·mean_i(w_i·σ·ε_i)``: with weights ``w`` of unit spread, a weight moves
+by about ``learning_rate·σ`` a generation. Settings that a source does not give have the command's defaults. All of
+these were found for models of 0.5 to 8 billion parameters on accelerators.
 
 ``eggroll-countdown``, ``eggroll-gsm8k``
     "Evolution Strategies at the Hyperscale", arXiv 2511.16652v2, tables 10 and 12: RWKV-7 with 1.5 and 7 billion
-    parameters, by plain gradient steps of rank 1 on matrices alone, greedy completions of 1,000 tokens.
+    parameters, plain gradient steps of rank 1 on matrices only, greedy completions of 1,000 tokens.
 
-    - ``learning_rate`` is their learning-rate scale as it stands, because their released code takes this library's
-      step: the estimate is ``√N·mean_i(w_i·σ·ε_i)``, in antithetic pairs, and ``w`` is centred for each prompt and
+    - ``learning_rate`` is their learning-rate scale unchanged, because their released code makes the same step as this
+      library: the estimate is ``√N·mean_i(w_i·σ·ε_i)``, in antithetic pairs, and ``w`` is centred for each prompt and
       divided by the spread of all scores, as with ``compare="prompts"``.
-    - ``population_size`` are their generations per prompt and ``prompts_per_generation`` their prompts per epoch:
-      256 × 6 = 1,536 and 512 × 16 = 8,192 completions. The paper's equation averages each direction over the prompts,
-      as is done here. In the released code every completion has a direction of its own, which takes ``√prompts`` times
-      longer steps from the same rewards: where learning is slow, ``--learning-rate 0.31`` and ``0.24`` are the same
-      step as theirs.
-    - Their table 3, for Qwen3 on another engine, has σ 0.001 and rank 1 with 2,048 members as well. Its learning rate
-      of 0.001 is of an update rule that was not published with it, so it is no preset.
+    - ``population_size`` is their number of generations per prompt, and ``prompts_per_generation`` their number of
+      prompts per epoch: 256 × 6 = 1,536 and 512 × 16 = 8,192 completions. The paper's equation averages each direction
+      over the prompts, as we do. In the released code, every completion has its own direction, which makes steps
+      ``√prompts`` times longer for the same rewards. ``--learning-rate 0.31`` and ``0.24`` give steps of that length;
+      use them if learning is slow.
+    - Their table 3, for Qwen3 on another engine, also has σ 0.001 and rank 1 with 2,048 members. Its learning rate of
+      0.001 belongs to an update rule that was not published, so it is not a preset.
 
 ``es-at-scale``
     "Evolution Strategies at Scale: LLM Fine-Tuning Beyond Reinforcement Learning", arXiv 2509.24372, and its code for
@@ -26,8 +26,8 @@ defaults. All of these were found for models of 0.5 to 8 billion parameters on a
 
     - Their step is ``θ ← θ + α·mean_i(z_i·ε_i)`` with ``α = 0.0005`` and ``z`` the z-scores of mean rewards, so
       ``learning_rate = α / (σ·√N) = 0.0005 / (0.001·√30) = 0.0913``, and ``compare="mean"``.
-    - They perturb all parameters at full rank. The preset perturbs all of them, matrices at rank 1, which has the same
-      spread of each weight; ``--rank 0`` is full rank, and takes a copy of the weights for each member of a chunk.
+    - They perturb all parameters at full rank. The preset perturbs all parameters too, but matrices at rank 1, with the
+      same spread of each weight. ``--rank 0`` is full rank, and takes a copy of the weights for each member of a chunk.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""From prompts, be they texts or conversations, to tokens."""
+"""Converts prompts, which are texts or conversations, to tokens."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ def is_conversation(prompt: Any) -> bool:
 
 
 class PromptEncoder:
-    """Turns prompts into tokens.
+    """Converts prompts to tokens.
 
-    A text is encoded as it is, with the special tokens that the tokenizer adds at its beginning. The messages of a
-    conversation are formatted by the tokenizer's chat template, with the beginning of the assistant's turn after them;
-    where the last message is the assistant's, the completion goes on with it.
+    A text is encoded unchanged, with the special tokens that the tokenizer adds at its beginning. The messages of a
+    conversation are formatted with the tokenizer's chat template, followed by the beginning of the assistant's turn. If
+    the last message is the assistant's, the completion continues it.
 
     Args:
         tokenizer: A tokenizer of transformers.
@@ -44,7 +44,7 @@ class PromptEncoder:
 
         Raises:
             TypeError: It is neither a text nor a list of messages.
-            ValueError: It has no tokens, or the tokenizer no chat template.
+            ValueError: It has no tokens, or the tokenizer has no chat template.
         """
         if isinstance(prompt, str):
             tokens = self.plain(prompt, special=True)
@@ -64,11 +64,11 @@ class PromptEncoder:
         return list(self.tokenizer(text, add_special_tokens=special)["input_ids"])
 
     def formatted(self, messages: Sequence[Mapping[str, Any]], complete: bool = False) -> str:
-        """Return a conversation as a text, up to where the assistant goes on.
+        """Return a conversation as a text, up to where the assistant continues.
 
         Args:
             messages: The messages.
-            complete: Whether all of its turns are over, so that the assistant does not go on.
+            complete: Whether the conversation is complete, so that the assistant does not continue it.
 
         Raises:
             ValueError: The tokenizer has no chat template.
@@ -91,10 +91,10 @@ class PromptEncoder:
 
 
 def with_completion(prompt: Any, completion: str) -> tuple[Any, Any]:
-    """Return a prompt and its completion as reward functions get them.
+    """Return a prompt and its completion in the form that reward functions get.
 
-    The completion of a text is a text, that of a conversation a list of one message of the assistant's. A turn that the
-    prompt has begun is a part of the completion.
+    The completion of a text is a text. That of a conversation is a list with one message of the assistant. If the
+    prompt has begun the assistant's turn, this beginning is part of the completion.
     """
     if isinstance(prompt, str):
         return prompt, completion
@@ -105,13 +105,13 @@ def with_completion(prompt: Any, completion: str) -> tuple[Any, Any]:
 
 
 def padding_token(tokenizer: Any) -> int:
-    """Return the token that fills rows up: the tokenizer's, or its end of text, or 0, as it is masked anyway."""
+    """Return the padding token: the tokenizer's, or its end of text, or 0. It is masked, so any token will do."""
     tokens = (getattr(tokenizer, "pad_token_id", None), getattr(tokenizer, "eos_token_id", None), 0)
     return next(int(token) for token in tokens if token is not None)
 
 
 def left_padded(rows: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return rows of tokens filled up at the left, and the mask of what is not padding, ``[rows, T]`` each."""
+    """Return rows of tokens padded on the left, and the attention mask, ``[rows, T]`` each."""
     length = max(map(len, rows))
     ids = [[pad] * (length - len(row)) + list(row) for row in rows]
     mask = [[0] * (length - len(row)) + [1] * len(row) for row in rows]

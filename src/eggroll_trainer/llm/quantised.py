@@ -1,7 +1,7 @@
-"""Quantised base models: their layers stay as they are, and are called once for the rows of all members.
+"""Quantised base models: quantised layers are not trained, and are called once for the rows of all members.
 
-What is trained lies on top, in adapters of PEFT: ``base(x) + (x Aᵀ) Bᵀ``, with ``A`` and ``B`` of floats that are
-perturbed like any other parameter. The quantised product has no perturbed operand: one call serves all members.
+The trained parameters are in PEFT adapters on top: ``base(x) + (x Aᵀ) Bᵀ``. ``A`` and ``B`` are in floating point, and
+perturbed like any other parameter. The quantised product has no perturbed operand, so one call serves all members.
 """
 
 from __future__ import annotations
@@ -18,25 +18,25 @@ from ..perturbation.batching import apply
 
 
 def batch_quantised_layers(model: nn.Module, layers: Iterable[nn.Module] | None = None) -> list[str]:
-    """Have each quantised layer of a model be called once for all members of a population.
+    """Let each quantised layer of a model be called once for all members of a population.
 
-    Libraries write their products for one batch of rows. Under ``torch.vmap``, which runs a population, some fail, so
-    that the members run one after the other (bitsandbytes in 8 bits), and some run in a loop (in 4 bits). After this
-    call a layer gets the rows of all members in one batch, ``[N·B, I]``. Call it before or after
-    ``peft.get_peft_model``, once the weights are on their device. The class of a layer becomes a subclass of it.
+    Quantised products are written for one batch of rows. Under ``torch.vmap``, which runs a population, some fail, so
+    that members run one after the other (bitsandbytes in 8 bits). Others run in a loop (in 4 bits). After this call, a
+    layer gets the rows of all members in one batch, ``[N·B, I]``. Call it before or after ``peft.get_peft_model``, once
+    the weights are on their device. It replaces the class of each layer by a subclass.
 
     Args:
         model: The model.
-        layers: The layers, each from rows ``[..., I]`` to rows ``[..., O]``. If None, those with a
-            parameter that is a tensor of a library's own class, as those of torchao and bitsandbytes are.
+        layers: The layers, which map rows ``[..., I]`` to rows ``[..., O]``. If None, all layers with a parameter of
+            another tensor class, such as those of torchao and bitsandbytes.
 
     Returns:
-        Their names.
+        The names of the layers.
 
     Raises:
-        TypeError: An entry of ``layers`` is no module.
-        ValueError: There are none, or a layer computes a row differently beside other rows, as when it quantises its
-            inputs by one scale for the whole batch: members would depend on each other.
+        TypeError: An entry of ``layers`` is not a module.
+        ValueError: There are none, or the result of a row depends on other rows in the batch, for example because
+            inputs are quantised with one scale for the whole batch. Members would then depend on each other.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 2))
@@ -49,8 +49,8 @@ def batch_quantised_layers(model: nn.Module, layers: Iterable[nn.Module] | None 
     chosen = list(layers)
     if not chosen:
         raise ValueError(
-            "the model has no quantised layers: no parameter is a tensor of a library's own class. Pass layers= if"
-            " they keep their weights in another way"
+            "the model has no quantised layers: no parameter has a tensor class of its own. Pass layers= if the layers"
+            " store their weights in another way"
         )
     for layer in chosen:
         if not isinstance(layer, nn.Module):
@@ -65,19 +65,19 @@ def batch_quantised_layers(model: nn.Module, layers: Iterable[nn.Module] | None 
 
 
 def is_quantised(parameter: nn.Parameter) -> bool:
-    """Return whether a parameter is a tensor of a library's own class, as quantised weights are."""
+    """Return whether a parameter has another tensor class than ``nn.Parameter``, as quantised weights have."""
     return type(parameter) is not nn.Parameter
 
 
 class _RowsTogether(nn.Module):
-    """Comes before a layer's class, and calls that class's forward once where members are mapped over."""
+    """A mixin in front of a layer's class, which calls the layer's forward once for all members under a vmap."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         forward = functools.partial(super().forward, *args, **kwargs) if args or kwargs else super().forward
         return forward(x) if torch.compiler.is_compiling() else _once(x, forward)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        # The subclass is made at run time, which copies and pickles cannot find.
+        # Copies and pickles cannot import the subclass, as it is created at run time.
         reduced: Any = super().__reduce_ex__(protocol)
         return (_rebuilt, (type(self).__mro__[2],), *reduced[2:])
 
@@ -91,7 +91,7 @@ class _Once(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        """Nothing is kept: evolution strategies don't differentiate."""
+        """Save nothing, as evolution strategies don't differentiate."""
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, x: Tensor, function: Callable[[Tensor], Tensor]) -> tuple[Tensor, int]:
@@ -101,7 +101,7 @@ class _Once(torch.autograd.Function):
 
 
 def _once(x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
-    # Outside of transforms the layer's own, which may have gradients.
+    # Outside of transforms, call the layer directly, which keeps its gradients.
     result: Tensor = function(x) if peek_interpreter_stack() is None else apply(_Once, x, function)
     return result
 
@@ -112,7 +112,7 @@ def _subclass(cls: Any) -> Any:
 
 
 def _rebuilt(cls: Any) -> nn.Module:
-    """Return an empty layer, whose state a copy or pickle then fills in."""
+    """Return an empty layer, to which a copy or pickle then adds its state."""
     subclass = _subclass(cls)
     layer: nn.Module = subclass.__new__(subclass)
     return layer
@@ -120,10 +120,10 @@ def _rebuilt(cls: Any) -> nn.Module:
 
 @torch.no_grad()
 def _check_rows(layer: nn.Module, name: str) -> None:
-    """Raise ``ValueError`` unless a row's result is the same beside a row of a hundred times its size."""
+    """Raise ``ValueError`` if the result of a row changes when another row in the batch is a hundred times as large."""
     size = getattr(layer, "in_features", None)
     if not isinstance(size, int):
-        raise ValueError(f"{name} ({type(layer).__name__}) is no linear layer: it does not say its in_features")
+        raise ValueError(f"{name} ({type(layer).__name__}) is not a linear layer: it has no attribute in_features")
     weight = next(iter([*layer.parameters(), *layer.buffers()]))
     dtype = weight.dtype if weight.is_floating_point() else torch.get_default_dtype()
     generator = torch.Generator("cpu").manual_seed(0)
@@ -131,16 +131,16 @@ def _check_rows(layer: nn.Module, name: str) -> None:
     beside = torch.cat([100 * rows[:1], rows[1:]])
     training = layer.training
     try:
-        # The first call for evaluation, in which some libraries bring weights into their final form.
+        # In evaluation mode: some libraries convert weights to their final form in the first such call.
         layer.eval()
         alone, together = (layer(x).double() for x in (rows[1:], beside))
     finally:
         layer.train(training)
     difference = torch.linalg.vector_norm(together[1:] - alone) / torch.linalg.vector_norm(alone)
-    # Rounding of a product whose number of rows differs; one scale for all rows makes differences near 1.
+    # Tolerance for rounding with another number of rows. One scale for all rows makes differences near 1.
     if not difference <= max(1e-4, torch.finfo(dtype).eps / 4):
         raise ValueError(
-            f"{name} ({type(layer).__name__}) computes a row differently beside other rows (by"
-            f" {difference.item():.1%}): members in one batch would depend on each other. Quantise weights only, or"
-            " inputs by row"
+            f"{name} ({type(layer).__name__}) computes a row differently if other rows in the batch change (by"
+            f" {difference.item():.1%}): members in one batch would depend on each other. Quantise only weights, or"
+            " quantise inputs by row"
         )

@@ -1,4 +1,4 @@
-"""The fitness of a language model: what its completions of prompts earn."""
+"""The fitness of a language model: the reward of its completions of prompts."""
 
 from __future__ import annotations
 
@@ -22,62 +22,62 @@ from .reward_functions import RewardFunction, RewardFunctions
 
 T = TypeVar("T")
 
-# Prompts whose length is looked at, to know about how long prompts are.
+# Number of prompts from which the longest length is estimated.
 _LOOKED_AT = 64
 
 
 class CompletionReward:
     """Fitness function: the reward of a language model's completions, generated for all members at once.
 
-    Each generation draws prompts from the data set, the same for all members on all ranks: which ones is a function of
-    the run's seed and the generation. A score is one column for each prompt, ``[N, K]``, so that members are compared
-    prompt by prompt. Sampled tokens come from random numbers of the seed, the generation, the member and the prompts
-    alone: they don't depend on the other members.
+    Each generation draws prompts from the data set, the same for all members in all processes. They depend on the run's
+    seed and the generation. There is one score for each prompt, ``[N, K]``, so that members are compared prompt by
+    prompt. Sampled tokens depend on the seed, the generation, the member and the prompts, but not on other members.
 
-    Rewards come from functions with the signature of TRL's: ``reward_fn(prompts, completions, **columns)``, called by
-    keyword with a list for each column of the data set, and ``completion_ids``, the completions' tokens. It returns a
-    list of numbers; None where a function does not apply. Prompts and completions are texts, or, where prompts are
-    conversations, lists of messages.
+    Reward functions have the signature of TRL's: ``reward_fn(prompts, completions, **columns)``. They are called with
+    keyword arguments: a list for each column of the data set, and ``completion_ids``, the tokens of the completions.
+    They return a list of numbers, with None for completions to which they do not apply. Prompts and completions are
+    texts; if prompts are conversations, they are lists of messages.
 
     Args:
         tokenizer: A tokenizer of transformers.
         dataset: A list of dicts, a ``datasets.Dataset`` or another sequence of mappings; or a list of prompts.
-        reward_fn: A reward function, or a list of several, whose rewards are added up.
-        prompts_per_generation: ``K``. More make scores less noisy, and cost as much as more members; 8 is a fair start.
+        reward_fn: A reward function, or a list of several, whose rewards are added.
+        prompts_per_generation: ``K``. More prompts make scores less noisy, and cost as much as more members. 8 is a
+            fair start.
         max_new_tokens: Tokens after which a completion is cut off.
-        temperature: 0 for greedy completions, with which a member's score is a function of its weights; members differ
-            by their weights anyway, which is what explores. Above 0 to sample.
-        top_p: Sample from the likeliest tokens that have this probability together.
-        top_k: Sample from so many likeliest tokens; 0 for all.
-        samples_per_prompt: ``S``, completions of each prompt by each member, over which rewards are averaged. Needs a
-            temperature above 0.
+        temperature: 0 for greedy completions, so that a member's score depends on its weights only. Perturbed weights
+            suffice to explore. Above 0 to sample.
+        top_p: Sample from the likeliest tokens with this total probability.
+        top_k: Sample from this number of likeliest tokens; 0 for all.
+        samples_per_prompt: ``S``, the number of completions of each prompt by each member, over which rewards are
+            averaged. More than one needs a temperature above 0.
         pass_at_k: Score a prompt by the expected best reward of ``k ≤ S`` samples instead of the mean; see
-            :func:`~eggroll_trainer.llm.pass_at_k`. For what is tried several times in use.
+            :func:`~eggroll_trainer.llm.pass_at_k`. Use it if the model may try several times in practice.
         reward_weights: A weight for each reward function; 1 if None.
-        prompt_key: The column of the prompt: a text, or a list of messages ``{"role": …, "content": …}``, which the
-            tokenizer's chat template formats.
+        prompt_key: The column of the prompt: a text, or a list of messages ``{"role": …, "content": …}``, which are
+            formatted with the tokenizer's chat template.
         chat_template_kwargs: Keyword arguments of the chat template.
-        kl_penalty: ``β``: scores are ``reward - β·KL``, with the divergence from the reference model in nats a
-            completion; see :class:`~eggroll_trainer.llm.divergence.Divergence`. Costs one more forward of the members
-            and one of the reference.
-        reference: The model that the divergence is from, such as ``copy.deepcopy(model)`` before training. If None and
+        kl_penalty: ``β``: scores are ``reward - β·KL``, with the divergence from the reference model in nats per
+            completion; see :class:`~eggroll_trainer.llm.divergence.Divergence`. It costs one more forward of the
+            members and one of the reference.
+        reference: The reference model of the divergence, such as ``copy.deepcopy(model)`` before training. If None and
             the model is a PEFT model, that model without its adapters.
-        prompts_per_call: Prompts in one call of ``generate()``, all members of a chunk in it; all if None. Fewer take
-            less memory for caches, as does a smaller ``chunk_size`` of the trainer.
-        logits_budget: Bytes that logits may take where divergences are computed.
+        prompts_per_call: Prompts in one call of ``generate()``, for all members of a chunk; all if None. Fewer prompts
+            take less memory for caches, as does a smaller ``chunk_size`` of the trainer.
+        logits_budget: Bytes for logits when divergences are computed.
         generation_kwargs: Further keyword arguments of ``generate()``, such as ``{"stop_strings": ["###"]}``.
-        check: Whether to compare, now and then, members with the model holding their weights.
+        check: Whether to compare members, now and then, with the model with their weights.
 
     Attributes:
         metrics: Means over all completions of the last generation: ``reward``, ``rewards/NAME`` for each reward
             function, ``completion_length`` in tokens, ``ended`` (the share of completions within ``max_new_tokens``),
-            and ``kl`` where there is a penalty.
-        tokens: Tokens generated in all generations that are over.
+            and ``kl`` if there is a penalty.
+        tokens: Number of tokens generated in all completed generations.
 
     Raises:
         TypeError: An argument is of the wrong type.
-        ValueError: An argument is out of range, a column is missing, or a reward function wants something that there is
-            not.
+        ValueError: An argument is out of range, a column is missing, or a reward function needs an argument that is not
+            available.
 
     Example:
         >>> from tokenizers import Tokenizer, models, pre_tokenizers
@@ -102,7 +102,7 @@ class CompletionReward:
         [['yes yes yes yes']]
     """
 
-    # What it learns along the way is numbers of its own.
+    # Its statistics are its own attributes, not buffers of the model.
     changes_model = False
 
     def __init__(
@@ -152,14 +152,14 @@ class CompletionReward:
         self.divergence = Divergence(tokenizer, reference, check_int("logits_budget", logits_budget, 1))
         example = self.examples[0]
         self.rewards = RewardFunctions(reward_fn, reward_weights, prompt_key, example)
-        # What is wrong with the prompts is said here, and not in the first generation.
+        # Raise errors about prompts here, not in the first generation.
         prompts = (self.encoder(self.examples[i][prompt_key]) for i in range(min(len(self.examples), _LOOKED_AT)))
         self._longest_prompt = max(map(len, prompts))
         self.tokens = 0
         self.metrics: dict[str, float] = {}
         self._tally = Tally(self.rewards.names)
         self._seen = self._tally.nothing()
-        # What makes this a fitness function for populations.
+        # Mark this object as a fitness function for populations.
         batched(self, check=check)
 
     def __call__(self, population: Population) -> Tensor:
@@ -197,10 +197,10 @@ class CompletionReward:
         return scores
 
     def member_bytes(self, model: nn.Module) -> int:
-        """Return about how many bytes the completions of one member take: what a trainer makes its chunks by."""
+        """Return the approximate bytes of one member's completions, from which a trainer sizes chunks."""
         rows = min(self.prompts_per_call, self.prompts_per_generation) * self.samples_per_prompt
         tokens = self._longest_prompt + self.completer.decoding.max_new_tokens
-        # Logits of the last token are held as the model's and in float32.
+        # The logits of the last token exist twice: in the model's dtype and in float32.
         return rows * (tokens * cache_bytes(model) + 2 * logit_bytes(model))
 
     def evaluate(
@@ -214,19 +214,19 @@ class CompletionReward:
         batch_size: int = 32,
         seed: int = 0,
     ) -> EvaluationResult:
-        """Let one model complete prompts, and reward it.
+        """Complete prompts with one model, and compute the rewards.
 
-        Use prompts that training does not see. The divergence is measured where there is something to compare with:
+        Use prompts that are not trained on. The divergence is also computed if there is a reference model:
         ``reference``, or a PEFT model without its adapters.
 
         Args:
             model: The model, such as ``trainer.model`` or a PEFT model.
-            dataset: Prompts with the same columns; those of training if None.
-            n: How many of them, the first ones; all if None.
-            samples_per_prompt: ``S``; as in training if None, or 1 if these are greedy.
-            temperature: As in training if None.
-            batch_size: Completions that are generated together, at most; samples of one prompt stay together.
-            seed: Of the random numbers; torch's own generators stay as they are.
+            dataset: Prompts with the same columns; the training prompts if None.
+            n: Number of prompts to use, from the first one on; all if None.
+            samples_per_prompt: ``S``; if None, as in training, or 1 for greedy completions.
+            temperature: The temperature; as in training if None.
+            batch_size: Largest number of completions generated together. Samples of one prompt stay together.
+            seed: Seed of the random numbers; torch's own generators do not advance.
 
         Returns:
             Means over the prompts, and every completion with its rewards.
@@ -256,16 +256,16 @@ class CompletionReward:
         return self._result(examples, completions, samples, divergence)
 
     def pop_statistics(self) -> Tensor:
-        """Return sums over the completions of the last chunk, and forget them."""
+        """Return sums over the completions of the last chunk, and reset them."""
         seen, self._seen = self._seen, self._tally.nothing()
         return seen
 
     def merge_statistics(self, model: nn.Module, statistics: Sequence[Tensor]) -> None:
-        """Make the metrics of a generation of the sums of its chunks.
+        """Compute the metrics of a generation from the sums of its chunks.
 
         Args:
             model: The model that is trained.
-            statistics: What :meth:`pop_statistics` returned for each chunk, in the order of its members.
+            statistics: The result of :meth:`pop_statistics` for each chunk, in the order of members.
         """
         sums = torch.stack(list(statistics)).sum(0)
         self.metrics = self._tally.means(sums)
@@ -284,7 +284,7 @@ class CompletionReward:
         return rewards.mean(-1) if self.pass_at_k is None else expected_best(rewards, self.pass_at_k)
 
     def _rows(self, values: Sequence[T], samples: int | None = None) -> list[T]:
-        """Return each value once for each sample."""
+        """Return each value repeated for its samples."""
         return [value for value in values for _ in range(self.samples_per_prompt if samples is None else samples)]
 
     def _result(
@@ -308,11 +308,11 @@ class CompletionReward:
 
 
 def check_samples(samples: int, decoding: Decoding) -> int:
-    """Return how many completions of a prompt there are, if they can differ.
+    """Return the number of completions of a prompt, if it fits the settings.
 
     Raises:
-        TypeError: ``samples`` is no integer.
-        ValueError: It is less than 1, or more although completions are greedy.
+        TypeError: ``samples`` is not an integer.
+        ValueError: It is less than 1, or it is more than 1 and completions are greedy.
     """
     samples = check_int("samples_per_prompt", samples, 1)
     if samples > 1 and not decoding.samples:

@@ -26,17 +26,17 @@ class RewardFunctions:
 
     Args:
         functions: A function, or several.
-        weights: One for each; 1 if None.
-        prompt_key: The column that holds the prompt; the others are handed to the functions.
-        example: An example of the data set, which shows what columns there are.
+        weights: A weight for each function; 1 if None.
+        prompt_key: The column of the prompt. The other columns are passed to the functions.
+        example: An example of the data set, which defines the columns.
 
     Attributes:
-        names: What the functions are called, each different.
+        names: Names of the functions, all different.
 
     Raises:
         TypeError: A function is not callable, or is a coroutine.
-        ValueError: There is no function, there is another number of weights, or a function wants something that there
-            is not.
+        ValueError: There is no function, the number of weights is wrong, or a function needs an argument that is not
+            available.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class RewardFunctions:
                 f"reward_weights must have one for each of the {len(self.functions)} reward functions, got"
                 f" {len(weights)}"
             )
-        # Of either sign, as for a penalty.
+        # Weights may be negative, for penalties.
         self.weights = [
             (-1 if weight < 0 else 1) * check_real("reward_weights", abs(weight), positive=False) for weight in weights
         ]
@@ -71,23 +71,23 @@ class RewardFunctions:
         """Return the rewards of completions.
 
         Args:
-            examples: The example of each.
-            completions: ``rows`` of them.
+            examples: The example of each completion.
+            completions: The completions, ``rows`` of them.
 
         Returns:
-            The weighted sums ``[rows]``, and what each function gave ``[rows, functions]``, both in float64. A reward
-            that does not apply, because the function returned None, is NaN in the second and 0 in the sums; a sum is
-            NaN where none applies.
+            The weighted sums ``[rows]``, and the rewards of each function ``[rows, functions]``, both in float64. If a
+            function returns None for a completion, it does not apply: its reward is NaN, and 0 in the sum. A sum is NaN
+            if no function applies.
 
         Raises:
-            TypeError: A function returned something else than a list of numbers.
-            ValueError: A function returned too many or too few.
+            TypeError: A function does not return a list of numbers.
+            ValueError: A function returns the wrong number of rewards.
         """
         pairs = [
             with_completion(example[self._prompt_key], completion.text)
             for example, completion in zip(examples, completions, strict=True)
         ]
-        # Where an example lacks a column that others have, it is None, as in a datasets.Dataset.
+        # Missing values are None, as in a datasets.Dataset.
         names = dict.fromkeys(name for example in examples for name in example if name != self._prompt_key)
         columns: dict[str, Any] = {name: [example.get(name) for example in examples] for name in names}
         columns |= {
@@ -104,28 +104,28 @@ class RewardFunctions:
         rewards = torch.tensor(each, dtype=torch.float64, device="cpu").T
         applicable = torch.tensor(applies, device="cpu").T
         weights = torch.tensor(self.weights, dtype=torch.float64, device="cpu")
-        # Not by a product with zeros: a reward that is NaN must stay one.
+        # Not by a product with zeros, as NaN times zero is NaN.
         weighted = torch.where(applicable, rewards * weights, torch.zeros_like(rewards))
         return torch.where(applicable.any(1), weighted.sum(1), torch.nan), rewards
 
 
 def _accepted(function: RewardFunction, available: Sequence[str]) -> list[str] | None:
-    """Return the keywords that a function takes, or None if it takes all."""
+    """Return the keyword arguments that a function takes, or None if it takes all."""
     if not callable(function):
         raise TypeError(f"reward_fn must be a function, or several, got {type(function).__name__}")
     if inspect.iscoroutinefunction(function):
-        raise TypeError(f"the reward function {_name(function)} is asynchronous; wrap it by asyncio.run")
+        raise TypeError(f"the reward function {_name(function)} is asynchronous; wrap it with asyncio.run")
     try:
         parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):
-        # Built-ins don't tell.
+        # Some built-ins have no signature.
         return None
     named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
     missing = [p.name for p in named if p.default is p.empty and p.name not in available]
     missing += [p.name for p in parameters if p.kind is p.POSITIONAL_ONLY and p.default is p.empty]
     if missing:
         raise ValueError(
-            f"the reward function {_name(function)} wants {', '.join(missing)}; it is called by keyword, with"
+            f"the reward function {_name(function)} needs {', '.join(missing)}; it is called with the keyword arguments"
             f" {', '.join(available)}"
         )
     return None if any(p.kind is p.VAR_KEYWORD for p in parameters) else [p.name for p in named]
@@ -149,7 +149,7 @@ def _checked(name: str, values: Any, count: int) -> list[Any]:
 
 
 def _name(function: RewardFunction) -> str:
-    # Of a partial the function's inside.
+    # For a partial, the name of its function.
     inner = getattr(function, "func", function)
     return str(getattr(inner, "__name__", type(inner).__name__))
 

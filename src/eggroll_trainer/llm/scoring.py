@@ -17,7 +17,7 @@ from .models import call_options, check_causal, device_of, evaluating, logit_byt
 from .prompts import PromptEncoder, padding_token
 from .teacher_forcing import Sequences, log_probabilities, tiles
 
-# Examples whose length is looked at, to know about how long they are.
+# Number of examples from which the typical length is estimated.
 _LOOKED_AT = 64
 
 
@@ -30,13 +30,13 @@ class Scored(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class LikelihoodResult:
-    """What an evaluation found.
+    """The result of an evaluation.
 
     Attributes:
         score: The mean fitness over examples.
         perplexity: ``exp`` of the mean negative log-probability of all scored tokens.
-        tokens: How many there are.
-        scores: Of each example, ``[n]`` in float64.
+        tokens: Number of scored tokens.
+        scores: The fitness of each example, ``[n]`` in float64.
     """
 
     score: float
@@ -45,7 +45,7 @@ class LikelihoodResult:
     scores: Tensor
 
     def __str__(self) -> str:
-        """Return both in a line."""
+        """Return score and perplexity in one line."""
         return f"score {self.score:.4g}, perplexity {self.perplexity:.4g} over {self.tokens} tokens"
 
 
@@ -54,10 +54,10 @@ class TeacherForced(ABC):
 
     Args:
         examples: The data set.
-        encoder: What makes tokens of it.
-        count: How many examples a generation draws.
+        encoder: Converts prompts to tokens.
+        count: Number of examples in a generation.
         reduction: ``"mean"`` or ``"sum"`` over the scored tokens of an example.
-        logits_budget: Bytes that the logits of a forward may take.
+        logits_budget: Bytes for the logits of a forward.
         check: See :func:`eggroll_trainer.batched`.
     """
 
@@ -74,10 +74,10 @@ class TeacherForced(ABC):
             raise ValueError(f'reduction must be "mean" or "sum", got {reduction!r}')
         self.examples, self.encoder, self.count, self.reduction = examples, encoder, count, reduction
         self.logits_budget = check_int("logits_budget", logits_budget, 1)
-        # What is wrong with the examples is said here, and not in the first generation.
+        # Raise errors about examples here, not in the first generation.
         looked_at = [self._encoded(examples[i]) for i in range(min(len(examples), _LOOKED_AT))]
         self._longest = 1 + max(row.num_scored for row in looked_at)
-        # What makes this a fitness function for populations.
+        # Mark this object as a fitness function for populations.
         batched(self, check=check)
 
     @abstractmethod
@@ -104,7 +104,7 @@ class TeacherForced(ABC):
         return self._reduced(torch.cat(parts, 1), rows)
 
     def member_bytes(self, model: nn.Module) -> int:
-        """Return about how many bytes one member takes: the logits of one example, by which a trainer makes chunks."""
+        """Return the approximate bytes of one member, the logits of one example, from which a trainer sizes chunks."""
         return self._longest * logit_bytes(model)
 
     def evaluate(
@@ -114,13 +114,16 @@ class TeacherForced(ABC):
 
         Args:
             model: The model, such as ``trainer.model``.
-            dataset: Examples with the same columns; those of training if None.
-            n: How many of them, the first ones; all if None.
-            batch_size: Rows of a forward, at most.
+            dataset: Examples with the same columns; the training examples if None.
+            n: Number of examples to use, from the first one on; all if None.
+            batch_size: Largest number of rows in a forward.
+
+        Returns:
+            The mean score, the perplexity, and the score of each example.
 
         Raises:
-            TypeError: ``dataset`` is no sequence.
-            ValueError: An example is not as it should be.
+            TypeError: ``dataset`` is not a sequence.
+            ValueError: An example lacks a column or has no tokens to score.
         """
         check_causal(model)
         batch_size = check_int("batch_size", batch_size, 1)
@@ -160,6 +163,6 @@ class TeacherForced(ABC):
 
 
 def _sums(logits: Tensor, sequences: Sequences) -> Tensor:
-    """Return the log-probability of the scored tokens of each row together, ``[rows]``."""
-    # What is not scored may be anything, even NaN.
+    """Return the total log-probability of the scored tokens of each row, ``[rows]``."""
+    # Values at tokens that are not scored are arbitrary, even NaN.
     return log_probabilities(logits, sequences.targets).where(sequences.scored, 0.0).sum(1)

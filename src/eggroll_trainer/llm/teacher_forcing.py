@@ -1,4 +1,4 @@
-"""Probabilities of given tokens: one forward over whole sequences, of which the last tokens are looked at."""
+"""Probabilities of given tokens: one forward over whole sequences, whose last tokens are scored."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# Bytes of logits that are turned to float32 at a time.
+# Bytes of logits that are converted to float32 at a time.
 _SLICE = 2**24
 
 
 @dataclasses.dataclass(frozen=True)
 class Sequences:
-    """Sequences of tokens, the last ``m`` of which are scored, filled up at the right.
+    """Sequences of tokens, padded on the right. Their last tokens are scored.
 
-    A causal model never looks at what they are filled up with, and positions count from the first token: no mask is
-    needed, and all members' calls are alike however long their sequences are.
+    In a causal model, padding on the right does not affect earlier tokens or positions. So no mask is needed, and all
+    members' calls have the same form, whatever the lengths of their sequences.
 
     Attributes:
-        ids: ``[rows, T]``.
-        scored: ``[rows, S]``, whether each of the last ``S`` of the ``T`` tokens is scored.
+        ids: ``[rows, T]``, token ids.
+        scored: ``[rows, S]``, bool: whether each of the last ``S`` of the ``T`` tokens is scored.
     """
 
     ids: Tensor
@@ -30,13 +30,13 @@ class Sequences:
 
     @classmethod
     def of(cls, rows: Sequence[Sequence[int]], counts: Sequence[int], pad: int, device: torch.device) -> Sequences:
-        """Return sequences of tokens.
+        """Return sequences from rows of tokens.
 
         Args:
-            rows: The tokens of each.
-            counts: How many of the last tokens of each are scored: fewer than it has, as the first cannot be.
-            pad: What they are filled up with.
-            device: Where to.
+            rows: The tokens of each row.
+            counts: Number of last tokens of each row that are scored; not all, as the first token cannot be.
+            pad: The padding token.
+            device: Device of the tensors.
         """
         longest = max(map(len, rows))
         first = min(len(row) - count for row, count in zip(rows, counts, strict=True))
@@ -49,15 +49,15 @@ class Sequences:
 
     @property
     def targets(self) -> Tensor:
-        """The last ``S`` tokens of each, ``[rows, S]``."""
+        """The last ``S`` tokens of each row, ``[rows, S]``."""
         return self.ids[:, -self.scored.shape[1] :]
 
     def repeated(self, times: int) -> Sequences:
-        """Return them several times over, as the members of a population see them."""
+        """Return the rows several times, once for each member of a population."""
         return Sequences(self.ids.repeat(times, 1), self.scored.repeat(times, 1))
 
     def to(self, device: torch.device) -> Sequences:
-        """Return them on a device."""
+        """Return the sequences on a device."""
         return Sequences(self.ids.to(device), self.scored.to(device))
 
     def logits(self, model: nn.Module, options: dict[str, Any]) -> Tensor:
@@ -70,10 +70,10 @@ class Sequences:
         count = self.scored.shape[1]
         if "logits_to_keep" in options:
             options = {**options, "logits_to_keep": count + 1}
-        # Some models warn of padding if there is no mask.
+        # Some models warn about padding without a mask.
         mask = torch.ones_like(self.ids)
         logits: Tensor = model(input_ids=self.ids, attention_mask=mask, **options).logits
-        # Those after a token predict the next one.
+        # The logits at a token predict the next one.
         return logits[:, -count - 1 : -1]
 
 
@@ -92,11 +92,11 @@ def log_probabilities(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def divergences(logits: Tensor, reference: Tensor) -> Tensor:
-    """Return ``KL(p‖q) = Σ_v p_v (log p_v - log q_v)`` at each place, ``[rows, S]`` in nats.
+    """Return ``KL(p‖q) = Σ_v p_v (log p_v - log q_v)`` at each token, ``[rows, S]`` in nats.
 
     Args:
-        logits: Of ``p``, ``[rows, S, V]``.
-        reference: Logits of ``q``, of the same shape.
+        logits: Logits of ``p``, ``[rows, S, V]``.
+        reference: Logits of ``q``, ``[rows, S, V]``.
 
     Raises:
         ValueError: The shapes differ.
@@ -109,7 +109,7 @@ def divergences(logits: Tensor, reference: Tensor) -> Tensor:
 
     def of(wide: Tensor, rows: slice) -> Tensor:
         p, q = wide.log_softmax(-1), reference[rows].to(wide.dtype).log_softmax(-1)
-        # Tokens that a model rules out.
+        # Tokens with probability zero contribute nothing.
         return torch.where(p == -torch.inf, 0.0, p.exp() * (p - q)).sum(-1)
 
     return _in_slices(of, logits)
@@ -124,13 +124,13 @@ def _in_slices(function: Callable[[Tensor, slice], Tensor], logits: Tensor) -> T
 
 
 def tiles(lengths: Sequence[int], counts: Sequence[int], logit_bytes: int, budget: int) -> Iterator[tuple[int, int]]:
-    """Yield where to cut rows, in order, so that the logits of each part fit into a budget: ``(first, last + 1)``.
+    """Yield ranges of rows ``(first, last + 1)``, in order, so that the logits of each range fit into a budget.
 
     Args:
-        lengths: The number of tokens of each.
-        counts: How many of the last tokens of each are scored.
-        logit_bytes: What the logits of one token take, for all members together.
-        budget: Bytes. A part has one row at least.
+        lengths: Number of tokens of each row.
+        counts: Number of last tokens of each row that are scored.
+        logit_bytes: Bytes of the logits of one token, for all members together.
+        budget: Bytes. A range has at least one row.
     """
     first = 0
     while first < len(lengths):

@@ -1,4 +1,4 @@
-"""A training run of a language model: one folder with its settings, metrics, completions, checkpoints and exports."""
+"""A training run of a language model: a folder with its settings, metrics, completions, checkpoints and exports."""
 
 from __future__ import annotations
 
@@ -31,27 +31,27 @@ from .settings import Settings
 
 EVALUATIONS, COMPLETIONS = "evaluations.jsonl", "completions.jsonl"
 
-# What may differ when a run is resumed.
+# Settings that may differ when a run is resumed.
 _FREE = {"generations", "save_every", "show", "adapter_rank", "engine", "device"}
 
 
 class Run:
-    """A training run, in one process or in several that ``torchrun`` started, of which the first one writes.
+    """A training run, in one process or in several under ``torchrun``, of which the first one writes files.
 
     Args:
-        settings: How to train. With ``resume``, the run in its folder goes on.
+        settings: The settings. With ``resume``, the run in its folder is continued.
 
     Attributes:
-        folder: Where everything goes.
+        folder: Folder of the run.
         trainer: The trainer.
         metrics: One dictionary for each generation.
         evaluations: One dictionary for each evaluation of the centre, in the first process.
 
     Raises:
-        FileExistsError: The folder holds a run, and ``resume`` is not set.
+        FileExistsError: The folder contains a run, and ``resume`` is not set.
         FileNotFoundError: There is no run to resume, or no data.
         OSError: The model cannot be loaded.
-        ValueError: A setting, the data or the model are not as they should be, or the run to resume has other settings.
+        ValueError: A setting, the data or the model cannot be used, or the run to resume has other settings.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -59,7 +59,7 @@ class Run:
         self.settings = settings
         engine = make_engine(settings.engine)
         self.is_main = engine.rank == 0
-        # Functions may return other data in each process.
+        # A function may return different data in each process: all use the first process's.
         train, self.eval_examples = engine.from_main(lambda: examples_of(settings))
         functions = [function_named("--reward", name) for name in settings.reward]
         check_rewards(settings, functions, train, self.eval_examples)
@@ -74,7 +74,7 @@ class Run:
         reference = copy.deepcopy(model) if compared else None
         self.objective = make_objective(settings, self.tokenizer, train, functions, reference)
         self.trainer = make_trainer(settings, model, self.objective.fitness, engine)
-        # A checkpoint holds the trained weights three times, so no more are kept than it takes to go on.
+        # A checkpoint contains the trained weights three times, so we keep only the one that is needed to resume.
         self.checkpoints = Checkpoints(
             self.folder / "checkpoints", every=settings.save_every, keep_last=1, keep_best=False
         )
@@ -87,7 +87,7 @@ class Run:
         engine.from_main(lambda: self.checkpoints.begin(self.trainer))
 
     def train(self) -> None:
-        """Train until the settings' number of generations; a Ctrl-C or a SIGTERM leaves a run that can be resumed."""
+        """Train for the number of generations in the settings. After a Ctrl-C or SIGTERM, the run can be resumed."""
         trainer, last = self.trainer, self.settings.generations
         bar = tqdm(total=last, initial=trainer.generation, unit="gen", desc=self.folder.name, disable=not self.is_main)
         try:
@@ -96,7 +96,7 @@ class Run:
                 self._evaluate(writer, bar)
                 while trainer.generation < last:
                     line = self._step()
-                    # A generation that is over is written down, also if somebody wants to end the run meanwhile.
+                    # Write a completed generation before an interrupt ends the run.
                     with delayed_interrupt():
                         self.metrics.append(line)
                         writer.metrics(line, line["generation"])
@@ -106,7 +106,7 @@ class Run:
                     self._evaluate(writer, bar)
                     bar.set_postfix_str(self._shown(line))
         finally:
-            # One that was not written down is made again by those who resume.
+            # Without its records, a generation is not saved: a resumed run makes it again.
             if self.metrics and self.metrics[-1]["generation"] == trainer.generation:
                 self.checkpoints.save(trainer)
 
@@ -117,7 +117,7 @@ class Run:
         result = self.trainer.step()
         seconds = time.perf_counter() - start
         line = {
-            # Diagnostics, whatever there are.
+            # All diagnostics.
             **{key: value for key, value in record(result).items() if "fitness" not in key},
             "generation": result["generation"],
             **getattr(fitness, "metrics", {}),
@@ -131,7 +131,7 @@ class Run:
         return line
 
     def _evaluate(self, writer: RunWriter, bar: Any) -> None:
-        """Evaluate the centre if it is time, and keep what was found."""
+        """Evaluate the centre if it is due, and store the results."""
         generation, settings = self.trainer.generation, self.settings
         due = generation % settings.eval_every == 0 or generation >= settings.generations
         if not (self.is_main and due) or any(line["generation"] == generation for line in self.evaluations):
@@ -139,7 +139,7 @@ class Run:
         found = self.objective.evaluate(self.trainer.model, self.eval_examples)
         line = {"generation": generation, **found.figures}
         with delayed_interrupt():
-            # The evaluation comes last: completions without one are forgotten when the run is resumed.
+            # The evaluation is written last: without it, its completions are removed when the run is resumed.
             writer.append(COMPLETIONS, *({"generation": generation, **shown} for shown in found.completions))
             writer.append(EVALUATIONS, line)
             writer.scalars(found.figures, generation, "eval/")
@@ -149,7 +149,7 @@ class Run:
         bar.write(f"generation {generation}: {found.summary}")
 
     def _shown(self, line: dict[str, Any]) -> str:
-        """Return what the progress bar shows of a generation."""
+        """Return the text of the progress bar for a generation."""
         centre = [f"centre {self.evaluations[-1][self.objective.figure]:.4g}"] if self.evaluations else []
         return ", ".join([f"mean {line['mean_fitness']:.4g}", f"best {line['best_fitness']:.4g}", *centre])
 
@@ -173,7 +173,7 @@ def trained_parameters(settings: Settings, model: nn.Module) -> list[nn.Paramete
     """Return the parameters that the settings choose.
 
     Raises:
-        ValueError: A pattern matches nothing, or nothing is left.
+        ValueError: A pattern matches nothing, or no parameter is left.
     """
     targets = [".*"] if settings.target_modules == ("all",) else settings.target_modules
     excluded = _patterns(settings.exclude_modules) or None
@@ -181,19 +181,22 @@ def trained_parameters(settings: Settings, model: nn.Module) -> list[nn.Paramete
     if settings.freeze_nonlora:
         parameters = [p for p in parameters if p.ndim > 1]
     if not parameters:
-        raise ValueError(f"target_modules={' '.join(targets)} has no matrices, and freeze_nonlora leaves them alone")
+        raise ValueError(
+            f"target_modules={' '.join(targets)} has no matrices, and freeze_nonlora trains nothing else: leave it out,"
+            " or choose other modules"
+        )
     return parameters
 
 
 def _patterns(names: Sequence[str]) -> str | list[str]:
-    """Return names of modules as a list, and what else may be written instead, a regular expression, as a string."""
+    """Return names of modules as a list, but ``all-linear`` or a regular expression as a string."""
     if len(names) == 1 and (names[0] == ALL_LINEAR or re.fullmatch(r"[\w.-]+", names[0]) is None):
         return names[0]
     return list(names)
 
 
 def _markdown(found: Evaluated) -> str:
-    """Return completions as TensorBoard shows them."""
+    """Return completions as Markdown, for TensorBoard."""
     parts = []
     for shown in found.completions:
         prompt = (
@@ -202,7 +205,7 @@ def _markdown(found: Evaluated) -> str:
         rewards = shown.get("rewards", [None] * len(shown["completions"]))
         for text, reward in zip(shown["completions"], rewards, strict=True):
             end = "" if reward is None else f"\n\nreward {reward:.4g}"
-            # Four spaces before each line keep Markdown from formatting it.
+            # Indented by four spaces, as Markdown does not format code blocks.
             parts.append(f"{_block(prompt)}\n\n→\n\n{_block(text)}{end}")
     return "\n\n---\n\n".join(parts)
 
