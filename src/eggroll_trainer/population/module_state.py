@@ -29,22 +29,21 @@ class NotBatchable(RuntimeError):
         super().__init__(message)
         self.stateful = stateful
 
+    @classmethod
+    def for_changes(cls, changed: Sequence[str]) -> NotBatchable:
+        """Return the exception for a forward that has changed the model."""
+        return cls(f"the model's forward changes {' and '.join(changed)}", stateful=True)
+
+    def for_user(self) -> ValueError:
+        """Return the error for a batched fitness function whose model changes in a call."""
+        return ValueError(
+            f"{self}: it would be lost between calls. Pass it in and return it, or write the fitness function for one"
+            " model, without @batched."
+        )
+
 
 class ReturnsObject(NotBatchable):
     """A call returns an object, whose tensors have to be batched; see :mod:`.object_calls`."""
-
-
-def state_change_error(changed: Sequence[str]) -> NotBatchable:
-    """Return the exception for a forward that has changed the model."""
-    return NotBatchable(f"the model's forward changes {' and '.join(changed)}", stateful=True)
-
-
-def lost_state_error(error: NotBatchable) -> ValueError:
-    """Return the error for a batched fitness function whose model changes in a call."""
-    return ValueError(
-        f"{error}: it would be lost between calls. Pass it in and return it, or write the fitness function for one"
-        " model, without @batched."
-    )
 
 
 class Slot(NamedTuple):

@@ -12,7 +12,7 @@ from .._torch import tree_flatten, tree_unflatten
 from .arguments import arguments_of
 from .forward import PLAIN_TYPES
 from .members import Members
-from .module_state import lost_state_error, state_change_error
+from .module_state import NotBatchable
 
 
 def call_one_by_one(
@@ -42,7 +42,7 @@ def call_one_by_one(
         with torch.no_grad(), population.holding(member) as changed:
             rows.append(tree_flatten(population.model(*own_args, **own_kwargs)))
         if changed:
-            raise lost_state_error(state_change_error(changed))
+            raise NotBatchable.for_changes(changed).for_user()
     columns = zip(*(leaves for leaves, _ in rows), strict=True)
     return tree_unflatten([_stack(column) for column in columns], rows[0][1])
 

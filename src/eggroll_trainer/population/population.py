@@ -22,16 +22,7 @@ from .copying import copy_of
 from .folded import Folded
 from .forward import Call, Forwards
 from .holding import holding
-from .module_state import (
-    ModuleState,
-    NotBatchable,
-    Slot,
-    batching,
-    lost_state_error,
-    parameter_slots,
-    state_change_error,
-    training_modes,
-)
+from .module_state import ModuleState, NotBatchable, Slot, batching, parameter_slots, training_modes
 from .object_calls import ObjectCallResult, run_with_objects
 from .one_by_one import call_one_by_one
 from .repeated import RepeatedCalls
@@ -297,7 +288,7 @@ class Population:
             # A cache that was filled stays until the evaluation ends.
             changed = before.restore() if caches == len(self._before_caches) else []
         if changed and not failed:
-            raise lost_state_error(state_change_error(changed))
+            raise NotBatchable.for_changes(changed).for_user()
 
     def folded(
         self, rows: int, *, key: Sequence[int | str] | None = None
@@ -422,7 +413,7 @@ class Population:
         with batching(call.module, self._training if training is None else training), torch.inference_mode(False):
             result = run_with_objects(call, objects, held, held_dims, spend=spend)
         if state is not None and state.differs_by_member():
-            raise state_change_error(state.restore())
+            raise NotBatchable.for_changes(state.restore())
         self._unchanged_by_calls.add(call.module)
         return result
 
@@ -446,7 +437,7 @@ class Population:
             raise
         if filled is not None:
             filled.restore()
-        raise state_change_error(before.restore())
+        raise NotBatchable.for_changes(before.restore())
 
     @functools.cached_property
     def _members(self) -> dict[str, tuple[Tensor, Tensor] | Tensor]:
@@ -479,7 +470,7 @@ class Population:
             return self._run(self._call_of(self.model, args, kwargs, dims, members) if call is None else call)
         except NotBatchable as error:
             if error.stateful:
-                raise lost_state_error(error) from None
+                raise error.for_user() from None
             result = call_one_by_one(self, args, kwargs, dims, chosen)
             self.forwards.one_by_one = True
             self._warned.once(f"the model is run once for each member, not batched: {error}")
