@@ -62,7 +62,7 @@ EFFECTS = {
     "stance of `torch.compile`": Effect(lambda: torch._dynamo.eval_frame._stance.stance),
 }
 # Others that have a test of their own below.
-OTHERS = ["memory that is freed", "thread that finds deadlocks", "filters of warnings", "`MUJOCO_GL`"]
+OTHERS = ["glibc's allocator", "a thread that finds deadlocks", "filters of warnings", "`MUJOCO_GL`"]
 
 
 @pytest.fixture
