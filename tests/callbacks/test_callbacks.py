@@ -211,6 +211,27 @@ def test_a_goal_and_a_metric_to_lower() -> None:
     assert result["generation"] == reached.generation and "goal=0.5" in result["stopped_by"]
 
 
+@pytest.mark.parametrize(
+    "stop", [{"patience": 7, "min_delta": 0.01}, {"patience": None, "goal": 0.5, "metric": "best_fitness"}]
+)
+def test_early_stopping_follows_the_direction_of_the_fitness(stop: dict[str, Any]) -> None:
+    def loss(module: nn.Module) -> float:
+        return abs(module(torch.ones(1, 3)).item())
+
+    rises, falls = make_trainer(learning_rate=0.1), make_trainer(loss, learning_rate=0.1, maximize=False)
+    falls.train(2000, verbose=False, callback=EarlyStopping(**stop))
+    if "goal" in stop:
+        stop = {**stop, "goal": -stop["goal"]}
+    rises.train(2000, verbose=False, callback=EarlyStopping(**stop))
+    assert 10 < falls.generation == rises.generation < 2000
+
+
+def test_a_mode_that_is_given_holds_for_losses_too() -> None:
+    above = EarlyStopping(None, goal=0.0, mode="max")
+    trainer = make_trainer(lambda module: abs(module(torch.ones(1, 3)).item()), maximize=False)
+    assert trainer.train(9, verbose=False, callback=above)["generation"] == 1
+
+
 def test_a_time_limit() -> None:
     def slow(module: nn.Module) -> float:
         time.sleep(0.01)

@@ -18,10 +18,11 @@ class EarlyStopping(Callback):
 
     Args:
         patience: Number of generations without improvement after which training ends; None to use only the goal.
-        min_delta: Smallest increase over the best value so far that counts as an improvement.
+        min_delta: Smallest difference from the best value so far that counts as an improvement.
         metric: Name of the metric. The mean fitness of the members is less noisy than the best member's.
         goal: Training ends when the metric is equal to this or better.
-        mode: ``"max"`` if higher is better, ``"min"`` if lower is.
+        mode: ``"max"`` if higher is better, ``"min"`` if lower is. If None, as for the trainer's fitness: ``"min"`` with
+            ``maximize=False``, else ``"max"``.
 
     Raises:
         TypeError: An argument is of the wrong type.
@@ -47,29 +48,30 @@ class EarlyStopping(Callback):
         min_delta: float = 0.0,
         metric: str = "mean_fitness",
         goal: float | None = None,
-        mode: str = "max",
+        mode: str | None = None,
     ) -> None:
         if patience is None and goal is None:
             raise ValueError("EarlyStopping needs a patience or a goal, got None for both")
-        if mode not in ("max", "min"):
+        if mode not in ("max", "min", None):
             raise ValueError(f"mode must be 'max' or 'min', got {mode!r}")
         self.patience = None if patience is None else check_int("patience", patience, 1)
         self.min_delta = check_real("min_delta", min_delta, positive=False)
         if goal is not None and (isinstance(goal, (bool, str)) or not math.isfinite(goal)):
             raise ValueError(f"goal must be a finite number, got {goal!r}")
         self.metric, self.goal, self.mode = metric, goal, mode
-        self._begin()
+        self._begin(1)
 
     def __repr__(self) -> str:
         goal = "" if self.goal is None else f", goal={self.goal:g}"
         return f"EarlyStopping(patience={self.patience}{goal}, metric={self.metric!r})"
 
-    def _begin(self) -> None:
-        self.best, self.waited = -math.inf, 0
+    def _begin(self, sign: int) -> None:
+        self._sign, self.best, self.waited = sign, -math.inf, 0
 
     def on_start(self, trainer: Trainer) -> None:
         """Check the generations that were made before, for a run that is resumed."""
-        self._begin()
+        higher_is_better = trainer.maximize if self.mode is None else self.mode == "max"
+        self._begin(1 if higher_is_better else -1)
         for value in trainer.history.get(self.metric, []):
             if self._is_over(value):
                 raise StopIteration
@@ -86,12 +88,12 @@ class EarlyStopping(Callback):
         return self._is_over(values[self.metric])
 
     def _is_over(self, value: float) -> bool:
-        sign = 1 if self.mode == "max" else -1
-        if sign * value > self.best + self.min_delta:
-            self.best, self.waited = sign * value, 0
+        gain = self._sign * value
+        if gain > self.best + self.min_delta:
+            self.best, self.waited = gain, 0
         else:
             self.waited += 1
-        reached = self.goal is not None and sign * value >= sign * self.goal
+        reached = self.goal is not None and gain >= self._sign * self.goal
         return reached or (self.patience is not None and self.waited >= self.patience)
 
 
