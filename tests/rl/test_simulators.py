@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import subprocess
 import sys
 from typing import Any
@@ -422,6 +423,21 @@ def test_stepping_before_a_reset_and_after_closing() -> None:
 def test_the_core_does_without_gymnasium() -> None:
     code = "import sys, eggroll_trainer; sys.exit('gymnasium' in sys.modules or 'eggroll_trainer.rl' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_renderer_that_is_not_there_matters_to_mujoco_alone() -> None:
+    # MuJoCo looks for it when it is imported.
+    code = """if True:
+        from eggroll_trainer.rl.simulators import make_simulator
+        make_simulator("CartPole-v1", 2).close()
+        try:
+            make_simulator("HalfCheetah-v5", 2)
+        except RuntimeError as error:
+            print(error)
+    """
+    environment = {**os.environ, "MUJOCO_GL": "none"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert "HalfCheetah-v5' could not be made" in done.stdout and "MUJOCO_GL=none is set" in done.stdout
 
 
 def test_rl_says_how_to_install_gymnasium(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,8 +21,8 @@ class EarlyStopping(Callback):
         min_delta: Smallest difference from the best value so far that counts as an improvement.
         metric: Name of the metric. The mean fitness of the members is less noisy than the best member's.
         goal: Training ends when the metric is equal to this or better.
-        mode: ``"max"`` if higher is better, ``"min"`` if lower is. If None, as for the trainer's fitness: ``"min"`` with
-            ``maximize=False``, else ``"max"``.
+        mode: ``"max"`` if higher is better, ``"min"`` if lower is. If None, ``"min"`` if the
+            trainer has ``maximize=False``, else ``"max"``.
 
     Raises:
         TypeError: An argument is of the wrong type.

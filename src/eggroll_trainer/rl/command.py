@@ -10,7 +10,7 @@ import tyro
 from .._utils.settings_file import HELP, read_settings, without_config
 from .budget import described
 from .settings import TASKS, Settings, settings_for
-from .training import Run, plot
+from .training import Run, plot, rounded
 from .video import record
 
 DESCRIPTION = f"""Train a policy in a Gymnasium environment, and write a folder with the results of the run.
@@ -59,9 +59,8 @@ def main(arguments: list[str]) -> int:
         return 0
     last = run.metrics[-1] if run.metrics else {}
     if "eval_return" in last:
-        print(
-            f"centre policy: {last['eval_return']:.0f} ± {last['eval_std']:.0f} over {settings.eval_episodes} episodes"
-        )
+        mean, deviation = rounded(last["eval_return"]), rounded(last["eval_std"])
+        print(f"centre policy: {mean} ± {deviation} over {settings.eval_episodes} episodes")
     worse = run.improvement()
     if worse is not None:
         print(worse)
@@ -69,7 +68,7 @@ def main(arguments: list[str]) -> int:
     if settings.video:
         path = run.folder / "video.mp4"
         try:
-            print(f"video: {path}, return {record(run.policy, settings.env, path, seed=settings.seed):.0f}")
+            print(f"video: {path}, return {rounded(record(run.policy, settings.env, path, seed=settings.seed))}")
         except RuntimeError as error:
             print(f"no video: {error}", file=sys.stderr)
     return 0

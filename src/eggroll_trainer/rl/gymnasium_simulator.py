@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -134,7 +135,7 @@ def make_environment(env: str | Callable[[], Environment], kwargs: dict[str, Any
     try:
         made = gymnasium.make(env, **kwargs) if isinstance(env, str) else env()
     except (gymnasium.error.DependencyNotInstalled, ImportError) as error:
-        raise RuntimeError(f"env={named} needs a package that is not installed: {error}") from error
+        raise RuntimeError(f"env={named} needs a package that is not installed: {error}{_renderer()}") from error
     except gymnasium.error.Error as error:
         raise ValueError(
             f"env={named} is not an environment that Gymnasium can make: {error}"
@@ -143,10 +144,16 @@ def make_environment(env: str | Callable[[], Environment], kwargs: dict[str, Any
     except TypeError as error:
         raise TypeError(f"env={named} could not be made: {error}") from error
     except Exception as error:
-        raise RuntimeError(f"env={named} could not be made, {type(error).__name__}: {error}") from error
+        raise RuntimeError(f"env={named} could not be made, {type(error).__name__}: {error}{_renderer()}") from error
     if not isinstance(made, gymnasium.Env):
         raise TypeError(f"env={named} must make a gymnasium.Env, got a {type(made).__name__}")
     return made
+
+
+def _renderer() -> str:
+    """Return what to try if MuJoCo's renderer is chosen, as importing MuJoCo fails if the renderer is not there."""
+    chosen = os.environ.get("MUJOCO_GL")
+    return f". MUJOCO_GL={chosen} is set: if it is not installed here, unset it" if chosen else ""
 
 
 def name_of(env: Environment) -> str:

@@ -44,8 +44,8 @@ def make_simulator(
         # The module needs MuJoCo, which other environments do not.
         try:
             from . import locomotion
-        except ImportError:
-            # If the environment needs MuJoCo, Gymnasium's error says what to install.
+        except Exception:
+            # MuJoCo or its renderer is missing, which may raise anything. Gymnasium says so where it is needed.
             return GymnasiumSimulator(env, count, **kwargs)
         if env in locomotion.TASKS:
             try:

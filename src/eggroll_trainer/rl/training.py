@@ -154,10 +154,10 @@ class Run:
             return "first generation"
         line = self.metrics[-1]
         evaluated = next((line for line in reversed(self.metrics) if "eval_return" in line), None)
-        centre = "not evaluated yet" if evaluated is None else f"{evaluated['eval_return']:.0f}"
+        centre = "not evaluated yet" if evaluated is None else rounded(evaluated["eval_return"])
         return (
-            f"generation {line['generation']}, mean {line['mean_return']:.0f}, best {line['best_return']:.0f}, centre"
-            f" {centre}"
+            f"generation {line['generation']}, mean {rounded(line['mean_return'])}, best"
+            f" {rounded(line['best_return'])}, centre {centre}"
         )
 
     def improvement(self) -> str | None:
@@ -180,9 +180,9 @@ class Run:
         if gain.mean() > 2 * error:
             return None
         return (
-            f"the centre policy has not improved: {before.mean():.0f} before training, {after.mean():.0f} after it, on"
-            f" the same {len(gain)} episodes. Train longer (--steps), with a larger --sigma if members all earned the"
-            " same (std_return in metrics.jsonl), or with another --learning-rate"
+            f"the centre policy has not improved: {rounded(before.mean())} before training, {rounded(after.mean())}"
+            f" after it, on the same {len(gain)} episodes. Train longer (--steps), with a larger --sigma if members all"
+            " earned the same (std_return in metrics.jsonl), or with another --learning-rate"
         )
 
 
@@ -219,6 +219,16 @@ def make_policy(settings: Settings, observation_space: Any, action_space: Any) -
 def make_trainer(settings: Settings, policy: nn.Module, fitness: EpisodeReturn) -> KeyedESTrainer:
     """Return the trainer that the settings describe."""
     return trainer_from(settings, model=policy, fitness_fn=fitness, compile=settings.compile)
+
+
+def rounded(value: float) -> str:
+    """Return a return as it is shown: whole from 1,000 on, else to three digits.
+
+    Example:
+        >>> rounded(6117.3), rounded(35.25), rounded(-0.125)
+        ('6117', '35.2', '-0.125')
+    """
+    return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
 def plot(run: Run) -> Path:

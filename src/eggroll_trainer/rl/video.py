@@ -52,8 +52,10 @@ def record(
             if len(frames) < most_frames:
                 frames.append(env.render())
     env.close()
-    # The format needs even sizes only; imageio scales to multiples of 16 by default.
-    imageio.mimwrite(path, frames, fps=env.metadata.get("render_fps", 30), macro_block_size=2)  # type: ignore[arg-type]
+    rate = env.metadata.get("render_fps", 30)
+    # MP4 needs even sizes only; imageio scales to multiples of 16 by default. A GIF takes milliseconds.
+    timing = {"duration": 1000 / rate} if path.suffix == ".gif" else {"fps": rate, "macro_block_size": 2}
+    imageio.mimwrite(path, frames, **timing)  # type: ignore[arg-type]
     return total
 
 
