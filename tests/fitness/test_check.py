@@ -144,7 +144,7 @@ def test_what_is_shared_is_named_and_members_run_alone(chunk_size: int | None) -
     said = messages(trainer, 2)
     twin.train(2, verbose=False)
     assert len(said) == 1 and said[0].startswith(ALONE)
-    assert "in its 3rd call member 0 was given another input than when it is evaluated by itself" in said[0]
+    assert "in its 3rd call member 0 was given another input than when it is evaluated alone" in said[0]
     assert "share something, such as a simulator" in said[0]
     assert trainer.history == twin.history and torch.equal(trainer.current_params, twin.current_params)
 

@@ -260,7 +260,7 @@ def sharing(wrong: Callable[[int], Any]) -> Callable[[nn.Module], Any]:
 def test_every_score_is_compared(wrong: Callable[[int], Any], text: str) -> None:
     trainer, twin = make(fitness_fn=sharing(wrong)), make(fitness_fn=task_scores, coalesce=False)
     said = messages(trainer, 2)
-    assert len(said) == 1 and text in said[0] and "when it is evaluated by itself, from the same outputs" in said[0]
+    assert len(said) == 1 and text in said[0] and "when it is evaluated alone, from the same outputs" in said[0]
     twin.train(2, verbose=False)
     assert torch.equal(trainer.current_params, twin.current_params)
 

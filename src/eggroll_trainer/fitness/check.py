@@ -59,7 +59,7 @@ def difference(
         found = _Replay(population, record).run(function, index, generators)
     except Exception as error:
         # For example, outputs of the model may require gradients when it is evaluated alone.
-        found = f"it raised {type(error).__name__} when evaluated by itself: {error}"
+        found = f"it raised {type(error).__name__} when evaluated alone: {error}"
     if found is None:
         return None
     own = _Recording(population)
@@ -170,11 +170,11 @@ class _Replay(_Intercepted):
         finally:
             torch.set_num_threads(threads)
         if self._at < len(self._record.calls):
-            return f"member {{member}} called the model more often than when it is evaluated by itself: {SHARED}"
+            return f"member {{member}} called the model more often than when it is evaluated alone: {SHARED}"
         earned = _earned(self._record.score, score)
         if earned is not None:
             outputs = "from the same outputs of the model"
-            return f"member {{member}} {earned} when it is evaluated by itself, {outputs}: {SHARED}"
+            return f"member {{member}} {earned} when it is evaluated alone, {outputs}: {SHARED}"
         return None
 
     def call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -183,17 +183,17 @@ class _Replay(_Intercepted):
         where = f"in its {_ordinal(number + 1)} call member {{member}}"
         if number == len(self._record.calls):
             raise _Difference(
-                f"member {{member}} called the model less often than when it is evaluated by itself: {SHARED}"
+                f"member {{member}} called the model less often than when it is evaluated alone: {SHARED}"
             )
         recorded = self._record.calls[number]
         if recorded.module is not module:
-            raise _Difference(f"{where} called another module than when it is evaluated by itself: {SHARED}")
+            raise _Difference(f"{where} called another module than when it is evaluated alone: {SHARED}")
         leaves, spec = describe(args, kwargs)
         objects = objects_in(leaves)
         given, held = self._history.replay(recorded.given), contents(objects).tensors()
         same = spec == recorded.spec and all(map(_same, leaves, recorded.leaves)) and len(given) == len(held)
         if not same or not all(map(same_bits, given, held)):
-            raise _Difference(f"{where} was given another input than when it is evaluated by itself: {SHARED}")
+            raise _Difference(f"{where} was given another input than when it is evaluated alone: {SHARED}")
         if not recorded.batched:
             return plain_call(module, args, kwargs)
 

@@ -301,7 +301,7 @@ class Evaluation:
         self._score_alone(failed.index)
         return self._refused(
             f"member {self.population.first + failed.index} raised {type(error).__name__} ({error}), and does not when"
-            " it is evaluated by itself"
+            " it is evaluated alone"
         )
 
     def _difference(self, index: int, record: Record) -> str | None:
@@ -319,7 +319,7 @@ class Evaluation:
             )
             return None
         except Exception as error:
-            self._annotate(error, f"member {self.population.first + index} (evaluated by itself)")
+            self._annotate(error, f"member {self.population.first + index} (evaluated alone)")
             raise
         finally:
             # The statistics of a checked member have been collected already.
