@@ -215,7 +215,7 @@ def test_what_is_trained(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> 
         (("--reward", "no_such_module:share"), "there is no module 'no_such_module'"),
         (("--reward", "eggroll_rewards:share", "--reward-weights", 1, 2), "got 2"),
         (("--reward", "eggroll_rewards:share", "--prompt-key", "question"), "has no column 'question'"),
-        (("--reward", "eggroll_rewards:share", "--data", "short.jsonl"), "wants wanted"),
+        (("--reward", "eggroll_rewards:share", "--data", "short.jsonl"), "needs wanted"),
         (("--reward", "eggroll_rewards:share", "--eval-data", "short.jsonl"), "--eval-data: the reward function share"),
         (("--reward", "eggroll_rewards:share", "--data", "none.csv"), "there is no file none.csv"),
         (("--objective", "likelihood", "--reward", "eggroll_rewards:share"), "--reward is for --objective reward"),

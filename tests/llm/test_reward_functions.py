@@ -120,7 +120,7 @@ BAD: dict[str, tuple[Any, Any, type[Exception], str]] = {
         ValueError,
         "needs solution; it is called with the keyword arguments prompts, completions, completion_ids, answer",
     ),
-    "unknown column among all": (lambda solution, **others: solution, None, ValueError, "wants solution"),
+    "unknown column among all": (lambda solution, **others: solution, None, ValueError, "needs solution"),
     "by position": (
         lambda completions, /: completions,
         None,
