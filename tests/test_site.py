@@ -65,8 +65,9 @@ def address() -> Iterator[str]:
         server.shutdown()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def page() -> Iterator[Page]:
+    # A new browser for each test: the site remembers whether it was light or dark.
     with browser() as page:
         yield page
 
@@ -122,6 +123,7 @@ def test_accessibility(page: Page, address: str, width: int, dark: bool) -> None
     for path in pages:
         page.open(address + str(path))
         page.wait("performance.getEntriesByType('navigation')[0]?.loadEventEnd")
+        assert page.evaluate("document.body.dataset.mdColorScheme") == ("slate" if dark else "default")
         page.evaluate(source + "; undefined")
         found = page.evaluate("axe.run(document).then(found => JSON.stringify(found.violations))")
         for violation in json.loads(found):
