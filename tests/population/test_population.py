@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import prune
 from torch.utils._pytree import tree_flatten
 
 from eggroll_trainer import EGGROLLTrainer, Population, VanillaESTrainer, batched
@@ -210,6 +211,30 @@ def test_len_and_members() -> None:
         assert not torch.equal(a, p)
     with pytest.raises(IndexError, match="member 6 of a population of 6"):
         population.member(6)
+
+
+class Keeping(nn.Module):
+    """Keeps what it has computed, with its graph."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = prune.l1_unstructured(nn.Linear(3, 4), "weight", 0.5)
+        self.kept: list[Tensor] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.kept = [self.layer(x)]
+        return self.kept[0]
+
+
+def test_members_of_a_model_that_keeps_computed_tensors() -> None:
+    model, x = Keeping(), torch.randn(5, 3)
+    kept = model(x)
+    population = make_population(model)
+    member = population.member(1)
+    weight = member.get_parameter("layer.weight_orig")
+    assert torch.equal(weight, population.member_parameters(1)["layer.weight_orig"])
+    expected = F.linear(x, weight * model.layer.weight_mask, member.get_parameter("layer.bias"))
+    assert torch.allclose(member(x), expected) and model.kept[0] is kept and kept.requires_grad
 
 
 def test_each_refuses_another_number_of_members() -> None:

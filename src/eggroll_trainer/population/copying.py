@@ -1,7 +1,8 @@
 """Deep copies of modules in which closures refer to the copy.
 
 ``copy.deepcopy`` does not copy functions. If a module has a lambda over ``self``, or a ``forward`` that was replaced by
-a closure, its copy would compute with the original's weights.
+a closure, its copy would compute with the original's weights. It refuses tensors that were computed from parameters,
+such as a pruned weight or an activation that the module keeps.
 """
 
 from __future__ import annotations
@@ -13,10 +14,17 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .._torch import tree_leaves
+
 
 def copy_of(module: nn.Module) -> nn.Module:
     """Return a deep copy of a module. Closures over the module and its parts are bound to the copy."""
-    memo: dict[int, Any] = {}
+    memo: dict[int, Any] = {
+        id(value): value.detach().clone()
+        for part in module.modules()
+        for value in tree_leaves(vars(part))
+        if isinstance(value, Tensor) and not value.is_leaf
+    }
     clone = copy.deepcopy(module, memo)
     parts = {id(value) for value in (*module.modules(), *module.parameters(), *module.buffers())}
     binder = _Binder(memo, parts)
