@@ -224,6 +224,7 @@ def test_train_says_what_is_wrong(factory: str, run: Run, tmp_path: Path) -> Non
         ((f"{factory}:none",), 2, "'none' is no function"),
         (("nothing",), 2, "must be MODULE:FUNCTION or FILE.py:FUNCTION, got 'nothing'"),
         ((f"{factory}:make", "--set", "width"), 2, "--set must be NAME=VALUE, got 'width'"),
+        ((f"{factory}:make", "--set", "depth=3"), 2, "make() cannot be called with the arguments of --set: got an"),
         ((f"{factory}:wrong",), 2, "must return a trainer, or a model and its fitness function; got Linear"),
         ((f"{factory}:make", "--population-size", 0), 2, "population_size must be at least 1"),
         ((f"{factory}:make", "--resume"), 1, "no run to resume"),
@@ -265,7 +266,11 @@ def test_tune(factory: str, run: Run, tmp_path: Path) -> None:
     # And a run's settings are tuned.
     shown, _ = run("tune", "--config", tmp_path / "run", "--budget", 20, *files[:2])
     assert "next: eggroll train" in shown and "--sigma " in shown
+    # A trainer has its settings itself.
+    shown, _ = run("tune", f"{factory}:trainer", "--budget", 20, *files[:2])
+    assert "next: set sigma=" in shown and "eggroll train" not in shown
     for arguments, status, message in (
+        ((f"{factory}:trainer", "--out", files[3]), 2, "leave out --out"),
         ((f"{factory}:make", "--budget", 3), 1, "budget must be at least 20"),
         ((f"{factory}:constant", "--budget", 20, "--population-size", 8), 1, "same fitness"),
         ((f"{factory}:wrong",), 2, "must return a trainer"),

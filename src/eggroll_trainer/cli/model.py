@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal
 
 import torch
@@ -66,8 +68,8 @@ class UsageError(Exception):
     """The command line is wrong; the message says how."""
 
 
-def make_trainer(settings: ModelSettings) -> ESTrainer:
-    """Call the factory, and return its trainer, or one for its model and fitness function.
+def make_trainer(settings: ModelSettings) -> tuple[ESTrainer, bool]:
+    """Call the factory, and return its trainer, or one for its model and fitness function; and whether it is its own.
 
     Exceptions of the factory itself are raised unchanged.
 
@@ -78,13 +80,14 @@ def make_trainer(settings: ModelSettings) -> ESTrainer:
     try:
         factory = function_named("MODULE:FACTORY", settings.factory)
         given = _arguments(settings.set)
+        _check_arguments(factory, given)
     except ValueError as error:
         raise UsageError(str(error)) from error
     with torch.random.fork_rng():
         torch.manual_seed(settings.seed)
         made = factory(**given)
     try:
-        return _trainer(settings, made)
+        return _trainer(settings, made), isinstance(made, ESTrainer)
     except (TypeError, ValueError) as error:
         raise UsageError(str(error)) from error
 
@@ -108,6 +111,14 @@ def _arguments(given: tuple[str, ...]) -> dict[str, Any]:
         except ValueError:
             values[name] = value
     return values
+
+
+def _check_arguments(factory: Callable[..., Any], given: Mapping[str, Any]) -> None:
+    try:
+        inspect.signature(factory).bind(**given)
+    except TypeError as error:
+        name = getattr(factory, "__name__", repr(factory))
+        raise ValueError(f"{name}() cannot be called with the arguments of --set: {error}") from error
 
 
 def _trainer(settings: ModelSettings, made: Any) -> ESTrainer:

@@ -66,7 +66,7 @@ def main(arguments: list[str]) -> int:
     settings = tyro.cli(Settings, args=arguments, default=default, prog="eggroll train", description=DESCRIPTION)
     try:
         # Exceptions of the user's factory keep their traceback.
-        trainer = make_trainer(settings)
+        trainer, _ = make_trainer(settings)
     except UsageError as error:
         print(f"eggroll train: {error}", file=sys.stderr)
         return 2

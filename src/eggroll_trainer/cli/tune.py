@@ -51,7 +51,12 @@ def main(arguments: list[str]) -> int:
     settings = tyro.cli(Settings, args=arguments, default=default, prog="eggroll tune", description=DESCRIPTION)
     try:
         # Exceptions of the user's factory keep their traceback.
-        trainer = make_trainer(settings)
+        trainer, is_own = make_trainer(settings)
+        if is_own and settings.out is not None:
+            raise UsageError(
+                f"{settings.factory} returns a trainer, which has its own settings, and --out writes those of eggroll"
+                " train: leave out --out"
+            )
     except UsageError as error:
         print(f"eggroll tune: {error}", file=sys.stderr)
         return 2
@@ -63,7 +68,7 @@ def main(arguments: list[str]) -> int:
         print(f"eggroll tune: {error}", file=sys.stderr)
         return 1
     if trainer.is_main:
-        _finish(settings, found)
+        _finish(settings, found, is_own)
     return 0
 
 
@@ -76,8 +81,11 @@ def _of_training() -> set[str]:
     }
 
 
-def _finish(settings: Settings, found: Tuning) -> None:
-    """Write the settings and the plot, and print the results and the next steps."""
+def _finish(settings: Settings, found: Tuning, is_own: bool) -> None:
+    """Write the settings and the plot, and print the results and the next steps.
+
+    ``is_own`` is True if the factory returned the trainer.
+    """
     print(found)
     if settings.plot is not None:
         try:
@@ -85,6 +93,9 @@ def _finish(settings: Settings, found: Tuning) -> None:
             print(f"plot: {settings.plot}")
         except (ImportError, OSError, ValueError) as error:
             print(f"no plot: {error}", file=sys.stderr)
+    if is_own:
+        print(f"next: set sigma={found.sigma:.4g} and learning_rate={found.learning_rate:.4g} in {settings.factory}")
+        return
     values = {field.name: getattr(settings, field.name) for field in dataclasses.fields(ModelSettings)}
     values |= {"sigma": found.sigma, "learning_rate": found.learning_rate}
     if settings.out is not None:
@@ -93,4 +104,4 @@ def _finish(settings: Settings, found: Tuning) -> None:
         print(f"next: eggroll train --config {shlex.quote(str(settings.out))}")
         return
     options = f"--sigma {found.sigma:.4g} --learning-rate {found.learning_rate:.4g}"
-    print(f"next: eggroll train {shlex.quote(settings.factory)} {options}, or set them in your trainer")
+    print(f"next: eggroll train {shlex.quote(settings.factory)} {options}")
