@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import pickle
 import signal
 from pathlib import Path
 from typing import Any
@@ -128,6 +130,21 @@ def test_the_population_is_called_chunk_by_chunk(chunk_size: int | None) -> None
         population.each(xs[:3])
     with pytest.raises(IndexError):
         population.member(POPULATION)
+
+
+@pytest.mark.parametrize("sent", [copy.deepcopy, lambda chunk: pickle.loads(pickle.dumps(chunk))])
+@pytest.mark.parametrize("used", [False, True])
+def test_chunks_are_sent_to_other_processes(sent: Any, used: bool) -> None:
+    trainer = make(chunk_size=4, model=network(dropout=0.5))
+    for chunk in trainer.ask().chunks():
+        chunk.eval()
+        before = chunk(X) if used else None
+        received = sent(chunk)
+        assert received.members == chunk.members and received.model is not chunk.model
+        torch.testing.assert_close(received(X), chunk(X) if before is None else before)
+        assert_same(received.member(3).state_dict(), chunk.member(3).state_dict())
+    with pytest.raises(TypeError, match=r"send its chunks\(\), or population\.member\(i\)"):
+        sent(trainer.ask())
 
 
 def test_a_member_as_adapters() -> None:

@@ -66,6 +66,14 @@ def test_it_goes_on_after_a_resume_to_the_bit(tmp_path: Path) -> None:
     assert_same(resumed.history, whole.history)
 
 
+def test_going_on_without_it_is_told() -> None:
+    state = make().state_dict()
+    with pytest.warns(RuntimeWarning, match=r"going on with auto='' \(was 'learning_rate and sigma'\)"):
+        make(learning_rate=0.1, sigma=0.1).load_state_dict(state)
+    with pytest.warns(RuntimeWarning, match=r"going on with auto='sigma' \(was 'learning_rate and sigma'\)"):
+        make(learning_rate=0.1).load_state_dict(state)
+
+
 def test_it_minimises_as_it_maximises() -> None:
     one, other = make(), make(maximize=False)
     other.fitness_fn = lambda model: -fitness(model)

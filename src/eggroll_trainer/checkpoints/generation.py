@@ -44,6 +44,7 @@ class Settings:
         shaping: Name of the shaper.
         freeze_nonlora: Whether only matrices are trained.
         maximize: Whether higher scores are better.
+        auto: Names of the settings that are ``"auto"``, as text.
     """
 
     trainer: str
@@ -67,6 +68,7 @@ class Settings:
     shaping: str = ""
     freeze_nonlora: bool = False
     maximize: bool = True
+    auto: str = ""
 
     def plain(self) -> dict[str, Any]:
         """Return the settings by name, as a dictionary of numbers, strings, lists and dictionaries: the plain form."""
@@ -82,7 +84,7 @@ _DEFAULTS = {
 # Settings that cannot change after construction.
 FIXED = (
     *("trainer", "optimizer", "optimizer_options", "lr_scheduler", "sigma_scheduler"),
-    *("device", "dtypes", "freeze_nonlora", "maximize"),
+    *("device", "dtypes", "freeze_nonlora", "maximize", "auto"),
 )  # fmt: skip
 
 

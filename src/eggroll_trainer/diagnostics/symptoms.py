@@ -21,7 +21,8 @@ _ANSWERS = 'eggroll_trainer.tune(trainer) finds settings that learn, and learnin
 
 def constant(course: Course) -> str | None:
     """All members have the same fitness."""
-    if course.generation < 3 or any(course.last("std_fitness", 3)) or course.gain(3, 3) > 2:
+    # A single member has no other to be equal to.
+    if course.members == 1 or course.generation < 3 or any(course.last("std_fitness", 3)) or course.gain(3, 3) > 2:
         return None
     told = (
         f"all {course.members} members have had the same fitness for 3 generations ({course.shown(course.scores[0])}),"

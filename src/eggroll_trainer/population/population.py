@@ -97,6 +97,11 @@ class Population:
         """Return the number of members, ``N``."""
         return len(self.perturbations)
 
+    def __reduce__(self) -> Any:
+        """Pickle the members alone: what is remembered about calls goes by the identity of the model's parts."""
+        make = functools.partial(type(self), first=self.first, generation=self.generation, seed=self.seed)
+        return make, (self.model, self.perturbations), {"_training": self._training}
+
     @property
     def members(self) -> range:
         """Indices of these members in the whole population."""

@@ -57,6 +57,13 @@ class WholePopulation(Population):
         """Return the number of members, ``N``."""
         return self._size
 
+    def __reduce__(self) -> Any:
+        """Refuse to be pickled, as the members are drawn by the trainer."""
+        raise TypeError(
+            "the population of a whole generation cannot be pickled, as its trainer draws the members: send its"
+            " chunks(), or population.member(i)"
+        )
+
     def chunks(self) -> Iterator[Population]:
         """Yield the chunks that a trainer evaluates, each as a population.
 

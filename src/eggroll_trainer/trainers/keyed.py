@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -269,4 +270,5 @@ class KeyedESTrainer(ESTrainer):
             "group_size": self.group_size,
             "noise": self.noise,
             "shaping": shaper_name(self.shaping),
+            "auto": " and ".join(itertools.compress(("learning_rate", "sigma"), self._adapted)),
         }
