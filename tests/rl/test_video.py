@@ -56,3 +56,26 @@ def test_frames_keep_their_size(name: str, film: str, tmp_path: Path, caplog: py
         assert record(LinearPolicy(SPACE, SPACE), film, tmp_path / name) == 3.0
     frames = imageio.mimread(tmp_path / name)
     assert len(frames) == 7 and {frame.shape[:2] for frame in frames} == {(40, 60)} and not caplog.records
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_the_camera_follows_a_body(tmp_path: Path) -> None:
+    pytest.importorskip("mujoco")
+    from gymnasium.envs.mujoco.half_cheetah_v5 import HalfCheetahEnv
+
+    class FarAway(HalfCheetahEnv):
+        def step(self, action: Any) -> Any:
+            self.set_state(self.data.qpos + 100 * (np.arange(9) == 0), self.data.qvel)
+            return super().step(action)
+
+    gymnasium.register("FarAway-v0", FarAway, max_episode_steps=2)
+    try:
+        space = gymnasium.make("FarAway-v0")
+        policy = LinearPolicy(space.observation_space, space.action_space)
+        record(policy, "FarAway-v0", tmp_path / "video.mp4")
+    except RuntimeError as error:
+        pytest.skip(str(error))
+    finally:
+        del gymnasium.registry["FarAway-v0"]
+    frame = np.asarray(imageio.mimread(tmp_path / "video.mp4")[-1], int)
+    assert (frame[..., 0] > frame[..., 1] + 20).sum() > 500  # the animal is brown, the ground black and green

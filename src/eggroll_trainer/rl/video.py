@@ -39,6 +39,8 @@ def record(
         with renderer_chosen():
             env = gymnasium.make(env_id, render_mode="rgb_array", **options)
             observation, _ = env.reset(seed=seed)
+            if not options.keys() & {"camera_id", "camera_name"}:
+                _follow(env)
             frames = [env.render()]
     except gymnasium.error.DependencyNotInstalled as error:
         raise RuntimeError(f"{env_id} cannot be rendered here: {error}") from error
@@ -57,6 +59,18 @@ def record(
     timing = {"duration": 1000 / rate} if path.suffix == ".gif" else {"fps": rate, "macro_block_size": 2}
     imageio.mimwrite(path, frames, **timing)  # type: ignore[arg-type]
     return total
+
+
+def _follow(env: gymnasium.Env[Any, Any]) -> None:
+    """Choose the camera "track" of a MuJoCo model, if it has one.
+
+    Gymnasium 1.4 chooses a fixed camera instead, which the body soon leaves behind.
+    """
+    renderer = getattr(env.unwrapped, "mujoco_renderer", None)
+    if renderer is not None:
+        import mujoco
+
+        renderer.camera_id = mujoco.mj_name2id(renderer.model, mujoco.mjtObj.mjOBJ_CAMERA, "track")
 
 
 @contextlib.contextmanager
