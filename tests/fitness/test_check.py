@@ -359,6 +359,41 @@ def test_a_threshold_reached_by_rounding_is_no_difference() -> None:
         assert disagreement(model, call, wrong, eps) is not None
 
 
+def rounding(factor: float) -> Callable[..., Any]:
+    """A backend of torch.compile whose code gives other numbers."""
+
+    def backend(graph: Any, inputs: Any) -> Callable[..., Any]:
+        return lambda *given: tuple(factor * value for value in graph.forward(*given))
+
+    return backend
+
+
+class Wrapped(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = network()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # from torch's own compiler, at its import
+def test_a_compiled_loss_may_round_differently_and_a_compiled_model_may_not_differ() -> None:
+    def loss(output: Tensor) -> Tensor:
+        return (output - Y).square().mean()
+
+    compiled_loss = torch.compile(loss, backend=rounding(1 + 1e-6))
+    compiled, eager = (make(fitness_fn=lambda model, f=f: -f(model(X)).item()) for f in (compiled_loss, loss))
+    assert not messages(compiled, 3) and not messages(eager, 3)
+    assert compiled.history == eager.history
+    with torch.no_grad():
+        assert compiled.evaluate_fitness(compiled.model) != eager.evaluate_fitness(eager.model)
+    model = Wrapped()
+    model.compile(backend=rounding(1.1))
+    (found,) = messages(make(model=model))
+    assert ALONE in found and "is not what the model gives with its weights" in found
+
+
 @pytest.mark.parametrize("view", [lambda t: t[3:], lambda t: t.T, lambda t: t[:, 1:5:2], lambda t: t[:0], lambda t: t])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.bool, torch.complex64])
 def test_copies_lie_in_memory_as_the_original(view: Callable[[Tensor], Tensor], dtype: torch.dtype) -> None:

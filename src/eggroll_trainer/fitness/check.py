@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._torch import tree_leaves, tree_map
+from .._torch import compiler_state, tree_leaves, tree_map
 from ..noise.keys import kept_rng
 from ..population import Population
 from ..population.agreement import disagreement, precision
@@ -25,6 +25,7 @@ from ..population.interception import Interception, plain_call
 from ..population.object_calls import objects_in
 from ..population.snapshot import same_bits
 from . import alone, thread_modes
+from .compiled import eagerly, restored
 from .randomness import Source
 from .record import Record, aligned_copy, copies, describe
 from .scores import Score, described
@@ -113,7 +114,21 @@ def evaluate_observed(
     return _CallObserver(population, note).score(function, index, generators)
 
 
-class _Recording(_Intercepted):
+class _Compared(_Intercepted):
+    """An evaluation that is compared: code that the user compiled runs eagerly, as while members take turns."""
+
+    def score(self, function: Function, index: int, generators: Sequence[Source]) -> tuple[Score, list[str]]:
+        self._compiler = compiler_state()
+        with eagerly():
+            return super().score(function, index, generators)
+
+    def plain(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call a module as it is, compiled or not."""
+        with restored(self._compiler):
+            return super().plain(module, args, kwargs)
+
+
+class _Recording(_Compared):
     """Records an evaluation alone."""
 
     def __init__(self, population: Population) -> None:
@@ -151,7 +166,7 @@ class _Difference(BaseException):
     """Ends an evaluation at the first difference; the message describes it."""
 
 
-class _Replay(_Intercepted):
+class _Replay(_Compared):
     """Evaluates a member alone on recorded outputs."""
 
     def __init__(self, population: Population, record: Record) -> None:

@@ -8,8 +8,6 @@ with the member's weights.
 
 from __future__ import annotations
 
-import contextlib
-import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -28,6 +26,7 @@ from ...population.forward import PLAIN_TYPES
 from ...population.interception import plain_call
 from ...population.module_state import NotBatchable, ReturnsObject
 from .. import thread_modes, turns
+from ..compiled import eagerly
 from ..findings import Findings
 from ..randomness import Source, TorchSource, keyed, seed_all
 from ..record import Record, copies, describe
@@ -214,7 +213,7 @@ class _Evaluation:
         self._note_generators()
         active = self._members
         while active:
-            with turns.threads_for(self._largest), _uncompiled():
+            with turns.threads_for(self._largest), eagerly():
                 for member in active:
                     self._take_turn(member)
                 active = [member for member in active if not member.ended]
@@ -488,12 +487,3 @@ class _Evaluation:
                 self._hub_context.restore(thread_modes.current())
                 self._model.leave(member.state)
                 self._current = None
-
-
-def _uncompiled() -> contextlib.AbstractContextManager[Any]:
-    """Inside the block, run compiled user code eagerly, as compiled code cannot be suspended."""
-    # Without this module, nothing is compiled; importing it takes a second.
-    if "torch._dynamo" not in sys.modules:
-        return contextlib.nullcontext()
-    stance: contextlib.AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
-    return stance
