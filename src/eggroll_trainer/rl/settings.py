@@ -95,6 +95,7 @@ TASKS: dict[str, dict[str, object]] = {
     # Its observations are about 1 in size already, and their statistics change most while it learns to swing up.
     "Pendulum-v1": {"steps": 1_600_000, "learning_rate": 0.1, "normalize": False},
     "LunarLander-v3": {"steps": 2_000_000},
+    "BipedalWalker-v3": {**_LOCOMOTION, "steps": 12_000_000, "population_size": 32, "first_max_steps": 200},
     "HalfCheetah-v5": {
         **_WIDER,
         "steps": 12_000_000,
