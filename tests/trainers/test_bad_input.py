@@ -260,6 +260,7 @@ def first(model: nn.Sequential) -> nn.Linear:
 
 PARAMS: dict[str, tuple[Callable[[nn.Sequential], Any], type[Exception], str]] = {
     "empty": (lambda m: [], ValueError, "params is empty: pass model.parameters(), or leave it out"),
+    "empty group": (lambda m: [{"params": []}, {"params": m.parameters()}], ValueError, "a parameter group is empty"),
     "used up": (lambda m: [list(p := m.parameters()), p][1], ValueError, "params is empty"),
     "foreign": (lambda m: [nn.Parameter(torch.ones(2))], ValueError, "a parameter that is not one of the model's"),
     "duplicate": (lambda m: [*m.parameters(), m[0].weight], ValueError, "parameter '0.weight' is in params twice"),

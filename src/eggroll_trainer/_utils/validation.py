@@ -180,7 +180,8 @@ def parameter_groups(params: Any, model: nn.Module) -> list[dict[str, Any]]:
         if "params" not in group:
             raise ValueError(f"a parameter group has no 'params', only {sorted(group)}")
         given = group["params"]
-        parameters = [_parameter(e) for e in ([given] if isinstance(given, nn.Parameter) else _entries(given))]
+        empty = "a parameter group is empty: leave it out; if it was an iterator that has been used, pass a list"
+        parameters = [_parameter(e) for e in ([given] if isinstance(given, nn.Parameter) else _entries(given, empty))]
         for p in parameters:
             _check_parameter(p, names, seen)
         group["params"] = [p for p in parameters if _obstacle(p) is None]
@@ -194,7 +195,9 @@ def parameter_groups(params: Any, model: nn.Module) -> list[dict[str, Any]]:
     return groups
 
 
-def _entries(params: Any) -> list[Any]:
+def _entries(
+    params: Any, empty: str = "params is empty: pass model.parameters(), or leave it out to train them all"
+) -> list[Any]:
     advice = "params must be an iterable of parameters such as model.parameters(), or a list of groups"
     if isinstance(params, (nn.Module, torch.Tensor)):
         raise TypeError(f"{advice}, got a {type(params).__name__}; a model is passed as model=")
@@ -203,7 +206,7 @@ def _entries(params: Any) -> list[Any]:
         raise TypeError(f"{advice}, got a {type(params).__name__}")
     entries = list(params)
     if not entries:
-        raise ValueError("params is empty: pass model.parameters(), or leave it out to train them all")
+        raise ValueError(empty)
     return entries
 
 
