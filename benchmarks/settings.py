@@ -12,6 +12,7 @@ import datetime
 import itertools
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 
 from eggroll_trainer import EGGROLLTrainer, Population, VanillaESTrainer, batched
+from eggroll_trainer.callbacks import WeightAverage
 
 from .measure import surroundings
 
@@ -46,6 +48,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "Adam, 0.03": {"optimizer": torch.optim.Adam, "learning_rate": 0.03},
 }
 BATCH = 256
+BATCHES, AVERAGED_RATES, DECAYS = (16, 256), (0.3, 1.0), (0.8, 0.9, 0.95)
 IMAGES = Path("docs/images")
 
 
@@ -62,31 +65,40 @@ def data(seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     )
 
 
-def accuracy_after(generations: int, seed: int, *, rank: int | None = 1, **options: Any) -> float:
+def accuracy_after(generations: int, seed: int, **options: Any) -> float:
     """Train a network and return its test accuracy."""
+    return accuracies_after(generations, seed, (), **options)[0]
+
+
+def accuracies_after(
+    generations: int, seed: int, decays: Sequence[float], *, rank: int | None = 1, batch: int = BATCH, **options: Any
+) -> list[float]:
+    """Train a network and return its test accuracy, and those of averages of its weights."""
     images, labels, test_images, test_labels = data(seed)
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(64, 32), nn.Tanh(), nn.Linear(32, 10))
 
     @batched(check=False)
     def fitness(population: Population) -> Tensor:
-        rows = torch.randint(len(images), (BATCH,), generator=torch.Generator().manual_seed(population.generation))
+        rows = torch.randint(len(images), (batch,), generator=torch.Generator().manual_seed(population.generation))
         outputs = population(images[rows])
         losses = F.cross_entropy(outputs.flatten(0, 1), labels[rows].repeat(len(population)), reduction="none")
-        return -losses.view(len(population), BATCH).mean(1)
+        return -losses.view(len(population), batch).mean(1)
 
     if rank is not None:
         options["rank"] = rank
     trainer = (VanillaESTrainer if rank is None else EGGROLLTrainer)(
         model=model, fitness_fn=fitness, seed=seed, **{"noise_reuse": 2, **options}
     )
+    averages = [WeightAverage(decay) for decay in decays]
     try:
-        trainer.train(generations, verbose=False)
+        trainer.train(generations, verbose=False, callback=averages)
     except ValueError:
         # The weights or the scores are no longer finite.
-        return 0.1
+        return [0.1] * (1 + len(decays))
     with torch.no_grad():
-        return (model(test_images).argmax(1) == test_labels).float().mean().item()
+        models = [model, *(average.model for average in averages)]
+        return [(one(test_images).argmax(1) == test_labels).float().mean().item() for one in models]
 
 
 def over_seeds(generations: int, **options: Any) -> list[float]:
@@ -124,7 +136,21 @@ def variants() -> list[dict[str, Any]]:
     return found
 
 
-PARTS = {"grid": grid, "populations": populations, "variants": variants}
+def averages() -> list[dict[str, Any]]:
+    found = []
+    for batch, learning_rate in itertools.product(BATCHES, AVERAGED_RATES):
+        runs = [
+            accuracies_after(
+                GENERATIONS, seed, DECAYS, batch=batch, population_size=MEMBERS, sigma=0.1, learning_rate=learning_rate
+            )
+            for seed in SEEDS
+        ]
+        found.append({"batch": batch, "learning_rate": learning_rate, "decays": [0.0, *DECAYS], "accuracies": runs})
+        print(found[-1], flush=True)
+    return found
+
+
+PARTS = {"grid": grid, "populations": populations, "variants": variants, "averages": averages}
 
 
 def plot_grid(cells: list[dict[str, Any]], path: Path) -> None:

@@ -7,6 +7,7 @@ release lacks one, importing this package raises an error that names it, unless 
 
 from __future__ import annotations
 
+import platform
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -137,6 +138,21 @@ def uncompiled(model: nn.Module) -> nn.Module:
     # If a release lacks the attribute, the wrapper is trained, and names of parameters have its prefix.
     inner = getattr(model, "_orig_mod", None)
     return inner if isinstance(inner, nn.Module) else model
+
+
+# --- The processor.
+
+
+def cpu_has_bf16() -> bool:
+    """Return whether the processor has instructions for products in bfloat16; True where that is not known."""
+    if hasattr(torch.cpu, "get_capabilities"):
+        known = torch.cpu.get_capabilities()
+        return any(known.get(name, False) for name in ("avx512_bf16", "amx_bf16", "avx10_2", "bf16", "sve_bf16"))
+    # Earlier releases have only these, for x86. In one without them nobody is told that bfloat16 is slow.
+    asked = [getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")]
+    if platform.machine().lower() not in ("x86_64", "amd64") or None in asked:
+        return True
+    return any(ask() for ask in asked if ask is not None)
 
 
 # --- Private attributes of objects, used throughout the library. No others are.

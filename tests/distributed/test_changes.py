@@ -30,6 +30,7 @@ CHANGES = {
     "population_size": lambda t: setattr(t, "population_size", 64),
     "noise": lambda t: setattr(t, "noise", "rademacher"),
     "coalesce": lambda t: setattr(t, "coalesce", False),
+    "max_grad_norm": lambda t: setattr(t, "max_grad_norm", 0.05),
     "seed": lambda t: setattr(t, "seed", 9),
     "sigma": lambda t: setattr(t, "sigma", 0.2),
     "frozen": lambda t: t.model[0].requires_grad_(False),
@@ -57,7 +58,7 @@ def local(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 def test_what_a_callback_changes_reaches_all_processes(local: list[str], tmp_path: Path) -> None:
     said = run_script(2, tmp_path, "ENGINE = ProcessGroupEngine(check_every=1)\n" + CALLBACKS)
     assert said == [local, local]
-    assert len({line.split()[1] for line in local}) == len(local) == 11
+    assert len({line.split()[1] for line in local}) == len(local) == 12
 
 
 def test_what_a_callback_changes_reaches_rays_workers(local: list[str], cluster: Cluster, tmp_path: Path) -> None:

@@ -120,6 +120,7 @@ def options_of_the_estimator(device: torch.device) -> Any:
             {"freeze_nonlora": True},
             {"optimizer": torch.optim.SGD},
             {"anchor_decay": 0.5},
+            {"max_grad_norm": 0.01},
             {"sigma_scheduler": functools.partial(torch.optim.lr_scheduler.ExponentialLR, gamma=0.9)},
             {"lr_scheduler": functools.partial(torch.optim.lr_scheduler.ExponentialLR, gamma=0.9)},
         )

@@ -124,6 +124,7 @@ CASES: dict[str, Callable[[Engine], Any]] = {
     "vanilla": functools.partial(make, VanillaESTrainer),
     "custom": functools.partial(make, Custom, learning_rate=1.0),
     "noisy": functools.partial(make, EGGROLLTrainer, fitness_fn=noisy),
+    "clipped": functools.partial(make, EGGROLLTrainer, noise_reuse=2, shaping="raw", max_grad_norm=0.1),
     "one chunk": functools.partial(make, EGGROLLTrainer, chunk_size=None),
     "tasks": functools.partial(make, EGGROLLTrainer, fitness_fn=tasks, noise_reuse=2, group_size=8),
     "tasks at once": functools.partial(make, EGGROLLTrainer, fitness_fn=tasks_at_once, shaping="centered_ranks"),

@@ -19,12 +19,14 @@ from eggroll_trainer import EGGROLLTrainer
 from eggroll_trainer.callbacks import (
     CSV,
     Callback,
+    Diagnosis,
     EarlyStopping,
     JSONLines,
     MLflow,
     Progress,
     TensorBoard,
     TimeLimit,
+    WeightAverage,
     WeightsAndBiases,
 )
 
@@ -149,6 +151,8 @@ CASES: dict[str, Case] = {
     "progress": Case(lambda folder: Progress(5)),
     "early stopping": Case(lambda folder: EarlyStopping(patience=1000)),
     "time limit": Case(lambda folder: TimeLimit(1000)),
+    "weight average": Case(lambda folder: WeightAverage(0.5)),
+    "diagnosis": Case(lambda folder: Diagnosis(2)),
 }
 
 

@@ -236,6 +236,9 @@ ARGUMENTS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         ValueError,
         "anchor_decay must be at most 1 / learning_rate = 2, got 3",
     ),
+    "max_grad_norm zero": ({"max_grad_norm": 0.0}, ValueError, "max_grad_norm must be a finite number above 0, got 0"),
+    "max_grad_norm text": ({"max_grad_norm": "1"}, TypeError, "max_grad_norm must be a number, got str '1'"),
+    "max_grad_norm by another name": ({"clip_norm": 1.0}, TypeError, "did you mean max_grad_norm?"),
     "unknown": ({"momentum": 0.9}, TypeError, "no argument 'momentum'; did you mean optimizer"),
 }
 

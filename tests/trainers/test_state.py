@@ -70,6 +70,7 @@ RUNS: dict[str, Callable[[], ESTrainer]] = {
     ),
     "adamw": functools.partial(make, optimizer=functools.partial(torch.optim.AdamW, weight_decay=0.1)),
     "anchored": functools.partial(make, optimizer=None, anchor_decay=0.5),
+    "clipped": functools.partial(make, optimizer=None, shaping="raw", max_grad_norm=0.01),
     "momentum": functools.partial(make, optimizer=functools.partial(torch.optim.SGD, momentum=0.9, nesterov=True)),
     "bf16": lambda: bf16(optimizer=None, learning_rate=0.01),
     "bf16 adam": lambda: bf16(),

@@ -45,6 +45,10 @@ _OF_TRAINERS: dict[str, tuple[str, ...]] = {
     "lr_scheduler": ("scheduler", "schedule", "lr_schedule", "learning_rate_schedule"),
     "maximize": ("minimize", "objective_sense", "direction", "maximise", "minimise"),
     "chunk_size": ("batch_size", "minibatch_size", "eval_batch_size", "micro_batch_size"),
+    "max_grad_norm": (
+        *("grad_clip", "clip_grad", "clip_grad_norm", "clip_norm", "max_norm", "gradient_clipping", "grad_clip_norm"),
+        *("gradient_clip_val", "clipnorm", "clip"),
+    ),
     "evaluation_dtype": ("dtype", "precision", "autocast_dtype", "amp_dtype"),
     "freeze_nonlora": ("freeze_non_lora", "lora_only"),
     'shaping, such as shaping="centered_ranks"': (

@@ -45,6 +45,7 @@ class Settings:
         freeze_nonlora: Whether only matrices are trained.
         maximize: Whether higher scores are better.
         auto: Names of the settings that are ``"auto"``, as text.
+        max_grad_norm: Largest norm of the estimate, or None.
     """
 
     trainer: str
@@ -69,6 +70,7 @@ class Settings:
     freeze_nonlora: bool = False
     maximize: bool = True
     auto: str = ""
+    max_grad_norm: float | None = None
 
     def plain(self) -> dict[str, Any]:
         """Return the settings by name, as a dictionary of numbers, strings, lists and dictionaries: the plain form."""
@@ -89,7 +91,7 @@ FIXED = (
 
 
 # Settings that are attributes of the trainer with the same name and type.
-_ATTRIBUTES = ("population_size", "coalesce", "compile", "noise_reuse", "group_size", "noise")
+_ATTRIBUTES = ("population_size", "coalesce", "compile", "noise_reuse", "group_size", "noise", "max_grad_norm")
 
 
 def differences(now: Mapping[str, Any], then: Mapping[str, Any], ignored: Collection[str] = ()) -> dict[str, str]:

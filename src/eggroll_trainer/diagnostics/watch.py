@@ -5,15 +5,20 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 from torch import Tensor
 
+from .._utils.stopwatch import Stopwatch
 from ..update.estimate import Estimate
 from .agreement import Agreement
 from .course import Course
 from .signal import Signal, signal_of
 from .symptoms import SYMPTOMS, is_time
+
+# What a generation's time is spent on.
+STATIONS = ("noise", "evaluation", "check", "update")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,19 +53,26 @@ class Watch:
         agreement: Compares estimates with steps.
         signal: The signal in the last estimate, or None.
         planned: Number of generations that the run is to have in all, or None.
+        stopwatch: Seconds of the last generation by station.
     """
 
     def __init__(self, step: Tensor | None = None) -> None:
         self.agreement = Agreement(step)
         self.signal: Signal | None = None
         self.planned: int | None = None
+        self.stopwatch = Stopwatch(STATIONS)
         self._told: dict[str, int] = {}
+
+    def timing(self, station: str) -> AbstractContextManager[None]:
+        """Return a context that counts its block's time under a station."""
+        return self.stopwatch.timing(station)
 
     def measure(self, estimate: Estimate) -> Measured:
         """Return the measurements of an estimate, and change nothing."""
         signal = signal_of(estimate)
         metrics: dict[str, float] = {"agreement": self.agreement.cosine(estimate.gradient)}
         if signal is not None:
+            metrics["grad_norm"] = math.sqrt(signal.length) / estimate.scale
             metrics["split_half_cosine"] = signal.split_half_cosine
             metrics["explained_share"] = signal.explained_share
         return Measured(metrics, signal)
@@ -83,7 +95,8 @@ class Watch:
             return
         facts = course()
         for kind, symptom in SYMPTOMS.items():
-            message = None if kind in self._told else symptom(facts)
+            with self.timing("check"):
+                message = None if kind in self._told else symptom(facts)
             if message is not None:
                 self._told[kind] = generation
                 tell(message, kind, LearningWarning)

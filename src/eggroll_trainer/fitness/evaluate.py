@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import threading
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, TypeVar, overload
 
@@ -185,6 +186,7 @@ class Evaluation:
             raise
         audit = population.audit
         found = None if audit is None else audit.found
+        self.findings.check_seconds += 0.0 if audit is None else audit.seconds
         if audit is not None and audit.sample is not None:
             self.findings.note_sample(*audit.sample)
         return Scored(scores, self._statistics(), found)
@@ -215,7 +217,9 @@ class Evaluation:
             call = record.call_of(self.population.model)
             if call is not None:
                 self.findings.note_sample(*call)
+            began = time.perf_counter()
             found = self._difference(index, record)
+            self.findings.check_seconds += time.perf_counter() - began
             if found is not None:
                 return self._refused(found)
         return Scored(self._table(scores), statistics)

@@ -29,6 +29,7 @@ class Findings:
         sample: Positional and keyword arguments of a call of the model; None if they are large.
         nondeterministic: Whether two evaluations with the same weights differ, so that checks are impossible.
         model_seconds: Seconds that this process has spent in batched forwards for waiting members.
+        check_seconds: Seconds that this process has spent in evaluations of single members, for checks.
         draws: Whether the function, or the model, draws random numbers.
         differs: Whether any process has found that evaluations of the same weights may differ.
     """
@@ -40,6 +41,7 @@ class Findings:
     sample: tuple[tuple[Any, ...], dict[str, Any]] | None = None
     nondeterministic: bool = False
     model_seconds: float = 0.0
+    check_seconds: float = 0.0
     draws: bool = False
     differs: bool = False
     # Number of generations that this process has evaluated since checks began, and the last of them.

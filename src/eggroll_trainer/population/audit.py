@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,12 +26,14 @@ class Audit:
         calls: Number of calls compared so far.
         found: A description of the first difference, or None.
         sample: Positional and keyword arguments of one of the calls, for a single member.
+        seconds: Seconds spent in comparisons.
     """
 
     members: Sequence[int]
     calls: int = 0
     found: str | None = None
     sample: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+    seconds: float = 0.0
 
 
 def audited(
@@ -54,11 +57,28 @@ def audited(
     audit = population.audit
     if audit is None or population.forwards.one_by_one or audit.found is not None:
         return result
+    began = time.perf_counter()
+    try:
+        _compare(population, audit, result, args, kwargs, dims, list(members))
+    finally:
+        audit.seconds += time.perf_counter() - began
+    return result
+
+
+def _compare(
+    population: Members,
+    audit: Audit,
+    result: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    dims: Sequence[int | None],
+    rows: list[int],
+) -> None:
+    """Compare a batched call with the members of the audit by themselves, and note what differs."""
     audit.calls += 1
     model = population.model
     leaves, spec = tree_flatten((args, kwargs))
     eps = precision(model, leaves)
-    rows = list(members)
     for member in audit.members:
         if member not in rows or audit.found is not None:
             continue
@@ -80,11 +100,10 @@ def audited(
                 "batched outputs cannot be checked, as the model by itself fails for the same input"
                 f" ({type(error).__name__}: {error}); use @batched(check=False) to skip the check"
             )
-            return result
+            return
         if difference is not None:
             audit.found = (
                 f"in call {audit.calls} of generation {population.generation + 1} the output of member"
                 f" {population.first + member}, computed for all members at once, is not what the model gives with that"
                 f" member's weights: {difference}"
             )
-    return result

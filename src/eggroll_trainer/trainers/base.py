@@ -320,8 +320,10 @@ class ESTrainer(RunState, BestMember, OptimizerInterface, torch.optim.Optimizer,
 
     def _start_generation(self) -> None:
         with delayed_interrupt(), thread_modes.neutral():
-            if self._in_best_weights:
-                raise RuntimeError("a generation cannot begin inside best_weights(): leave the block first")
+            if self._held:
+                raise RuntimeError(
+                    "a generation cannot begin while the model holds other weights: leave the block first"
+                )
             self._check_live()
             self._check_user_code()
             self._findings.begin_generation(self.generation, self._fitness_fn(), self.model)
@@ -346,7 +348,7 @@ class ESTrainer(RunState, BestMember, OptimizerInterface, torch.optim.Optimizer,
         last = Generation(self.generation + 1, settings.plain(), scores, statistics, earned)
         if checked.num_nonfinite:
             self._warn_once(nonfinite_warning(scores, settings.group_size))
-        with delayed_interrupt(), thread_modes.neutral(), self._extra.kept(self):
+        with delayed_interrupt(), thread_modes.neutral(), self._extra.kept(self), self._watch.timing("update"):
             best_fitness = best_of(self.best_fitness, sign * float(checked.means[checked.best]), earned, self.maximize)
             is_best = best_fitness != self.best_fitness
             improved = self._evaluator.member_weights(checked.best) if is_best else None

@@ -1,4 +1,4 @@
-"""The best member's weights in the user's own model for a while, or in a copy that computes the same."""
+"""Other weights, such as the best member's, in the user's model for a while, or in a copy that computes the same."""
 
 from __future__ import annotations
 
@@ -43,13 +43,17 @@ def holding(model: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
             torch.clear_autocast_cache()
 
 
-def copy_with(model: nn.Module, values: Mapping[str, Tensor], sample: Sample | None) -> nn.Module:
+def copy_with(
+    model: nn.Module, values: Mapping[str, Tensor], sample: Sample | None, caller: str, instead: str
+) -> nn.Module:
     """Return a deep copy of a model with other values of some of its parameters and buffers.
 
     Args:
         model: The model.
         values: By the name of the parameter or buffer.
         sample: A call for which the copy is compared with the model.
+        caller: What the user has called.
+        instead: What to use where there is no such copy.
 
     Raises:
         RuntimeError: The copy does not compute what the model itself does with these values.
@@ -59,9 +63,9 @@ def copy_with(model: nn.Module, values: Mapping[str, Tensor], sample: Sample | N
     difference = None if sample is None else _difference(model, copy, values, sample)
     if difference is not None:
         raise RuntimeError(
-            "get_best_model() cannot copy this model: the copy does not compute what the model itself does with the"
-            f" best weights ({difference}). Something in it, such as a closure, refers to the original. Use the model"
-            " itself instead: with trainer.best_weights() as model: …"
+            f"{caller} cannot copy this model: the copy does not compute what the model itself does with these weights"
+            f" ({difference}). Something in it, such as a closure, refers to the original. Use the model itself"
+            f" instead: {instead}"
         )
     return copy
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from torch import Tensor, nn
 
@@ -20,8 +20,8 @@ class BestMember:
     _centre: Centre
     _best: Tensor | None
     _best_untrained: dict[str, Tensor]
-    # Number of open best_weights() blocks.
-    _in_best_weights: int = 0
+    # Number of open blocks in which the model holds other weights.
+    _held: int = 0
 
     def _best_values(self) -> dict[str, Tensor]:
         """Return parameters, buffers and untrained parameters of the best member, by their names."""
@@ -45,7 +45,7 @@ class BestMember:
         Raises:
             RuntimeError: A deep copy of the model computes something else than the model; use :meth:`best_weights`.
         """
-        return copy_with(self.model, self._best_values(), self._findings.sample)
+        return self._copy_with(self._best_values(), "get_best_model()", "with trainer.best_weights() as model: …")
 
     @contextlib.contextmanager
     def best_weights(self) -> Iterator[nn.Module]:
@@ -68,9 +68,19 @@ class BestMember:
             ...     round(best(x).mean().item() - trainer.best_fitness, 5)
             0.0
         """
-        self._in_best_weights += 1
+        with self._holding(self._best_values()) as model:
+            yield model
+
+    def _copy_with(self, values: Mapping[str, Tensor], caller: str, instead: str) -> nn.Module:
+        """Return a copy of the model with other values of some parameters and buffers; see :func:`.copy_with`."""
+        return copy_with(self.model, values, self._findings.sample, caller, instead)
+
+    @contextlib.contextmanager
+    def _holding(self, values: Mapping[str, Tensor]) -> Iterator[nn.Module]:
+        """Put other values of some parameters and buffers into the model inside the block."""
+        self._held += 1
         try:
-            with holding(self.model, self._best_values()):
+            with holding(self.model, values):
                 yield self.model
         finally:
-            self._in_best_weights -= 1
+            self._held -= 1

@@ -70,6 +70,10 @@ class EGGROLLTrainer(KeyedESTrainer):
         anchor_decay: Pulls the weights back to the initial ones ``θ₀``, as weight decay pulls them to zero: before each
             step ``θ ← θ - learning_rate·anchor_decay·(θ - θ₀)``. Use it for fine-tuning that should stay close to
             ``θ₀``. Each generation undoes the share ``learning_rate·anchor_decay`` of what was learnt.
+        max_grad_norm: Largest Euclidean norm of the estimate ``Δθ``. A longer one is scaled down to it before the
+            optimizer gets it; ``grad_norm`` in the history is the norm before. With z-scores the norm is about ``σ√D``
+            for ``D`` weights if the estimate is noise, and up to ``σ√(N + D)`` if it is signal, whatever the fitness
+            is. Use it with ``shaping="raw"`` or a shaping of your own. No limit if None.
         chunk_size: Number of members evaluated at a time. It bounds memory, and chunks are what an engine distributes.
             If None, as many as fit in ``memory_budget``, up to 1024 on a CPU.
         coalesce: Whether to evaluate the members of a chunk together if ``fitness_fn`` is a plain function. True checks
@@ -137,6 +141,7 @@ class EGGROLLTrainer(KeyedESTrainer):
         lr_scheduler: LRSchedulerFactory | None = None,
         sigma_scheduler: LRSchedulerFactory | None = None,
         anchor_decay: float = 0.0,
+        max_grad_norm: float | None = None,
         chunk_size: int | None = None,
         coalesce: Coalesce = True,
         compile: bool = False,
@@ -171,6 +176,7 @@ class EGGROLLTrainer(KeyedESTrainer):
             lr_scheduler=lr_scheduler,
             sigma_scheduler=sigma_scheduler,
             anchor_decay=anchor_decay,
+            max_grad_norm=max_grad_norm,
             chunk_size=chunk_size,
             coalesce=coalesce,
             compile=compile,

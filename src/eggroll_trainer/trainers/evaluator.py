@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .._utils.interrupts import delayed_interrupt
 from .._utils.memory import freed_memory_kept, is_out_of_memory
+from ..diagnostics.precision import bf16_advice
 from ..diagnostics.simulators import simulator_advice
 from ..distributed import Chunk, Outcome
 from ..fitness import thread_modes
@@ -34,11 +35,13 @@ class Evaluator:
 
     Attributes:
         most_members: Limit of the chunk size after memory has run out; None before.
+        seconds: Seconds that this process has spent in evaluations.
     """
 
     def __init__(self, trainer: Any) -> None:
         self.trainer = trainer
         self.most_members: int | None = None
+        self.seconds = 0.0
 
     def chunk_members(self) -> int:
         """Return the chunk size: how many members are evaluated at a time."""
@@ -76,7 +79,8 @@ class Evaluator:
             chunks = self.chunks()
             size = chunks[0].size
             try:
-                outcomes = trainer.engine.evaluate(trainer, chunks)
+                with trainer._watch.timing("evaluation"):
+                    outcomes = trainer.engine.evaluate(trainer, chunks)
                 alone = next((outcome.alone for outcome in outcomes if outcome.alone is not None), None)
                 for message, kind in (warning for outcome in outcomes for warning in outcome.warnings):
                     trainer._warn_once(message, kind)
@@ -174,6 +178,7 @@ class Evaluator:
         population = self.population(first, unit)
         population.seed = derive_seed(trainer.seed, "again", attempt)
         with (
+            trainer._watch.timing("evaluation"),
             kept_frozen(trainer._centre.candidates),
             thread_modes.autocast_to(trainer.evaluation_dtype, trainer.device),
         ):
@@ -193,10 +198,16 @@ class Evaluator:
         evaluation = Evaluation(
             population, fitness_fn, trainer.coalesce, findings, to_check, trainer._learner, trainer._warned
         )
-        before, began = findings.model_seconds, time.perf_counter()
+        before, checks, began = findings.model_seconds, findings.check_seconds, time.perf_counter()
         with thread_modes.autocast_to(trainer.evaluation_dtype, trainer.device):
             scored = evaluation.run()
         seconds = time.perf_counter() - began
+        trainer._watch.stopwatch.move(findings.check_seconds - checks, "evaluation", "check")
+        self.seconds += seconds
+        dtypes = {p.dtype for p in trainer._centre.parameters.values()}
+        advice = bf16_advice(trainer.device, trainer.evaluation_dtype, dtypes, self.seconds)
+        if advice is not None:
+            trainer._warned.once(advice, "bf16")
         # Checks take time too, so chunks with a check say nothing about the simulator.
         if not to_check:
             advice = simulator_advice(fitness_fn, count, seconds, findings.model_seconds - before)

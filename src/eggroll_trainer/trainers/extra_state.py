@@ -27,11 +27,14 @@ class ExtraState:
     Attributes:
         initial: First values by name, which ``reset`` restores.
         temporary: Names of attributes that are registered but not saved.
+        unsent: Names of attributes that copies of the trainer in other processes do not get, as evaluations do not
+            depend on them.
     """
 
     def __init__(self, reserved: Collection[str]) -> None:
         self.initial: dict[str, Any] = {}
         self.temporary: set[str] = set()
+        self.unsent: set[str] = set()
         self._reserved = frozenset(reserved)
         # Fingerprints of unregistered attributes at the first generation.
         self._noted: dict[str, list[tuple[Any, int]]] | None = None
@@ -66,6 +69,10 @@ class ExtraState:
         for name, value in values.items():
             check_plain(name, value)
         return values
+
+    def sent(self, trainer: Any) -> dict[str, Any]:
+        """Return copies of the present values for a copy of the trainer that evaluates members."""
+        return {name: plain_copy(value) for name, value in self.values(trainer).items() if name not in self.unsent}
 
     def restore(self, trainer: Any, values: Mapping[str, Any], initial: Mapping[str, Any] | None = None) -> None:
         """Give the trainer copies of values, and register new names.

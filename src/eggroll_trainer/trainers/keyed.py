@@ -62,7 +62,7 @@ class Keyed(Method):
             self._kept[start] = perturbations
         return perturbations
 
-    def estimate(self, scores: CheckedScores) -> Estimate:
+    def whole_estimate(self, scores: CheckedScores) -> Estimate:
         """Return the negated update, and the statistics of its terms."""
         trainer = self.trainer
         # Negating the weights costs less than negating the update.
@@ -94,7 +94,8 @@ class Keyed(Method):
 
     def sample(self, first: int, count: int) -> Perturbations:
         """Draw the perturbations of some members."""
-        return sample(self._noise, self.specs(), self.trainer.generation, first, count, self.unit)
+        with self.trainer._watch.timing("noise"):
+            return sample(self._noise, self.specs(), self.trainer.generation, first, count, self.unit)
 
     def specs(self) -> list[ParameterSpec]:
         """Return how each parameter is perturbed, by the current options of its group."""
@@ -137,6 +138,7 @@ class KeyedESTrainer(ESTrainer):
         lr_scheduler: LRSchedulerFactory | None = None,
         sigma_scheduler: LRSchedulerFactory | None = None,
         anchor_decay: float = 0.0,
+        max_grad_norm: float | None = None,
         chunk_size: int | None = None,
         coalesce: Coalesce = True,
         compile: bool = False,
@@ -154,7 +156,7 @@ class KeyedESTrainer(ESTrainer):
             )
         learning_rate, sigma = first_settings(learning_rate, sigma, optimizer)
         self.noise = check_noise_kind(noise)
-        self.shaping = shaping
+        self.shaping, self.max_grad_norm = shaping, max_grad_norm
         super().__init__(
             params,
             model,
@@ -246,6 +248,8 @@ class KeyedESTrainer(ESTrainer):
             raise ValueError(
                 "group_size must be at least 2, as scores are compared in a group, or 0 for no groups; got 1"
             )
+        if self.max_grad_norm is not None:
+            self.max_grad_norm = validation.check_real("max_grad_norm", self.max_grad_norm, positive=True)
         validation.check_divides("noise_reuse", self.noise_reuse, "population_size", self.population_size)
         validation.check_divides("group_size", self.group_size, "population_size", self.population_size)
         if self.group_size:
@@ -271,4 +275,5 @@ class KeyedESTrainer(ESTrainer):
             "noise": self.noise,
             "shaping": shaper_name(self.shaping),
             "auto": " and ".join(itertools.compress(("learning_rate", "sigma"), self._adapted)),
+            "max_grad_norm": self.max_grad_norm,
         }

@@ -38,9 +38,13 @@ class Method(ABC):
     def perturbations(self, first: int, count: int) -> Perturbations:
         """Return the perturbations of members ``first, …, first + count - 1``."""
 
-    @abstractmethod
     def estimate(self, scores: CheckedScores) -> Estimate:
-        """Return ``-Δθ`` for every trained parameter, in new tensors."""
+        """Return ``-Δθ`` for every trained parameter, in new tensors, not longer than the trainer's maximum."""
+        return self.whole_estimate(scores).clipped(getattr(self.trainer, "max_grad_norm", None))
+
+    @abstractmethod
+    def whole_estimate(self, scores: CheckedScores) -> Estimate:
+        """Return the estimate, however long it is, in new tensors."""
 
     @property
     @abstractmethod
@@ -73,7 +77,10 @@ class Sampled(Method):
     def begin_generation(self) -> None:
         """Sample the perturbations of all members."""
         trainer = self.trainer
-        with forked_rng(trainer.seed, trainer.generation, "sample_perturbations", device=trainer.device):
+        with (
+            trainer._watch.timing("noise"),
+            forked_rng(trainer.seed, trainer.generation, "sample_perturbations", device=trainer.device),
+        ):
             sampled = trainer.sample_perturbations(trainer.population_size)
         validation.check_flat("sample_perturbations", sampled, (trainer.population_size, len(trainer._centre)))
         self._sampled = sampled
@@ -94,7 +101,7 @@ class Sampled(Method):
             draws[name] = FullRankDraws(values, spec, one.to(parameter.device))
         return Perturbations(draws, one, count)
 
-    def estimate(self, scores: CheckedScores) -> Estimate:
+    def whole_estimate(self, scores: CheckedScores) -> Estimate:
         """Return the negated update."""
         assert self._sampled is not None
         trainer = self.trainer

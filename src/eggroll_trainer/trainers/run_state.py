@@ -27,6 +27,7 @@ from ..plotting.styles import Style
 from ..population.untrained import set_untrained, untrained
 from ..update.centre import Centre
 from ..update.schedule import LRSchedulerFactory, Schedules
+from .diagnosed import Diagnosed
 from .extra_state import ExtraState, unregistered_warning
 from .method import Method
 from .plateau import PlateauWatch
@@ -35,7 +36,7 @@ from .told import ToldScores
 from .trainable import padding_rows, set_frozen
 
 
-class RunState(ABC):
+class RunState(Diagnosed, ABC):
     """Base class of trainers that holds the state of the run.
 
     Attributes:
@@ -49,7 +50,6 @@ class RunState(ABC):
     population_size: int
     generation: int
     best_fitness: float
-    history: dict[str, list[Any]]
     last_generation: Generation | None
     _seed: int
     _centre: Centre
@@ -59,7 +59,6 @@ class RunState(ABC):
     _learner: Learner | None
     _warned: Warned
     _findings: Findings
-    _watch: Watch
     _method: Method
     _extra: ExtraState
     _retest: Retest
@@ -94,14 +93,6 @@ class RunState(ABC):
     def lr_scheduler(self) -> LRScheduler | None:
         """The scheduler that ``lr_scheduler=`` made, or None."""
         return self._schedules.lr_scheduler
-
-    @property
-    def status(self) -> str | None:
-        """``"green"`` if the run learns, ``"yellow"`` if that cannot be told from noise, ``"red"`` after a warning.
-
-        None before the first generation, and if a subclass computes its own update.
-        """
-        return self._watch.status(self.history)
 
     @property
     def current_params(self) -> Tensor:
@@ -187,6 +178,7 @@ class RunState(ABC):
 
     def _check_user_code(self) -> None:
         """Look for mistakes in the user's own code, at the start of a generation."""
+        self._watch.stopwatch.restart()
         self._extra.note(self)
         plateau = self._plateau.warning(self)
         if plateau is not None:
@@ -335,7 +327,7 @@ class RunState(ABC):
             "settings": self.settings().plain(),
             "learner": learner_state(self._learner),
             "alone": self._findings.alone,
-            "extra": plain_copy(self._extra.values(self)),
+            "extra": self._extra.sent(self),
             "trained": {name: _to_numpy(value.detach()) for name, value in self._centre.parameters.items()},
             "untrained": {
                 name: _to_numpy(value.detach())

@@ -13,7 +13,7 @@ class VanillaESTrainer(KeyedESTrainer):
     carry over.
 
     Takes the arguments of :class:`~eggroll_trainer.ESTrainer` and, of
-    :class:`~eggroll_trainer.EGGROLLTrainer`, ``noise_reuse``, ``group_size`` and ``shaping``.
+    :class:`~eggroll_trainer.EGGROLLTrainer`, ``noise_reuse``, ``group_size``, ``shaping`` and ``max_grad_norm``.
 
     References:
         Salimans et al., "Evolution Strategies as a Scalable Alternative to Reinforcement Learning", 2017.

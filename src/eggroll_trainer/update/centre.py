@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..perturbation.sample import wide_dtype
+from .estimate import length_of, root_of_squares
 from .optimizers import OptimizerFactory, check_optimizer
 
 # Entries whose change is measured at a time on a CPU, so that they fit in its cache.
@@ -117,7 +118,7 @@ class Centre:
 
     def length(self) -> float:
         """Return the Euclidean norm of all weights."""
-        return _length([master.detach() for master in self.masters.values()])
+        return length_of([master.detach() for master in self.masters.values()])
 
     def flat(self) -> Tensor:
         """Return all weights in one new tensor, ``[D]``."""
@@ -208,7 +209,7 @@ class Centre:
                 self.masters[name][rows] = before[name][rows]
         length = _distance([self.masters[name] for name in before], list(before.values()))
         if not math.isfinite(length):
-            if not math.isfinite(_length(list(gradient.values()))):
+            if not math.isfinite(length_of(list(gradient.values()))):
                 raise ValueError(
                     "the update is not finite; the parameters were not changed. Scale the fitness down, or use a"
                     ' shaping such as "zscore"'
@@ -274,18 +275,8 @@ def _members(groups: Sequence[Mapping[str, Any]]) -> list[list[int]]:
 def _distance(new: list[Tensor], old: list[Tensor]) -> float:
     """Return the Euclidean distance between two lists of tensors."""
     if sum(value.numel() for value in new) <= _PIECE or any(value.device.type != "cpu" for value in new):
-        return _length([a - b for a, b in zip(new, old, strict=True)])
+        return length_of([a - b for a, b in zip(new, old, strict=True)])
     pairs = zip(new, old, strict=True)
     pieces = (zip(a.reshape(-1).split(_PIECE), b.reshape(-1).split(_PIECE), strict=True) for a, b in pairs)
     # In pieces that stay in the cache.
-    return _root_of_squares([torch.linalg.vector_norm(a - b) for piece in pieces for a, b in piece])
-
-
-def _length(values: Sequence[Tensor]) -> float:
-    """Return the Euclidean norm of tensors taken together."""
-    return _root_of_squares([torch.linalg.vector_norm(value.flatten()) for value in values])
-
-
-def _root_of_squares(norms: Sequence[Tensor]) -> float:
-    # One transfer, so that we wait for an accelerator only once. The squares are summed in float64.
-    return torch.stack([norm.double().to(norms[0].device) for norm in norms]).square().sum().sqrt().item()
+    return root_of_squares([torch.linalg.vector_norm(a - b) for piece in pieces for a, b in piece])

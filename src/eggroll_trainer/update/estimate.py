@@ -7,6 +7,7 @@ processes, it is taken.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -63,10 +64,41 @@ class Estimate:
     Attributes:
         gradient: ``-Δθ`` for every trained parameter.
         terms: Statistics of its terms; None if a subclass computes the update.
+        scale: Factor that it was multiplied by to limit its norm.
     """
 
     gradient: dict[str, Tensor]
     terms: Terms | None = None
+    scale: float = 1.0
+
+    def clipped(self, most: float | None) -> Estimate:
+        """Return the estimate, scaled down to the Euclidean length ``most`` if it is longer; as it is for None.
+
+        It is then what members' weights that are all smaller by the same factor would have given.
+        """
+        if most is None:
+            return self
+        length = length_of(list(self.gradient.values()))
+        if not most < length < math.inf:
+            # What is not finite is refused by whoever takes the step.
+            return self
+        scale = most / length
+        terms = self.terms
+        if terms is not None:
+            squares = {name: value * scale**2 for name, value in terms.squares.items()}
+            terms = dataclasses.replace(terms, squares=squares, weights=terms.weights * scale)
+        return Estimate({name: value * scale for name, value in self.gradient.items()}, terms, scale)
+
+
+def length_of(values: Sequence[Tensor]) -> float:
+    """Return the Euclidean length of tensors taken together."""
+    return root_of_squares([torch.linalg.vector_norm(value.flatten()) for value in values])
+
+
+def root_of_squares(norms: Sequence[Tensor]) -> float:
+    """Return the length of a vector of the lengths of its parts, each 0-d."""
+    # In one piece, so that an accelerator is waited for once; the sum of the squares is taken in float64.
+    return torch.stack([norm.double().to(norms[0].device) for norm in norms]).square().sum().sqrt().item()
 
 
 def weighted_sum(

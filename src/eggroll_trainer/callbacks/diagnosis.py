@@ -1,0 +1,85 @@
+"""A close look at a run now and then: at each parameter, and at where the time goes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .._utils.validation import check_int
+from ..diagnostics.layers import LayerFigures, layer_figures, table
+from .callback import Callback, Metrics, Trainer
+
+
+class Diagnosis(Callback):
+    """Looks closely at one generation in ten, say: what its step does to each parameter, and where the time goes.
+
+    It adds ``layers`` and ``seconds_by_station`` to the metrics of these generations, which loggers that come later in
+    the list write as ``layers/0.weight/relative_update`` and the like; ``print`` it for a table of the last one. A
+    generation before, it copies the weights, so that between these it costs nothing.
+
+    Args:
+        every: Look at generations whose number is divisible by this.
+
+    Attributes:
+        layers: The last :class:`~eggroll_trainer.diagnostics.LayerFigures`, by parameter.
+        seconds: What that generation took, as :attr:`ESTrainer.seconds` says.
+        generation: Which one that was.
+
+    Raises:
+        TypeError: ``every`` is not an integer.
+        ValueError: It is less than 1.
+
+    Example:
+        >>> from eggroll_trainer import EGGROLLTrainer
+        >>> x = torch.randn(32, 3)
+        >>> trainer = EGGROLLTrainer(model=torch.nn.Linear(3, 1), fitness_fn=lambda m: -m(x).square().mean(), seed=0)
+        >>> diagnosis = Diagnosis(every=5)
+        >>> _ = trainer.train(10, verbose=False, callback=diagnosis)
+        >>> diagnosis.generation, list(diagnosis.layers)
+        (10, ['weight', 'bias'])
+    """
+
+    def __init__(self, every: int = 10) -> None:
+        self.every = check_int("every", every, 1)
+        self.layers: dict[str, LayerFigures] = {}
+        self.seconds: dict[str, float] = {}
+        self.generation = self._members = 0
+        self._before: dict[str, Tensor] = {}
+
+    def __repr__(self) -> str:
+        return f"Diagnosis(every={self.every})"
+
+    def __str__(self) -> str:
+        """Return a table of the parameters, and a line about the time."""
+        if not self.generation:
+            return f"{self!r}: no generation was looked at yet"
+        total = sum(self.seconds.values())
+        shares = ", ".join(f"{name} {value / total:.0%}" for name, value in self.seconds.items()) if total else ""
+        rate = f"; {self._members / total:,.0f} evaluations/s" if total else ""
+        return f"{table(self.layers)}\ngeneration {self.generation}: {total:.3g} s ({shares}{rate})"
+
+    def on_start(self, trainer: Trainer) -> None:
+        """Note the weights, if the next generation is looked at."""
+        self._note(trainer)
+
+    def on_generation(self, trainer: Trainer, metrics: Metrics) -> None:
+        """Look at the generation, if it is time."""
+        if trainer.generation % self.every == 0 and self._before:
+            groups = trainer.param_groups
+            dtypes = {
+                name: p.dtype for group in groups for name, p in zip(group["names"], group["params"], strict=True)
+            }
+            after = trainer._centre.state_dict()["parameters"]
+            self.layers = layer_figures(self._before, after, dtypes, trainer._watch.signal)
+            self.seconds, self.generation = trainer.seconds, trainer.generation
+            self._members = trainer.population_size
+            metrics["layers"] = {name: figures.plain() for name, figures in self.layers.items()}
+            metrics["seconds_by_station"] = dict(self.seconds)
+        self._note(trainer)
+
+    @torch.no_grad()
+    def _note(self, trainer: Trainer) -> None:
+        self._before = {}
+        if (trainer.generation + 1) % self.every == 0:
+            values = trainer._centre.state_dict()["parameters"]
+            self._before = {name: value.clone() for name, value in values.items() if name in trainer._trained}

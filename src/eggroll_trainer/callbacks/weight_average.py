@@ -1,0 +1,139 @@
+"""An exponential moving average of the weights.
+
+``torch.optim.swa_utils.AveragedModel`` averages in the dtype of the weights, in which an average of bf16 or fp16
+weights soon stands still. Here the float32 masters are averaged, and the average is a part of checkpoints.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .._utils.interrupts import delayed_interrupt
+from .._utils.validation import check_real
+from .callback import Callback, Metrics, Trainer
+
+
+class WeightAverage(Callback):
+    """Averages the weights over the last generations, for evaluation and export. The run itself goes on as without it.
+
+    After generation ``t`` the average of the centres ``θ_s`` is ``Σ_s β^(t-s) θ_s / Σ_s β^(t-s)``, over the
+    generations that were made with it. It takes the noise of single steps out, and pays most where steps are long or
+    scores noisy; at the end of a run with a falling learning rate there is little left to gain.
+
+    The average belongs to the state of the trainer, under the name ``weight_average_β``: it is saved by
+    :meth:`~eggroll_trainer.ESTrainer.save`, goes on after :meth:`~eggroll_trainer.ESTrainer.load` to the bit, and
+    begins anew with another decay. Of several processes the first one has it.
+
+    Args:
+        decay: ``β``, at least 0 and below 1. The average looks back about ``1/(1 - β)`` generations: take a
+            tenth of the run.
+
+    Raises:
+        TypeError: ``decay`` is not a number.
+        ValueError: It is out of range.
+
+    Example:
+        >>> from eggroll_trainer import EGGROLLTrainer
+        >>> x = torch.randn(32, 3)
+        >>> trainer = EGGROLLTrainer(
+        ...     model=nn.Linear(3, 1), fitness_fn=lambda m: -m(x).square().mean(), learning_rate=0.5, seed=0
+        ... )
+        >>> average = WeightAverage(decay=0.9)
+        >>> _ = trainer.train(60, verbose=False, callback=average)
+        >>> trainer.evaluate_fitness(average.model) > trainer.evaluate_fitness(trainer.model)
+        True
+    """
+
+    def __init__(self, decay: float = 0.95) -> None:
+        self.decay = check_real("decay", decay, positive=False)
+        if self.decay >= 1:
+            raise ValueError(f"decay must be below 1, got {self.decay:g}")
+        self._name = f"weight_average_{self.decay!r}".replace(".", "_").replace("-", "_")
+        self._trainer: Trainer = None
+
+    def __repr__(self) -> str:
+        return f"WeightAverage({self.decay:g})"
+
+    def on_start(self, trainer: Trainer) -> None:
+        """Register the average with the trainer, unless it has come with a checkpoint."""
+        self._trainer = trainer
+        if not hasattr(trainer, self._name):
+            trainer.register_state(self._name, {"generation": 0, "weight": 0.0, "parameters": {}})
+        # Members don't depend on it.
+        trainer._extra.unsent.add(self._name)
+
+    def on_generation(self, trainer: Trainer, metrics: Metrics) -> None:
+        """Take the weights of the generation into the average."""
+        self.update(trainer)
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def update(self, trainer: Trainer) -> None:
+        """Take the present weights into the average: for loops of your own around ``trainer.step()``.
+
+        A second call in the same generation changes nothing.
+
+        Args:
+            trainer: The trainer.
+        """
+        self.on_start(trainer)
+        state = self._state
+        if state["generation"] == trainer.generation:
+            return
+        with delayed_interrupt():
+            state["generation"] = trainer.generation
+            state["weight"] = self.decay * state["weight"] + (1 - self.decay)
+            averages = state["parameters"]
+            for name, value in trainer._centre.state_dict()["parameters"].items():
+                if name in averages:
+                    averages[name].lerp_(value, (1 - self.decay) / state["weight"])
+                else:
+                    # The first generation; or a parameter that was frozen until now, and so has been the same.
+                    averages[name] = value.clone()
+
+    @property
+    def _state(self) -> dict[str, Any]:
+        if self._trainer is None:
+            raise RuntimeError("there is no average yet: pass it to train(callback=…), or call update(trainer)")
+        state: dict[str, Any] = getattr(self._trainer, self._name)
+        return state
+
+    @property
+    def parameters(self) -> dict[str, Tensor]:
+        """The averages of the trained parameters by name, in float32 or wider; empty before the first generation.
+
+        Raises:
+            RuntimeError: No trainer was given yet.
+        """
+        return dict(self._state["parameters"])
+
+    @property
+    def model(self) -> nn.Module:
+        """A new module with the averaged weights, and buffers and untrained parameters as the model has them.
+
+        Raises:
+            RuntimeError: No trainer was given yet; or a copy of the model does not compute what the model does: use
+                :meth:`weights` then.
+        """
+        values = self.parameters
+        model: nn.Module = self._trainer._copy_with(values, "WeightAverage.model", "with average.weights() as model: …")
+        return model
+
+    @contextlib.contextmanager
+    def weights(self) -> Iterator[nn.Module]:
+        """Put the averaged weights into the trainer's own model inside the block. Don't take a step in it.
+
+        Yields:
+            ``trainer.model``.
+
+        Raises:
+            RuntimeError: No trainer was given yet.
+        """
+        values = self.parameters
+        with self._trainer._holding(values) as model:
+            yield model
