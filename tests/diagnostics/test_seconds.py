@@ -91,10 +91,10 @@ class SlowAlone(torch.nn.Module):
 def test_check(fitness_fn: Any) -> None:
     trainer = make(model=SlowAlone(), fitness_fn=fitness_fn)
     assert longest(trainer) == "check"
-    # The checks are in generations 1, 2, 4, 8, …
+    # The checks are in generations 1, 2, 4, 8, …; in the third only symptoms are looked for.
     trainer.step()
     trainer.step()
-    assert trainer.seconds["check"] == 0.0 and trainer.seconds["evaluation"] > 0
+    assert trainer.seconds["check"] < LONG / 2 and trainer.seconds["evaluation"] > 0
 
 
 def test_blocks_inside_others_count_once() -> None:

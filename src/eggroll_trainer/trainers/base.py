@@ -321,7 +321,7 @@ class ESTrainer(RunState, BestMember, OptimizerInterface, torch.optim.Optimizer,
     def _start_generation(self) -> None:
         with delayed_interrupt(), thread_modes.neutral():
             if self._held:
-                raise RuntimeError("a generation cannot begin while the model holds other weights: leave that block")
+                raise RuntimeError("no step is possible while the model holds other weights: leave the block first")
             self._check_live()
             self._check_user_code()
             self._findings.begin_generation(self.generation, self._fitness_fn(), self.model)
