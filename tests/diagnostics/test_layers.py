@@ -144,9 +144,9 @@ def test_bf16_weights_are_told_by_what_is_stored() -> None:
         learning_rate=1e-4,
     )  # fmt: skip
     diagnosis = Diagnosis(every=1)
-    before = model[0].weight.clone()
+    before = model.get_parameter("0.weight").clone()
     trainer.train(1, verbose=False, callback=diagnosis)
-    changed = (model[0].weight != before).double().mean().item()
+    changed = torch.ne(model.get_parameter("0.weight"), before).double().mean().item()
     assert diagnosis.layers["0.weight"].changed_share == changed < 0.5
 
 

@@ -28,7 +28,7 @@ def slow(function: Callable[..., Any]) -> Callable[..., Any]:
 @batched
 def slow_fitness(population: Population) -> torch.Tensor:
     time.sleep(LONG)
-    return population_fitness(population)  # type: ignore[no-any-return]
+    return population_fitness(population)
 
 
 def longest(trainer: Any) -> str:
@@ -84,7 +84,7 @@ class SlowAlone(torch.nn.Module):
 
         if peek_interpreter_stack() is None:
             time.sleep(LONG)
-        return self.inner(x)  # type: ignore[no-any-return]
+        return self.inner(x)
 
 
 @pytest.mark.parametrize("fitness_fn", [population_fitness, lambda model: -model(torch.ones(2, 4)).square().mean()])

@@ -127,7 +127,7 @@ def test_the_terms_are_those_of_smaller_weights() -> None:
 
 def test_frozen_and_padded_weights_do_not_move() -> None:
     model = network()
-    model[0].requires_grad_(False)
-    before = model[0].weight.clone()
+    model.get_submodule("0").requires_grad_(False)
+    before = model.get_parameter("0.weight").clone()
     raw(model=model, max_grad_norm=0.01).step()
-    assert torch.equal(model[0].weight, before)
+    assert torch.equal(model.get_parameter("0.weight"), before)

@@ -140,8 +140,8 @@ class Adaptation:
         possible = self._average("possible", facts.possible)
         # Two standard deviations of the average of random cosines.
         least = 2 * math.sqrt((1 - _MEMORY) / (1 + _MEMORY)) * random_cosine(facts.weights)
-        excess = (agreement - _AGREEMENT * possible) / max(possible, least)
-        share = excess / (1 - _AGREEMENT) if excess > 0 else excess
+        # The same slope on both sides: otherwise, random cosines alone would change the rate.
+        share = (agreement - _AGREEMENT * possible) / max(possible, least) / (1 - _AGREEMENT)
         return math.exp(_RATE_CHANGE * max(-1.0, min(1.0, share)))
 
     def _sigma(self, facts: Facts) -> float:
