@@ -86,7 +86,7 @@ for name, change in CHANGES.items():
     )
     names = {"function": "shaping", "lambda": "shaping", "sigma": "options"}
     for lines in said:
-        assert len(lines) == 12
+        assert len(lines) == 13
         for line in lines:
             name, _, message = line.partition(" ")
             assert f"do not agree on {names.get(name, name)} in generation 2" in message, line

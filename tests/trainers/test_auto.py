@@ -150,6 +150,20 @@ def test_the_rules() -> None:
     assert after(40, linear_share=0.5, sigma=1.0)[1] < 0.5
 
 
+def test_random_cosines_do_not_raise_the_rate() -> None:
+    # No signal: cosines of random directions in 2,500 dimensions, for 100 runs of 200 generations. The rate does a random
+    # walk without a drift.
+    cosines = torch.randn(100, 200, generator=torch.Generator().manual_seed(0)) / 50
+    logarithms = []
+    for run in cosines.tolist():
+        adaptation, total = Adaptation(first_state()), 0.0
+        for cosine in run:
+            total += math.log(adaptation.after(facts(agreement=cosine, possible=0.0, weights=2500), True, False)[0])
+        logarithms.append(total)
+    found = torch.tensor(logarithms)
+    assert abs(found.mean()) < 3 * found.std() / math.sqrt(100)
+
+
 def test_curvature_is_told_from_noise() -> None:
     adaptation = Adaptation(first_state())
     sigma = 0.1

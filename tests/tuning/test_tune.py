@@ -13,6 +13,8 @@ from torch import nn
 
 from eggroll_trainer import EGGROLLTrainer, VanillaESTrainer, tune
 from eggroll_trainer.diagnostics import LearningWarning
+from eggroll_trainer.tuning import SigmaTrial
+from eggroll_trainer.tuning.tune import _chosen
 
 X = torch.randn(128, 4, generator=torch.Generator().manual_seed(0))
 Y = torch.sin(X[:, :1]) + 0.5 * X[:, 1:2]
@@ -30,6 +32,27 @@ def network() -> nn.Module:
 def make(cls: Any = EGGROLLTrainer, **options: Any) -> Any:
     settings: dict[str, Any] = {"fitness_fn": fitness, "population_size": 64, "seed": 0, **options}
     return cls(model=network(), **settings)
+
+
+SHARES = {0.01: 1.0, 0.03: 0.95, 0.1: 0.7, 0.3: 0.4, 1.0: 0.1}
+
+
+@pytest.mark.parametrize(
+    "ties, expected",
+    [
+        # Smooth, also if two of very many scores are equal by chance.
+        ((0.0, 0.0, 0.0, 0.0, 0.0), 0.03),
+        ((1e-6, 0.0, 1e-6, 0.0, 0.0), 0.03),
+        # Piecewise constant.
+        ((0.2, 0.1, 0.03, 0.02, 0.02), 0.1),
+        # Those that tell members apart; or the one that does so best.
+        ((0.9, 0.8, 0.7, 0.1, 0.1), 0.3),
+        ((1.0, 0.9, 0.8, 0.7, 0.6), 1.0),
+    ],
+)
+def test_the_sigma_that_is_chosen(ties: tuple[float, ...], expected: float) -> None:
+    trials = [SigmaTrial(s, share, t, 0.0) for (s, share), t in zip(SHARES.items(), ties, strict=True)]
+    assert _chosen(trials) == expected
 
 
 @pytest.mark.parametrize(

@@ -3,10 +3,10 @@
 *Sigma.* Members come in antithetic pairs, ``f₊`` and ``f₋``. With ``o = (f₊ - f₋)/2`` and ``e = (f₊ + f₋)/2``, the
 *linear share* is ``Var(o)/(Var(o) + Var(e))``. It is near 1 if the fitness is linear over a distance of sigma, less if
 it is curved (sigma is too large), and about a half if it is noise or too coarse (sigma is too small). It takes one
-generation to measure, whatever the number of weights is.
-We take the largest sigma with at least 0.6 of the best linear share: the cosine between the estimate and the true
-direction goes with the root of the share. A sigma a third as large would gain less than a third in cosine, move a third
-as far, and be caught more easily in local optima, where all members are worse than the centre or tie.
+generation to measure, whatever the number of weights is. We take the largest sigma that is nearly as linear as the
+best: with 0.85 of its linear share if the fitness is smooth, and with 0.6 if scores tie. A fitness that ties, such as
+an accuracy, is piecewise constant. It has no slope at a point: what a small sigma sees are the few examples at the
+margin, and later, where all members are worse than the centre or tie, nothing.
 
 *Learning rate.* Several rates, which move a weight by a hundredth of sigma to three sigmas a generation, start from the
 same weights with the same perturbations. The better half of them continues, again and again (successive halving,
@@ -38,8 +38,10 @@ from .result import RateTrial, SigmaTrial, Tuning
 _SIGMAS = range(-4, 5)
 # Learning rates to try, as the step of a weight in a generation, in units of sigma.
 _STEPS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
-# A sigma is acceptable from this fraction of the best linear share on, and below this tie probability.
-_NEARLY, _TIES = 0.6, 0.3
+# A sigma is acceptable from this fraction of the best linear share on: if the fitness is smooth, or piecewise constant.
+_NEARLY, _NEARLY_COARSE = 0.85, 0.6
+# It is piecewise constant above the first tie probability. Above the second, a sigma is too small.
+_COARSE, _TIES = 0.001, 0.3
 
 
 def tune(
@@ -265,5 +267,6 @@ class _Search:
 def _chosen(trials: list[SigmaTrial]) -> float:
     """Return the largest sigma that is nearly as linear as the best, of those with few ties if there are any."""
     usable = [trial for trial in trials if trial.ties < _TIES] or [min(trials, key=lambda trial: trial.ties)]
-    best = max(trial.linear_share for trial in usable)
-    return max(trial.sigma for trial in usable if trial.linear_share >= _NEARLY * best)
+    best = max(usable, key=lambda trial: trial.linear_share)
+    nearly = _NEARLY_COARSE if best.ties > _COARSE else _NEARLY
+    return max(trial.sigma for trial in usable if trial.linear_share >= nearly * best.linear_share)
