@@ -151,8 +151,8 @@ def test_the_rules() -> None:
 
 
 def test_random_cosines_do_not_raise_the_rate() -> None:
-    # No signal: cosines of random directions in 2,500 dimensions, for 100 runs of 200 generations. The rate does a random
-    # walk without a drift.
+    # No signal: cosines of random directions in 2,500 dimensions, for 100 runs of 200 generations. The rate walks
+    # at random, without a drift.
     cosines = torch.randn(100, 200, generator=torch.Generator().manual_seed(0)) / 50
     logarithms = []
     for run in cosines.tolist():
