@@ -8,13 +8,21 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import Custom, make, network, population_fitness
+from helpers import Custom, fitness, make, network, population_fitness
 
 from eggroll_trainer import Population, batched
 from eggroll_trainer._utils.stopwatch import Stopwatch
 from eggroll_trainer.trainers import keyed
 
 LONG = 0.05
+
+
+@pytest.fixture(scope="module", autouse=True)
+def warm() -> None:
+    """What happens once in a process, such as imports, takes longer than what is timed."""
+    for fitness_fn in (population_fitness, fitness):
+        make(fitness_fn=fitness_fn).step()
+    make(Custom).step()
 
 
 def slow(function: Callable[..., Any]) -> Callable[..., Any]:
