@@ -462,19 +462,25 @@ LIVE: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any], type[Exception
         replace_weight,
         put_weight_back,
         RuntimeError,
-        "parameter '0.weight' of the model was replaced, converted or moved after this trainer was made",
+        "parameter '0.weight' of the model was replaced, converted, moved or reshaped after this trainer was made",
     ),
     "parameter removed": (
         remove_weight,
         put_weight_back,
         RuntimeError,
-        "parameter '0.weight' of the model was replaced, converted or moved after this trainer was made",
+        "parameter '0.weight' of the model was replaced, converted, moved or reshaped after this trainer was made",
+    ),
+    "parameter reshaped": (
+        lambda t: setattr(t.model[0].weight, "data", t.model[0].weight.data.T),
+        lambda t: setattr(t.model[0].weight, "data", t.model[0].weight.data.T),
+        RuntimeError,
+        "parameter '0.weight' of the model was replaced, converted, moved or reshaped after this trainer was made",
     ),
     "model converted": (
         lambda t: t.model.double(),
         lambda t: t.model.float(),
         RuntimeError,
-        "parameter '0.weight' of the model was replaced, converted or moved after this trainer was made",
+        "parameter '0.weight' of the model was replaced, converted, moved or reshaped after this trainer was made",
     ),
 }
 

@@ -49,7 +49,7 @@ class Centre:
         self.candidates: dict[str, nn.Parameter] = {
             name: p for group in groups for name, p in zip(group["names"], group["params"], strict=True)
         }
-        self._placements = {name: (p.dtype, p.device) for name, p in self.candidates.items()}
+        self._kinds = {name: _kind(p) for name, p in self.candidates.items()}
         self.fixed_rows: dict[str, Sequence[int]] = {}
         self.parameters = {name: p for name, p in self.candidates.items() if p.requires_grad}
         self.masters = {name: _master(p) for name, p in self.parameters.items()}
@@ -103,13 +103,13 @@ class Centre:
         return optimizer
 
     def check_model(self, model: nn.Module) -> None:
-        """Raise ``RuntimeError`` if a parameter of the model was replaced, converted or moved."""
+        """Raise ``RuntimeError`` if a parameter of the model was replaced, converted, moved or reshaped."""
         current = dict(model.named_parameters(remove_duplicate=False))
         for name, p in self.parameters.items():
-            if current.get(name) is not p or (p.dtype, p.device) != self._placements[name]:
+            if current.get(name) is not p or _kind(p) != self._kinds[name]:
                 raise RuntimeError(
-                    f"parameter {name!r} of the model was replaced, converted or moved after this trainer was made, and"
-                    " the trainer still has the old one: make a new trainer"
+                    f"parameter {name!r} of the model was replaced, converted, moved or reshaped after this trainer was made,"
+                    " and the trainer still has the old one: make a new trainer"
                 )
 
     def __len__(self) -> int:
@@ -260,6 +260,11 @@ class Centre:
             if master is not p:
                 # Unchanged entries keep the master's digits below the resolution of the model.
                 master.copy_(torch.where(p == master.to(p.dtype), master, p.to(master.dtype)))
+
+
+def _kind(p: Tensor) -> tuple[torch.dtype, torch.device, torch.Size]:
+    """Return what of a parameter must not change."""
+    return p.dtype, p.device, p.shape
 
 
 def _master(parameter: nn.Parameter) -> nn.Parameter:
