@@ -108,8 +108,8 @@ class Centre:
         for name, p in self.parameters.items():
             if current.get(name) is not p or _kind(p) != self._kinds[name]:
                 raise RuntimeError(
-                    f"parameter {name!r} of the model was replaced, converted, moved or reshaped after this trainer was made,"
-                    " and the trainer still has the old one: make a new trainer"
+                    f"parameter {name!r} of the model was replaced, converted, moved or reshaped after this trainer was"
+                    " made, and the trainer still has the old one: make a new trainer"
                 )
 
     def __len__(self) -> int:
