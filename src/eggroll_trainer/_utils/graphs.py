@@ -55,23 +55,25 @@ class Backend:
             self._records = None
 
 
-def replay(records: Sequence[_Record], own: Sequence[Tensor], result: Any) -> Callable[[Sequence[Tensor]], Any] | None:
-    """Return a function that computes ``result`` again, for other tensors in the place of ``own``.
+def replay(
+    records: Sequence[_Record], replaced: Sequence[Tensor], result: Any
+) -> Callable[[Sequence[Tensor]], Any] | None:
+    """Return a function that computes ``result`` again, for other tensors in the place of ``replaced``.
 
     Args:
         records: The recorded calls of graphs that computed ``result``.
-        own: Tensors among the inputs of the graph.
+        replaced: Tensors among the inputs of the graph.
         result: The result, made of outputs of the graph.
 
     Returns:
-        The function. None if more than one graph was called, or if a tensor of ``own`` or ``result`` is not exactly one
-        input or output of the graph, by identity.
+        The function. None if more than one graph was called, or if a tensor of ``replaced`` or ``result`` is not
+        exactly one input or output of the graph, by identity.
     """
     if len(records) != 1:
         return None
     graph, inputs, outputs = records[0]
     leaves, spec = tree_flatten(result)
-    inputs_at = [[i for i, value in enumerate(inputs) if value is tensor] for tensor in own]
+    inputs_at = [[i for i, value in enumerate(inputs) if value is tensor] for tensor in replaced]
     outputs_at = [[i for i, value in enumerate(outputs) if value is leaf] for leaf in leaves]
     if any(len(places) != 1 for places in (*inputs_at, *outputs_at)):
         return None

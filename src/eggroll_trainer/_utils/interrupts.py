@@ -325,11 +325,11 @@ class delayed_interrupt:
     They take effect even if the block raises. A second signal takes effect at once.
     """
 
-    __slots__ = ("_guard", "_own")
+    __slots__ = ("_guard", "_opened")
 
     def __enter__(self) -> None:
         guard = _active
-        self._own = guard is None
+        self._opened = guard is None
         if guard is None:
             guard = _open(sys._getframe(1))
         elif guard.thread != _get_ident():
@@ -342,7 +342,7 @@ class delayed_interrupt:
         guard = self._guard
         if guard is not None:
             guard.delays -= 1
-            if self._own:
+            if self._opened:
                 guard.close(kind is not None)
             elif guard.waiting:
                 guard.check()
@@ -395,7 +395,7 @@ class time_limit:
         self.deadline = self.patience = 0.0
         self.raised = False
         self._guard: _Guard | None = None
-        self._own: _Guard | None = None
+        self._opened: _Guard | None = None
         self._outer: time_limit | None = None
 
     def __enter__(self) -> None:
@@ -403,7 +403,7 @@ class time_limit:
             return
         guard = _active
         if guard is None:
-            guard = self._own = _open(sys._getframe(1))
+            guard = self._opened = _open(sys._getframe(1))
         if guard is None or guard.thread != threading.get_ident():
             return
         self._guard, self._outer, self.raised = guard, guard.limit, False
@@ -415,16 +415,16 @@ class time_limit:
         guard.start(self)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        guard, own = self._guard, self._own
-        self._guard = self._own = None
+        guard, opened = self._guard, self._opened
+        self._guard = self._opened = None
         if guard is None:
             return
         guard.stop(self._outer)
         if self._exit_when_stuck:
             faulthandler.cancel_dump_traceback_later()
         try:
-            if own is not None:
-                own.close(kind is not None)
+            if opened is not None:
+                opened.close(kind is not None)
             elif guard.waiting:
                 guard.check()
         finally:

@@ -91,12 +91,12 @@ def check_format(state: Any, origin: str) -> None:
         )
 
 
-def check_same_model(state: dict[str, Any], own: dict[str, Any], resizable: Collection[str]) -> None:
+def check_same_model(state: dict[str, Any], expected: dict[str, Any], resizable: Collection[str]) -> None:
     """Check that a state has the same parameters, buffers and parameter groups as a trainer's own.
 
     Args:
         state: The state to check.
-        own: The trainer's own state.
+        expected: The trainer's own state.
         resizable: Names of tensors whose shape may differ.
 
     Raises:
@@ -105,9 +105,9 @@ def check_same_model(state: dict[str, Any], own: dict[str, Any], resizable: Coll
     """
     there, here = (
         {name: tuple(value.shape) for name, value in {**s["centre"]["parameters"], **s["untrained"]}.items()}
-        for s in (state, own)
+        for s in (state, expected)
     )
-    groups_there, groups_here = ([list(group["names"]) for group in s["param_groups"]] for s in (state, own))
+    groups_there, groups_here = ([list(group["names"]) for group in s["param_groups"]] for s in (state, expected))
     differing = [
         name
         for name in {**here, **there}

@@ -27,14 +27,14 @@ def simulator_advice(function: Callable[..., Any], members: int, seconds: float,
         seconds: Time that this took.
         in_model: Seconds of it that were spent in the model's forwards.
     """
-    own = seconds - in_model
-    if in_model == 0 or seconds < _SECONDS or own < _SHARE * seconds or not plays_environment(function):
+    outside_model = seconds - in_model
+    if in_model == 0 or seconds < _SECONDS or outside_model < _SHARE * seconds or not plays_environment(function):
         return None
     return (
         f"the evaluation of {members} members took {seconds:.1f} s. The model's forwards took {in_model:.1f} s of it;"
-        f" the fitness function's own code took {own:.1f} s, as it runs for one member after the other. It plays a"
-        " Gymnasium environment: the fitness function eggroll_trainer.rl.rollout.EpisodeReturn(ENV_ID) steps the"
-        " environments of all members together; see docs/reinforcement-learning.md"
+        f" the fitness function's own code took {outside_model:.1f} s, as it runs for one member after the other. It"
+        " plays a Gymnasium environment. To step the environments of all members together, use the fitness function"
+        " eggroll_trainer.rl.rollout.EpisodeReturn(ENV_ID); the user guide's page on reinforcement learning shows how"
     )
 
 

@@ -244,8 +244,8 @@ class _Report(NamedTuple):
         parts = torch.from_numpy(self.scores.astype(np.float64)).split([math.prod(shape) for shape in self.shapes])
         scores = [part.view(shape) for part, shape in zip(parts, self.shapes, strict=True)]
         return [
-            Outcome(own, None if values is None else torch.from_numpy(values), warned, alone, self.noise)
-            for own, values, warned, alone in zip(scores, self.statistics, self.warnings, self.alone, strict=True)
+            Outcome(chunk, None if values is None else torch.from_numpy(values), warned, alone, self.noise)
+            for chunk, values, warned, alone in zip(scores, self.statistics, self.warnings, self.alone, strict=True)
         ]
 
 
@@ -282,17 +282,17 @@ def _fresh_store(rank: int, size: int) -> dist.Store:
     if rank != 0:
         question = secrets.token_hex(16)
         shared.set(f"eggroll/question/{rank}", question)
-        own = dist.TCPStore(host, int(shared.get(f"eggroll/answer/{question}")), is_master=False)
-        own.add("joined", 1)
-        return own
-    own = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)
-    while own.add("joined", 0) < size - 1:
+        store = dist.TCPStore(host, int(shared.get(f"eggroll/answer/{question}")), is_master=False)
+        store.add("joined", 1)
+        return store
+    store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)
+    while store.add("joined", 0) < size - 1:
         for other in range(1, size):
             if shared.check([f"eggroll/question/{other}"]):
                 question = shared.get(f"eggroll/question/{other}").decode()
-                shared.set(f"eggroll/answer/{question}", str(own.port))
+                shared.set(f"eggroll/answer/{question}", str(store.port))
         time.sleep(0.01)
-    return own
+    return store
 
 
 def local_device(device: torch.device) -> torch.device:

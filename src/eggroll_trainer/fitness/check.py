@@ -63,10 +63,10 @@ def difference(
         found = f"it raised {type(error).__name__} when evaluated alone: {error}"
     if found is None:
         return None
-    own = _Recording(population)
-    own.run(function, index, generators)
+    recording = _Recording(population)
+    recording.run(function, index, generators)
     try:
-        if _Replay(population, own.record).run(function, index, generators) is not None:
+        if _Replay(population, recording.record).run(function, index, generators) is not None:
             raise DiffersFromItself
     except Exception as error:
         raise DiffersFromItself from error
@@ -219,8 +219,8 @@ class _Replay(_Compared):
 
         def call() -> Any:
             given = objects if not outputs else copy_with(spare, Tensor.clone)
-            own = dict(zip(map(id, objects), given, strict=True))
-            own_args, own_kwargs = tree_map(lambda leaf: own.get(id(leaf), leaf), (args, kwargs))
+            copies = dict(zip(map(id, objects), given, strict=True))
+            own_args, own_kwargs = tree_map(lambda leaf: copies.get(id(leaf), leaf), (args, kwargs))
             outputs.append(self.plain(module, own_args, own_kwargs))
             return _compared(outputs[-1]), contents(objects_in([*given, *tree_leaves(outputs[-1])])).tensors()
 
@@ -264,14 +264,14 @@ class _Differentiable(torch.autograd.Function):
 
 def _earned(score: Score | None, alone: Score) -> str | None:
     """Describe the scores of a member together with others, and alone, if they differ."""
-    scores, own = (value if isinstance(value, tuple) else (value,) for value in (score, alone))
-    if isinstance(score, tuple) != isinstance(alone, tuple) or len(scores) != len(own):
+    scores, scores_alone = (value if isinstance(value, tuple) else (value,) for value in (score, alone))
+    if isinstance(score, tuple) != isinstance(alone, tuple) or len(scores) != len(scores_alone):
         counts = [[len(value)] if isinstance(value, tuple) else [] for value in (score, alone)]
         return f"earned {described(counts[0])}, and {described(counts[1])}"
-    for task, (one, other) in enumerate(zip(scores, own, strict=True)):
+    for task, (one, other) in enumerate(zip(scores, scores_alone, strict=True)):
         # NaN counts as equal to NaN.
         if one != other and not (one != one and other != other):
-            where = f" in task {task}" if len(own) > 1 else ""
+            where = f" in task {task}" if len(scores_alone) > 1 else ""
             return f"earned {one!r}{where}, and {other!r}"
     return None
 

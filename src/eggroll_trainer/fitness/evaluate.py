@@ -246,7 +246,7 @@ class Evaluation:
             ValueError: Members have different numbers of tasks.
         """
         tasks = [(len(score),) if isinstance(score, tuple) else () for score in scores]
-        odd = next((index for index, own in enumerate(tasks) if own != tasks[0]), None)
+        odd = next((index for index, shape in enumerate(tasks) if shape != tasks[0]), None)
         if odd is not None:
             first = self.population.first
             error = ValueError(

@@ -104,8 +104,8 @@ class PythonSource(Source):
 
 def sources(device: torch.device) -> list[Source]:
     """Return the global generators that a fitness function may use, torch's first."""
-    own = [] if device.type in ("cpu", "meta") else [TorchSource(device)]
-    return [TorchSource(torch.device("cpu")), *own, NumPySource(), PythonSource()]
+    of_device = [] if device.type in ("cpu", "meta") else [TorchSource(device)]
+    return [TorchSource(torch.device("cpu")), *of_device, NumPySource(), PythonSource()]
 
 
 @contextlib.contextmanager

@@ -119,13 +119,13 @@ class AdapterWriter:
         saved = {place.path: place.module for name in dense for place in places[name]}
         values = {**dict(self.model.named_parameters(remove_duplicate=False)), **dense}
         for path, module in saved.items():
-            own = dict(module.named_parameters())
-            if any(parameter.ndim > 1 for parameter in own.values()):
+            parameters = dict(module.named_parameters())
+            if any(parameter.ndim > 1 for parameter in parameters.values()):
                 raise ValueError(
                     f"an adapter cannot hold the changed {_some(dense)} of {path!r} without its matrix: train with"
                     " freeze_nonlora=True, or save merged weights"
                 )
-            tensors.update({f"{_PREFIX}{path}.{leaf}": values[f"{path}.{leaf}"] for leaf in own})
+            tensors.update({f"{_PREFIX}{path}.{leaf}": values[f"{path}.{leaf}"] for leaf in parameters})
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         # Copies, as safetensors refuses tensors that share memory.

@@ -51,10 +51,10 @@ class Divergence:
         scores = torch.zeros(len(population), len(prompts), dtype=torch.float64, device="cpu")
         options, size = call_options(population.model), len(population) * logit_bytes(population.model)
         # The longest completion of any member determines the memory of a row.
-        counts = [max(len(own[row].tokens) for own in completions) for row in range(len(prompts))]
+        counts = [max(len(of_member[row].tokens) for of_member in completions) for row in range(len(prompts))]
         lengths = [len(prompt) + count for prompt, count in zip(prompts, counts, strict=True)]
         for first, last in tiles(lengths, counts, 2 * size, self.budget):
-            chosen = [(prompts[row], own[row].tokens) for own in completions for row in range(first, last)]
+            chosen = [(prompts[row], of_member[row].tokens) for of_member in completions for row in range(first, last)]
             sequences = self._sequences(population.model, chosen)
             if sequences is None:
                 continue

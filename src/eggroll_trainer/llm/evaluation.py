@@ -89,8 +89,8 @@ class Tally:
         sums = [float(rows), float(tokens), float(ended), float(totals[finite].sum()), float(finite.sum())]
         sums += [0.0, 0.0] if divergence is None else [float(divergence.sum()), float(rows)]
         for column in each.T:
-            own = column.isfinite()
-            sums += [float(column[own].sum()), float(own.sum())]
+            applies = column.isfinite()
+            sums += [float(column[applies].sum()), float(applies.sum())]
         return torch.tensor(sums, dtype=torch.float64, device="cpu")
 
     def nothing(self) -> Tensor:
@@ -99,7 +99,7 @@ class Tally:
 
     def means(self, sums: Tensor) -> dict[str, float]:
         """Return means by name, without those over no completions."""
-        rows, tokens, ended, total, finite, divergence, diverging, *own = sums.tolist()
+        rows, tokens, ended, total, finite, divergence, diverging, *of_functions = sums.tolist()
         pairs = {
             "reward": (total, finite),
             "completion_length": (tokens, rows),
@@ -107,5 +107,5 @@ class Tally:
             "kl": (divergence, diverging),
         }
         for i, name in enumerate(self.names):
-            pairs[f"rewards/{name}"] = own[2 * i], own[2 * i + 1]
+            pairs[f"rewards/{name}"] = of_functions[2 * i], of_functions[2 * i + 1]
         return {name: total / count for name, (total, count) in pairs.items() if count > 0}

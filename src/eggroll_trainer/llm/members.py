@@ -68,8 +68,8 @@ def write_adapters(
         raise TypeError(f"population must be what trainer.ask() returns, got {type(population).__name__}")
     chosen = range(len(population)) if members is None else list(members)
     model: Any = population.model
-    own = hasattr(model, "peft_config")
-    writer = None if own else AdapterWriter(model, base_model, full_rank)
+    has_adapter = hasattr(model, "peft_config")
+    writer = None if has_adapter else AdapterWriter(model, base_model, full_rank)
     paths = []
     for member in chosen:
         path = Path(folder) / f"generation-{population.generation + 1}-member-{member}"

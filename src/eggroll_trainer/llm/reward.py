@@ -182,11 +182,11 @@ class CompletionReward:
         for first in range(0, len(prompts), self.prompts_per_call):
             tile = prompts[first : first + self.prompts_per_call]
             each = self.completer.by_members(population, tile, self.samples_per_prompt, key=("completions", first))
-            for all_of_member, own in zip(found, each, strict=True):
-                all_of_member += own
+            for all_of_member, of_member in zip(found, each, strict=True):
+                all_of_member += of_member
             if self.kl_penalty > 0:
                 divergences.append(self.divergence.of_members(population, self._rows(tile), each))
-        completions = [completion for own in found for completion in own]
+        completions = [completion for of_member in found for completion in of_member]
         totals, each_function = self.rewards(self._rows(drawn) * n, completions)
         divergence = torch.cat(divergences, 1).flatten() if divergences else None
         self._seen = self._seen + self._tally.of(completions, totals, each_function, divergence)

@@ -93,7 +93,7 @@ def random_numbers(
     row_starts += np.repeat(np.array(starts, np.uint64), counts)
     out = torch.empty(end * _ROW, dtype=torch.float32, device=device)
     _fill(out, row_starts, row_steps, kind, compile and len(out) >= _COMPILED)
-    return [out[own] for own in slices]
+    return [out[place] for place in slices]
 
 
 def _start_and_step(entropy: bytes) -> tuple[int, int]:
@@ -123,11 +123,11 @@ def _fill_by_numpy(out: Tensor, starts: Words, steps: Words, kind: NoiseKind) ->
                 except IndexError:
                     return
                 words = torch.from_numpy(_words_by_numpy(starts[rows], steps[rows], _ROW // _PER_WORD[kind])).view(-1)
-                own = out[rows.start * _ROW : rows.stop * _ROW]
+                target = out[rows.start * _ROW : rows.stop * _ROW]
                 if kind == "gaussian":
-                    torch.index_select(_normal_quantiles(out.device), 0, words.view(torch.uint16).int(), out=own)
+                    torch.index_select(_normal_quantiles(out.device), 0, words.view(torch.uint16).int(), out=target)
                 else:
-                    torch.index_select(_signs_of_bytes(), 0, words.view(torch.uint8).int(), out=own.view(-1, 8))
+                    torch.index_select(_signs_of_bytes(), 0, words.view(torch.uint8).int(), out=target.view(-1, 8))
 
     threads = min(torch.get_num_threads(), len(batches), len(out) // _SHARED + 1)
     if threads <= 1:

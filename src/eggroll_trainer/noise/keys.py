@@ -167,8 +167,8 @@ class Noise:
                 for stream in group
             ]
             values = random_numbers(parts, group[0].kind, group[0].device, compile=self.compile)
-            for stream, own in zip(group, values, strict=True):
-                drawn[stream.name] = own.view(count, stream.numel)
+            for stream, numbers in zip(group, values, strict=True):
+                drawn[stream.name] = numbers.view(count, stream.numel)
         return [drawn[stream.name] for stream in streams]
 
     def _entropy(self, generation: int, stream: Stream) -> bytes:

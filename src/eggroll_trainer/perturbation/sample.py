@@ -212,7 +212,7 @@ class Perturbations:
         """Return the perturbations of members ``first, …, first + count - 1``, which share no draw with others."""
         reuse = len(self.signs)
         draws = slice(first // reuse, (first + count) // reuse)
-        return Perturbations({name: own.part(draws) for name, own in self.draws.items()}, self.signs, count)
+        return Perturbations({name: drawn.part(draws) for name, drawn in self.draws.items()}, self.signs, count)
 
     def members(self) -> dict[str, tuple[Tensor, Tensor] | Tensor]:
         """Return, for each parameter, ``(A [n, O, R], B [n, I, R])`` or the full-rank ``[n, *shape]``."""
@@ -242,7 +242,7 @@ class Perturbations:
         """
         coefficients = self._coefficients(weights).square()
         squares = {name: draws.squares() for name, draws in self.draws.items()}
-        return {name: coefficients.to(own) @ own for name, own in squares.items()}
+        return {name: coefficients.to(square) @ square for name, square in squares.items()}
 
     def _coefficients(self, weights: Tensor) -> Tensor:
         """Return the weight ``c_d`` of each draw, ``[d]``."""

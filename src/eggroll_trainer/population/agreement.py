@@ -120,11 +120,11 @@ def _within(result: Any, tried: Sequence[Any], tolerance: float) -> bool:
         if a.numel() == 0:
             continue
         stacked = torch.stack([value.detach().to("cpu", torch.float64) for value in values])
-        own = a.detach().to("cpu", torch.float64)
+        wide = a.detach().to("cpu", torch.float64)
         finite = stacked[stacked.isfinite()].abs()
         slack = tolerance * (float(finite.max()) if len(finite) else 0.0)
-        inside = (own >= stacked.amin(0) - slack) & (own <= stacked.amax(0) + slack)
-        if not (inside | (own.isnan() & stacked.isnan().any(0))).all():
+        inside = (wide >= stacked.amin(0) - slack) & (wide <= stacked.amax(0) + slack)
+        if not (inside | (wide.isnan() & stacked.isnan().any(0))).all():
             return False
     return True
 

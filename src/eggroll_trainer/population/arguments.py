@@ -31,13 +31,13 @@ def dims_of(
     dims: list[int | None] = []
     for argument, dim in [*zip(args, in_dims, strict=True), *((value, 0) for value in kwargs.values())]:
         for leaf in tree_flatten(argument)[0]:
-            own = dim is not None and isinstance(leaf, Tensor)
-            if own and (leaf.ndim == 0 or leaf.shape[dim] != count):
+            varies = dim is not None and isinstance(leaf, Tensor)
+            if varies and (leaf.ndim == 0 or leaf.shape[dim] != count):
                 raise ValueError(
                     f"expected one input for each of the {count} members in dimension {dim}, got a tensor"
                     f" of shape {list(leaf.shape)}; pass in_dims=None for an input that all members share"
                 )
-            dims.append(dim if own else None)
+            dims.append(dim if varies else None)
     return dims
 
 
@@ -52,6 +52,6 @@ def arguments_of(
         dims: For each leaf its dimension of members, or None if members share it.
         at: Index of the member in that dimension.
     """
-    own = [leaf if dim is None else leaf.select(dim, at) for leaf, dim in zip(leaves, dims, strict=True)]
-    args, kwargs = tree_unflatten(own, spec)
+    member_leaves = [leaf if dim is None else leaf.select(dim, at) for leaf, dim in zip(leaves, dims, strict=True)]
+    args, kwargs = tree_unflatten(member_leaves, spec)
     return args, kwargs

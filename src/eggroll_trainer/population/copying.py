@@ -28,8 +28,8 @@ def copy_of(module: nn.Module) -> nn.Module:
     clone = copy.deepcopy(module, memo)
     parts = {id(value) for value in (*module.modules(), *module.parameters(), *module.buffers())}
     binder = _Binder(memo, parts)
-    for own in clone.modules():
-        binder.bind_in(own.__dict__)
+    for part in clone.modules():
+        binder.bind_in(part.__dict__)
     return clone
 
 
@@ -93,9 +93,9 @@ class _Binder:
                 # An empty cell.
                 cells.append(cell)
                 continue
-            own = self._bind(content)
-            changed |= own is not content
-            cells.append(cell if own is content else types.CellType(own))
+            new = self._bind(content)
+            changed |= new is not content
+            cells.append(cell if new is content else types.CellType(new))
         defaults = tuple(self._bind(value) for value in function.__defaults__ or ())
         changed |= any(a is not b for a, b in zip(defaults, function.__defaults__ or (), strict=True))
         if not changed:

@@ -30,7 +30,7 @@ class MemberDraws(TorchFunctionMode):
     def __init__(self, population: Members, rows: int, key: Sequence[int | str] | None = None) -> None:
         super().__init__()
         self._population, self._unit, self._key = population, len(population) * rows, key
-        self._own: dict[Any, torch.Generator] = {}
+        self._generators: dict[Any, torch.Generator] = {}
         # False while the module's own forward runs.
         self.on = True
         self._device = next(population.model.parameters()).device
@@ -98,9 +98,9 @@ class MemberDraws(TorchFunctionMode):
             sizes = args[0] if len(args) == 1 and not isinstance(args[0], int) else args
         sizes = list(sizes)
         self._check(func, sizes)
-        own = [sizes[0] // len(self._population), *sizes[1:]]
+        member_sizes = [sizes[0] // len(self._population), *sizes[1:]]
         device = torch.empty(0, device=kwargs.get("device")).device
-        return torch.cat(self._for_each(device, lambda _: func(*bounds, own, **kwargs)))
+        return torch.cat(self._for_each(device, lambda _: func(*bounds, member_sizes, **kwargs)))
 
     def _check(self, func: Any, sizes: list[int]) -> None:
         if not sizes or sizes[0] % self._unit:
@@ -113,10 +113,10 @@ class MemberDraws(TorchFunctionMode):
     def _generator(self, index: int, device: torch.device) -> torch.Generator:
         if self._key is None:
             return self._population.generator(index, device)
-        if (index, device) not in self._own:
+        if (index, device) not in self._generators:
             key = *self._population.member_key(index), *self._key
-            self._own[index, device] = keyed_generator(*key, device=device)
-        return self._own[index, device]
+            self._generators[index, device] = keyed_generator(*key, device=device)
+        return self._generators[index, device]
 
     def _for_each(self, device: torch.device, draw: Callable[[int], Any]) -> list[Any]:
         """Draw for every member, with the state of its own generator in torch's global generator."""

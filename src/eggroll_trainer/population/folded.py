@@ -122,8 +122,8 @@ class Folded:
             refused[key] = str(error)
             self.population.warn(f"in population.folded() the model runs for one member after the other: {error}")
             return self._one_by_one(module, call)
-        for i, own in before.items():
-            self._audit(module, call, result, i, own)
+        for i, member_call in before.items():
+            self._audit(module, call, result, i, member_call)
         return result
 
     def _batched(self, module: nn.Module, call: RowCall) -> ObjectCallResult:
@@ -140,12 +140,12 @@ class Folded:
 
     def _one_by_one(self, module: nn.Module, call: RowCall) -> Any:
         """Make a call for one member after the other."""
-        own = [call.of(i) for i in range(len(self.population))]
+        calls = [call.of(i) for i in range(len(self.population))]
         results = []
-        for i, member in enumerate(own):
+        for i, member in enumerate(calls):
             with self._released(), torch.no_grad(), self.population.holding(i):
                 results.append(module(*member.args, **member.kwargs))
-        return call.joined(own, results)
+        return call.joined(calls, results)
 
     def _audited_members(self) -> list[int]:
         audit = self.population.audit
@@ -153,7 +153,7 @@ class Folded:
             [] if audit is None or audit.found is not None else [i for i in audit.members if i < len(self.population)]
         )
 
-    def _audit(self, module: nn.Module, call: RowCall, result: Any, index: int, own: MemberCall) -> None:
+    def _audit(self, module: nn.Module, call: RowCall, result: Any, index: int, member_call: MemberCall) -> None:
         """Compare the rows of a member with a call of the module for this member alone."""
         audit = self.population.audit
         if audit is None or audit.found is not None:
@@ -161,7 +161,7 @@ class Folded:
         audit.calls += 1
 
         def alone() -> list[Tensor]:
-            args, kwargs = own.copied()
+            args, kwargs = member_call.copied()
             with torch.no_grad():
                 return call.row_tensors(module(*args, **kwargs))
 

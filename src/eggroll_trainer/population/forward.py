@@ -117,8 +117,8 @@ class Call:
         """Return the calls for members ``start, …, stop - 1`` of each of the ranges."""
         if list(ranges) == [(0, self.size)]:
             return [self]
-        own = dataclasses.replace(self, factors={name: members_of(value) for name, value in self.factors.items()})
-        return [own._part(start, stop) for start, stop in ranges]
+        unshared = dataclasses.replace(self, factors={name: members_of(value) for name, value in self.factors.items()})
+        return [unshared._part(start, stop) for start, stop in ranges]
 
     def _part(self, start: int, stop: int) -> Call:
         leaves = [
@@ -131,10 +131,10 @@ class Call:
     def tensors(self) -> tuple[Any, ...]:
         """Return the arguments of the function that :func:`batched` returns."""
         pairs = list(zip(self.leaves, self.dims, strict=True))
-        own = [leaf for leaf, dim in pairs if dim is not None]
+        inputs = [leaf for leaf, dim in pairs if dim is not None]
         shared = [leaf for leaf, dim in pairs if dim is None and isinstance(leaf, Tensor)]
         # The counter tells vmap the number of members, if a module has neither parameters nor inputs for each member.
-        return torch.arange(self.size, device="cpu"), self.centres, self.factors, own, shared
+        return torch.arange(self.size, device="cpu"), self.centres, self.factors, inputs, shared
 
     def devices(self) -> list[torch.device]:
         """Return the accelerators that its tensors are on."""
@@ -156,20 +156,20 @@ Result = tuple[list[Tensor], dict[int, Any], TreeSpec]
 def batched(call: Call) -> Callable[..., Result]:
     """Return a function of :meth:`Call.tensors` that makes calls of the kind of ``call``, for any number of members."""
     module, slots, spec, count = call.module, call.slots, call.spec, len(call.leaves)
-    own_at = [i for i, dim in enumerate(call.dims) if dim is not None]
-    in_dims = (0, 0, [call.dims[i] for i in own_at])
+    batched_at = [i for i, dim in enumerate(call.dims) if dim is not None]
+    in_dims = (0, 0, [call.dims[i] for i in batched_at])
     is_shared = [dim is None and isinstance(leaf, Tensor) for leaf, dim in zip(call.leaves, call.dims, strict=True)]
     shared_at = [i for i in range(count) if is_shared[i]]
-    constants = {i: call.leaves[i] for i in range(count) if i not in own_at and i not in shared_at}
+    constants = {i: call.leaves[i] for i in range(count) if i not in batched_at and i not in shared_at}
 
     def forward(
-        counter: Tensor, centres: dict[str, Tensor], factors: dict[str, Any], own: list[Tensor], shared: list[Tensor]
+        counter: Tensor, centres: dict[str, Tensor], factors: dict[str, Any], inputs: list[Tensor], shared: list[Tensor]
     ) -> Result:
         structure: list[tuple[dict[int, Any], TreeSpec]] = []
 
-        def member(_: Tensor, factors: dict[str, Any], own: list[Tensor]) -> list[Tensor]:
+        def member(_: Tensor, factors: dict[str, Any], inputs: list[Tensor]) -> list[Tensor]:
             leaves = dict(constants)
-            leaves.update(zip(own_at, own, strict=True))
+            leaves.update(zip(batched_at, inputs, strict=True))
             leaves.update(zip(shared_at, shared, strict=True))
             results, result_spec = for_one(module, slots, centres, factors, [leaves[i] for i in range(count)], spec)
             others = {i: leaf for i, leaf in enumerate(results) if not isinstance(leaf, Tensor)}
@@ -182,7 +182,7 @@ def batched(call: Call) -> Callable[..., Result]:
 
         factors = {name: members_of(value) for name, value in factors.items()}
         with BatchingRules():
-            tensors = torch.vmap(member, in_dims, randomness="different")(counter, factors, own)
+            tensors = torch.vmap(member, in_dims, randomness="different")(counter, factors, inputs)
         return tensors, *structure[0]
 
     return forward

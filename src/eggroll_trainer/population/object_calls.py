@@ -85,7 +85,7 @@ def run_with_objects(
 def _run(
     call: Call, objects: Sequence[Any], held: list[Tensor], held_dims: Sequence[int | None], rules: BatchingRules
 ) -> ObjectCallResult:
-    own_at = [i for i, dim in enumerate(call.dims) if dim is not None]
+    batched_at = [i for i, dim in enumerate(call.dims) if dim is not None]
     before = contents(objects)
     found: list[Any] = []
 
@@ -94,9 +94,9 @@ def _run(
         before.exchange([t if dim is None else as_batched(t, dim) for t, dim in zip(held, held_dims, strict=True)])
         held.clear()
 
-    def member(_: Tensor, factors: dict[str, Any], own: list[Tensor]) -> list[Tensor]:
+    def member(_: Tensor, factors: dict[str, Any], inputs: list[Tensor]) -> list[Tensor]:
         place_held()
-        given = dict(enumerate(call.leaves)) | dict(zip(own_at, own, strict=True))
+        given = dict(enumerate(call.leaves)) | dict(zip(batched_at, inputs, strict=True))
         arguments = [given[i] for i in range(len(call.leaves))]
         leaves, spec = for_one(call.module, call.slots, call.centres, factors, arguments, call.spec)
         for leaf in leaves:
@@ -105,19 +105,19 @@ def _run(
         all_objects = objects_in([*objects, *leaves])
         after = contents(all_objects)
         tensors = after.tensors()
-        own_leaves = [isinstance(leaf, Tensor) and is_functorch_wrapped_tensor(leaf) for leaf in leaves]
-        own_tensors = [is_functorch_wrapped_tensor(tensor) for tensor in tensors]
-        found[:] = leaves, spec, own_leaves, all_objects, after, tensors, own_tensors
-        return [value for value, own in zip([*leaves, *tensors], own_leaves + own_tensors, strict=True) if own]
+        varies = [isinstance(leaf, Tensor) and is_functorch_wrapped_tensor(leaf) for leaf in leaves]
+        held_varies = [is_functorch_wrapped_tensor(tensor) for tensor in tensors]
+        found[:] = leaves, spec, varies, all_objects, after, tensors, held_varies
+        return [value for value, varying in zip([*leaves, *tensors], varies + held_varies, strict=True) if varying]
 
     factors = {name: members_of(value) for name, value in call.factors.items()}
-    in_dims = (0, 0, [call.dims[i] for i in own_at])
-    own_leaves_in = [call.leaves[i] for i in own_at]
+    in_dims = (0, 0, [call.dims[i] for i in batched_at])
+    inputs = [call.leaves[i] for i in batched_at]
     counter = torch.arange(call.size, device="cpu")
     with rules:
-        outputs = iter(torch.vmap(member, in_dims, randomness="different")(counter, factors, own_leaves_in))
-    leaves, spec, own_leaves, all_objects, after, tensors, own_tensors = found
-    leaves = [next(outputs) if own else leaf for leaf, own in zip(leaves, own_leaves, strict=True)]
-    tensors = [next(outputs) if own else tensor for tensor, own in zip(tensors, own_tensors, strict=True)]
+        outputs = iter(torch.vmap(member, in_dims, randomness="different")(counter, factors, inputs))
+    leaves, spec, varies, all_objects, after, tensors, held_varies = found
+    leaves = [next(outputs) if varying else leaf for leaf, varying in zip(leaves, varies, strict=True)]
+    tensors = [next(outputs) if varying else tensor for tensor, varying in zip(tensors, held_varies, strict=True)]
     after.exchange(tensors)
-    return ObjectCallResult(leaves, spec, own_leaves, all_objects, after, tensors, own_tensors)
+    return ObjectCallResult(leaves, spec, varies, all_objects, after, tensors, held_varies)

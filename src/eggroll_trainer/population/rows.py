@@ -94,10 +94,10 @@ class RowCall:
         doubtful = any(isinstance(value, Tensor) and self.rows in value.shape[1:] for value in values)
         self.dims: list[int | None] = []
         for path, value in zip(paths, values, strict=True):
-            own = isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] == self.rows
+            has_rows = isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] == self.rows
             if isinstance(value, Tensor) and value.ndim == 1:
-                own = vectors.are_rows((module, str(self.spec), path), len(value), self.rows, doubtful)
-            self.dims.append(0 if own else None)
+                has_rows = vectors.are_rows((module, str(self.spec), path), len(value), self.rows, doubtful)
+            self.dims.append(0 if has_rows else None)
 
     def unfolded_leaves(self) -> list[Any]:
         """Return the leaves, reshaped from ``[N·Q·k, …]`` to ``[N, Q·k, …]``."""
@@ -119,14 +119,14 @@ class RowCall:
 
     def folded(self, result: ObjectCallResult) -> Any:
         """Return the result of a call for all members with their rows in one batch, also in objects."""
-        leaves = [self._fold(leaf, own) for leaf, own in zip(result.leaves, result.varies, strict=True)]
+        leaves = [self._fold(leaf, varies) for leaf, varies in zip(result.leaves, result.varies, strict=True)]
         result.contents.exchange(
-            [self._fold(tensor, own) for tensor, own in zip(result.tensors, result.held_varies, strict=True)]
+            [self._fold(tensor, varies) for tensor, varies in zip(result.tensors, result.held_varies, strict=True)]
         )
         return tree_unflatten(leaves, result.spec)
 
-    def _fold(self, value: Any, own: bool) -> Any:
-        if not own:
+    def _fold(self, value: Any, varies: bool) -> Any:
+        if not varies:
             # It may have the rows of one member, and be the same for all: repeat them.
             alike = isinstance(value, Tensor) and value.ndim >= 2 and value.shape[0] == self.each > 1
             return value.repeat(self.members, *[1] * (value.ndim - 1)) if alike else value
@@ -146,10 +146,10 @@ class RowCall:
     def joined(self, calls: Sequence[MemberCall], results: Sequence[Any]) -> Any:
         """Join the results of single members to one for all rows, also in the objects."""
         flat = [tree_flatten(result) for result in results]
-        own = [id(value) for call in calls for value in call.objects]
+        argument_ids = [id(value) for call in calls for value in call.objects]
         joined = []
         for column in zip(*(leaves for leaves, _ in flat), strict=True):
-            if is_container(column[0]) and id(column[0]) not in own:
+            if is_container(column[0]) and id(column[0]) not in argument_ids:
                 self._join_contents([[value] for value in column])
             joined.append(self._join(column))
         if self.objects:
@@ -161,8 +161,8 @@ class RowCall:
 
     def _join_contents(self, objects: Sequence[Sequence[Any]]) -> None:
         """Put the rows of all members into the first member's objects."""
-        held = [contents(own) for own in objects]
-        columns = itertools.zip_longest(*(own.tensors() for own in held))
+        held = [contents(objects_of_member) for objects_of_member in objects]
+        columns = itertools.zip_longest(*(objects_of_member.tensors() for objects_of_member in held))
         held[0].exchange([self._join(column) for column in columns])
 
     def _join(self, column: Sequence[Any]) -> Any:
@@ -192,9 +192,9 @@ class MemberCall:
     def __init__(self, call: RowCall, member: int) -> None:
         rows = slice(member * call.each, (member + 1) * call.each)
         count = len(call.leaves)
-        own = {id(t): dim is not None for t, dim in zip(call.held, call.dims[count:], strict=True)}
+        has_rows = {id(t): dim is not None for t, dim in zip(call.held, call.dims[count:], strict=True)}
         # Copies, as a forward may write into the tensors.
-        self.objects = copy_with(call.objects, lambda t: (t[rows] if own[id(t)] else t).clone())
+        self.objects = copy_with(call.objects, lambda t: (t[rows] if has_rows[id(t)] else t).clone())
         copied = {id(value): other for value, other in zip(call.objects, self.objects, strict=True)}
         leaves = [
             copied.get(id(leaf), leaf) if dim is None else leaf[rows]

@@ -88,12 +88,12 @@ class WholePopulation(Population):
         leaves, spec = tree_flatten((args, kwargs))
         results = []
         for chunk in self._prepared():
-            own = [
+            chunk_leaves = [
                 leaf if dim is None else leaf.narrow(dim, chunk.first, len(chunk))
                 for leaf, dim in zip(leaves, dims, strict=True)
             ]
-            own_args, own_kwargs = tree_unflatten(own, spec)
-            results.append(chunk._call(own_args, own_kwargs, dims))
+            chunk_args, chunk_kwargs = tree_unflatten(chunk_leaves, spec)
+            results.append(chunk._call(chunk_args, chunk_kwargs, dims))
         return _joined(results)
 
     def train(self, mode: bool = True) -> Population:
@@ -110,13 +110,13 @@ class WholePopulation(Population):
         Raises:
             IndexError: ``index`` is not below ``len(population)``.
         """
-        population, own = self._of(index)
-        return population.member(own)
+        population, position = self._of(index)
+        return population.member(position)
 
     def member_parameters(self, index: int, names: Sequence[str] | None = None) -> dict[str, Tensor]:
         """Return the perturbed parameters of one member as dense tensors; only those in ``names`` if given."""
-        population, own = self._of(index)
-        return population.member_parameters(own, names)
+        population, position = self._of(index)
+        return population.member_parameters(position, names)
 
     def lora(self, index: int) -> dict[str, tuple[Tensor, Tensor, float]]:
         """Return one member as low-rank adapters ``{name: (A, B, scale)}``, for weights ``W + scale·A Bᵀ``.
@@ -128,14 +128,14 @@ class WholePopulation(Population):
         Raises:
             IndexError: ``index`` is not below ``len(population)``.
         """
-        population, own = self._of(index)
-        return adapters(population.perturbations, own)
+        population, position = self._of(index)
+        return adapters(population.perturbations, position)
 
     @contextlib.contextmanager
     def holding(self, index: int) -> Iterator[list[str]]:
         """Inside the block, put one member's weights into the user's own model."""
-        population, own = self._of(index)
-        with population.holding(own) as changed:
+        population, position = self._of(index)
+        with population.holding(position) as changed:
             yield changed
 
     def repeated(self) -> Any:

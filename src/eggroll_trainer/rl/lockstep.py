@@ -124,8 +124,8 @@ class Lockstep:
     def _act(self, observations: Array, active: Array) -> tuple[Array, dict[int, str]]:
         """Return actions for all environments, zero for those without a forward, and messages for bad actions."""
         everybody = isinstance(self._members, range)
-        own = observations if everybody else observations[self._rows]
-        x = torch.from_numpy(own.reshape(len(own), *self._shape)).float().to(self._device)
+        selected = observations if everybody else observations[self._rows]
+        x = torch.from_numpy(selected.reshape(len(selected), *self._shape)).float().to(self._device)
         result = (
             self._forward(self._members, x) if self._state is None else self._forward(self._members, x, self._state)
         )

@@ -105,8 +105,8 @@ class EpisodeReturn:
         limit = self.max_steps(self.steps) if callable(self.max_steps) else self.max_steps
         state = None
         if hasattr(population.model, "initial_state"):
-            own = population.model.initial_state(self.episodes)  # type: ignore[operator]
-            state = own.expand(len(population), *own.shape).contiguous()
+            initial = population.model.initial_state(self.episodes)  # type: ignore[operator]
+            state = initial.expand(len(population), *initial.shape).contiguous()
 
         seen = None if normalizer is None else Statistics(normalizer.mean.cpu().numpy())
         with population.repeated() as each:

@@ -107,11 +107,11 @@ class Evaluator:
 
     def _joined(self, chunks: Sequence[Chunk], scores: Sequence[Tensor]) -> Tensor:
         first = scores[0].shape[1:]
-        for chunk, own in zip(chunks, scores, strict=True):
-            if own.shape[1:] != first:
+        for chunk, of_chunk in zip(chunks, scores, strict=True):
+            if of_chunk.shape[1:] != first:
                 raise ValueError(
                     f"in generation {self.trainer.generation + 1} the fitness function returned {described(first)} for"
-                    f" each of {chunks[0]} and {described(own.shape[1:])} for each of {chunk}: {SAME_TASKS}"
+                    f" each of {chunks[0]} and {described(of_chunk.shape[1:])} for each of {chunk}: {SAME_TASKS}"
                 )
         return torch.cat(list(scores))
 

@@ -86,14 +86,14 @@ class ExtraState:
             ValueError: A tensor and the trainer's own have different shapes.
         """
         for name, value in values.items():
-            own = getattr(trainer, name, None)
-            if isinstance(own, Tensor) and isinstance(value, Tensor) and own.shape != value.shape:
+            current = getattr(trainer, name, None)
+            if isinstance(current, Tensor) and isinstance(value, Tensor) and current.shape != value.shape:
                 raise ValueError(
-                    f"{name} has shape {list(value.shape)} in the state and {list(own.shape)} in the trainer"
+                    f"{name} has shape {list(value.shape)} in the state and {list(current.shape)} in the trainer"
                 )
         for name, value in values.items():
-            own = getattr(trainer, name, None)
-            device = own.device if isinstance(own, Tensor) else trainer.device
+            current = getattr(trainer, name, None)
+            device = current.device if isinstance(current, Tensor) else trainer.device
             setattr(trainer, name, _moved(plain_copy(value), device))
             if initial is not None:
                 self.initial[name] = _moved(plain_copy(initial[name]), device)

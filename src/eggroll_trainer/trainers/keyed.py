@@ -107,8 +107,8 @@ class Keyed(Method):
             for name, p in zip(group["names"], group["params"], strict=True):
                 if name in trainer._trained:
                     rows = trainer._centre.fixed_rows.get(name, [])
-                    own = effective_rank(p.shape, rank)
-                    specs.append(ParameterSpec(name, p.detach(), sigma, own, trainer.noise, rows))
+                    effective = effective_rank(p.shape, rank)
+                    specs.append(ParameterSpec(name, p.detach(), sigma, effective, trainer.noise, rows))
         return specs
 
 

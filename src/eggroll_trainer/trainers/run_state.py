@@ -187,8 +187,8 @@ class RunState(Diagnosed, ABC):
     def _warn_of_unregistered(self) -> None:
         """Warn about tensors that a subclass has changed but not registered."""
         # The library's own trainers don't use attributes that were set from outside.
-        own = type(self).__module__.startswith("eggroll_trainer.")
-        changed = [] if own else self._extra.unregistered_changes(self)
+        of_library = type(self).__module__.startswith("eggroll_trainer.")
+        changed = [] if of_library else self._extra.unregistered_changes(self)
         if changed:
             self._warn_once(unregistered_warning(type(self).__name__, changed), "lost")
 

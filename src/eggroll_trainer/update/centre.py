@@ -86,14 +86,14 @@ class Centre:
         ]
 
     def _optimizer_of(self, masters: Mapping[str, nn.Parameter]) -> torch.optim.Optimizer:
-        own = self._masters_in_groups(masters)
-        optimizer = self.factory(own, lr=own[0]["lr"])
+        groups = self._masters_in_groups(masters)
+        optimizer = self.factory(groups, lr=groups[0]["lr"])
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(
                 "optimizer must make a torch.optim.Optimizer from (params, lr=…), such as torch.optim.Adam or"
                 f" functools.partial(torch.optim.SGD, momentum=0.9); it made a {type(optimizer).__name__}"
             )
-        if _members(optimizer.param_groups) != _members(own):
+        if _members(optimizer.param_groups) != _members(groups):
             raise ValueError(
                 "optimizer must be made from the parameter groups that the factory is given, in their order; it has"
                 f" {len(optimizer.param_groups)} groups of other parameters or in another order"

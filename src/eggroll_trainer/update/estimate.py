@@ -125,8 +125,8 @@ def weighted_sum(
     draws = len(weights) // unit
     if len(chunks) == 1:
         # A single term needs no exact sum.
-        own = perturbations(*chunks[0])
-        return Estimate(own.weighted_sum(weights), Terms(own.weighted_squares(weights), draws, weights, sigmas))
+        drawn = perturbations(*chunks[0])
+        return Estimate(drawn.weighted_sum(weights), Terms(drawn.weighted_squares(weights), draws, weights, sigmas))
     signs = torch.tensor([1.0, -1.0], dtype=weights.dtype, device=weights.device).repeat(unit)[:unit]
     coefficients = weights.view(-1, unit) @ signs
     largest, squares = float(coefficients.abs().sum()), float(coefficients.square().sum())
@@ -146,9 +146,9 @@ def weighted_sum(
     on_cpu = all(spec.centre.is_cpu for spec in known)
     size = sum(spec.centre.numel() for spec in known)
     for chunk in sharing.own_part(chunks, 8 * size, numbers * _SECONDS_PER_NUMBER[on_cpu]):
-        own, used = perturbations(*chunk), weights[chunk[0] : chunk[0] + chunk[1]]
-        total.add(own.weighted_sum(used))
-        of_squares.add({_SQUARE + name: value for name, value in own.weighted_squares(used).items()})
+        drawn, used = perturbations(*chunk), weights[chunk[0] : chunk[0] + chunk[1]]
+        total.add(drawn.weighted_sum(used))
+        of_squares.add({_SQUARE + name: value for name, value in drawn.weighted_squares(used).items()})
     sharing.add_up({**total.totals, **of_squares.totals})
     sums = {name.removeprefix(_SQUARE): value for name, value in of_squares.values().items()}
     return Estimate(total.values(), Terms(sums, draws, weights, sigmas))

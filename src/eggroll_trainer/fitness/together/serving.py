@@ -59,7 +59,7 @@ def _shares(result: Any, count: int) -> list[Any]:
 
 def _slices(tensor: Tensor) -> list[Tensor]:
     # Through .data, slices have separate version counters, like separate outputs.
-    return [own.data for own in tensor.unbind(0)]
+    return [part.data for part in tensor.unbind(0)]
 
 
 def _results_with_objects(
@@ -67,9 +67,9 @@ def _results_with_objects(
 ) -> list[Any]:
     """Make a call with objects among its arguments or results, such as caches. Each member has its own objects."""
     objects = [objects_in([column[i] for column in group.columns]) for i in range(len(members))]
-    held = [contents(own) for own in objects]
+    held = [contents(objects_of_member) for objects_of_member in objects]
     values, value_dims = [], []
-    for column in zip(*(own.tensors() for own in held), strict=True):
+    for column in zip(*(objects_of_member.tensors() for objects_of_member in held), strict=True):
         shared = column[0].numel() <= _SMALL and all(torch.equal(column[0], value) for value in column)
         values.append(column[0].clone() if shared else _stacked(column))
         value_dims.append(None if shared else 0)
@@ -84,11 +84,11 @@ def _given_out(result: ObjectCallResult, objects: Sequence[Sequence[Any]]) -> li
     count, given = len(objects), len(objects[0])
     template, made = result.objects[:given], result.objects[given:]
     leaf_columns = [
-        _slices(leaf) if own else [leaf] * count for leaf, own in zip(result.leaves, result.varies, strict=True)
+        _slices(leaf) if varies else [leaf] * count for leaf, varies in zip(result.leaves, result.varies, strict=True)
     ]
     tensor_columns = [
-        _slices(tensor) if own else [tensor.clone() for _ in range(count)]
-        for tensor, own in zip(result.tensors, result.held_varies, strict=True)
+        _slices(tensor) if varies else [tensor.clone() for _ in range(count)]
+        for tensor, varies in zip(result.tensors, result.held_varies, strict=True)
     ]
     after = contents(template)
     results = []
@@ -98,9 +98,9 @@ def _given_out(result: ObjectCallResult, objects: Sequence[Sequence[Any]]) -> li
         mine = contents(objects[i])
         if i and mine.same_places(after):
             mine.take_over(after, [tensors[id(tensor)] for tensor in after.tensors()])
-            new = copy_with(made, lambda t, own=tensors: own[id(t)])  # type: ignore[misc]
+            new = copy_with(made, lambda t, by_id=tensors: by_id[id(t)])  # type: ignore[misc]
         else:
-            copies = copy_with([*template, *made], lambda t, own=tensors: own[id(t)])  # type: ignore[misc]
+            copies = copy_with([*template, *made], lambda t, by_id=tensors: by_id[id(t)])  # type: ignore[misc]
             assign_attributes(objects[i], copies[:given])
             new = copies[given:]
         own_objects = dict(zip(map(id, result.objects), [*objects[i], *new], strict=True))
