@@ -1,9 +1,9 @@
 """Compares two results of a model up to rounding.
 
-A batched forward adds in another order than the model by itself, so its results differ in their last digits. How much
-this matters depends on the model: a threshold can turn a last digit into a whole step. So if results differ by more
-than a tolerance, we also run the model with its weights changed by about as much as rounding does. The batched result
-must lie in the range of these results. A batched forward with other weights is far outside of that range.
+A batched forward adds in another order than a forward of one member, so its results differ in their last digits. How
+much this matters depends on the model: a threshold can turn a last digit into a whole step. So if results differ by
+more than a tolerance, we also run the model with its weights changed by about as much as rounding does. The batched
+result must lie in the range of these results. A batched forward with other weights is far outside of that range.
 """
 
 from __future__ import annotations

@@ -97,7 +97,7 @@ def _compare(
         except Exception as error:
             population.audit = None
             population.warn(
-                "batched outputs cannot be checked, as the model by itself fails for the same input"
+                "batched outputs cannot be checked, as a call of the member alone fails for the same input"
                 f" ({type(error).__name__}: {error}); use @batched(check=False) to skip the check"
             )
             return

@@ -1,7 +1,7 @@
 """The estimate of the gradient: perturbations weighted by the shaped scores, summed chunk by chunk.
 
-Where there are several chunks, the sum is exact in integers: the same to the bit in whatever order, and by however many
-processes, it is taken.
+The sum of several chunks is exact, in integers. So it has the same bits in any order of the chunks, and with any number
+of processes.
 """
 
 from __future__ import annotations
