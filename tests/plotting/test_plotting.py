@@ -54,6 +54,15 @@ def test_any_number_that_changes_is_plotted(tmp_path: Path) -> None:
     assert figure._repr_png_().startswith(b"\x89PNG") and (tmp_path / "run.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_numbers_of_many_parameters_do_not_hide_the_others() -> None:
+    columns = {f"layers/{i}.weight/relative_update": [0.1, 0.2] for i in range(50)}
+    run = RunCurves("run", {"generation": [1, 2], "mean_fitness": [0.0, 1.0], "update_norm": [1.0, 2.0], **columns})
+    figure = plot_runs([run])
+    assert titles(figure) == ["fitness", "update norm"] and "layers: 50 numbers" in figure.get_supxlabel()
+    chosen = plot_runs([run], metrics=["layers/3.weight/relative_update"])
+    assert titles(chosen) == ["fitness", "layers/3.weight/relative update"]
+
+
 def test_files_of_every_kind_are_the_same_each_time(tmp_path: Path) -> None:
     trainer = make_trainer()
     trainer.train(3, verbose=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from os import PathLike
 from pathlib import Path
@@ -17,6 +18,9 @@ from .styles import LINES, LOOKS, Look, Style, parameters
 # Inches. The width is that of a page's text.
 _WIDTH, _FITNESS, _PANEL = 7.0, 3.4, 1.5
 _COLUMNS = 3
+
+# Of the numbers of one dictionary, such as those of each parameter, more panels would hide the others.
+_NESTED = 6
 
 # With more runs, bands are left out, as they would cover each other.
 _BANDS = 4
@@ -43,7 +47,8 @@ def plot_runs(
         path: File to write, as PNG, SVG or PDF. If None, the figure is only returned.
         style: ``"light"``, ``"dark"`` for dark pages, or ``"print"`` without colours.
         x: Column of the horizontal axis.
-        metrics: Names of the numbers below the fitness; all that change if None.
+        metrics: Names of the numbers below the fitness, such as ``"layers/0.weight/relative_update"``. If None, all
+            that change, without dictionaries of more than six numbers.
         title: Title of the figure.
 
     Returns:
@@ -102,7 +107,7 @@ def _drawn(runs: list[RunCurves], look: Look, x: str, metrics: Sequence[str] | N
             self.savefig(buffer, format="png")
             return buffer.getvalue()
 
-    names, constant = _panels(runs, x) if metrics is None else (_known(runs, metrics), [])
+    names, notes = _panels(runs, x) if metrics is None else (_known(runs, metrics), "")
     rows = math.ceil(len(names) / _COLUMNS)
     figure = Shown(figsize=(_WIDTH, _FITNESS + rows * _PANEL), layout="constrained")
     grid = figure.add_gridspec(1 + rows, _COLUMNS, height_ratios=[_FITNESS, *[_PANEL] * rows])
@@ -134,8 +139,8 @@ def _drawn(runs: list[RunCurves], look: Look, x: str, metrics: Sequence[str] | N
         one.grid(linewidth=0.5)
         one.set_axisbelow(True)
         one.spines[["top", "right"]].set_visible(False)
-    if constant:
-        figure.supxlabel("constant: " + ", ".join(constant), fontsize=7, wrap=True)
+    if notes:
+        figure.supxlabel(notes, fontsize=7, wrap=True)
     if title:
         figure.suptitle(title)
     return figure
@@ -189,18 +194,24 @@ def _shown(at: Array, values: Array) -> tuple[Array, Array]:
     return at[there], values[there]
 
 
-def _panels(runs: list[RunCurves], x: str) -> tuple[list[str], list[str]]:
-    """Return the names of columns that change, and texts about those that don't."""
+def _panels(runs: list[RunCurves], x: str) -> tuple[list[str], str]:
+    """Return the names of columns to show, those that change, and a text about the others."""
     names = [name for name in dict.fromkeys(name for run in runs for name in run.others()) if name != x]
+    sizes = Counter(name.split("/")[0] for name in names)
+    large = [name for name, size in sizes.items() if size > _NESTED]
     changing, constant = [], []
     for name in names:
+        if name.split("/")[0] in large:
+            continue
         values = np.concatenate([run.columns[name] for run in runs if name in run.columns])
         different = np.unique(values[np.isfinite(values)])
         if len(different) > 1:
             changing.append(name)
         elif len(different) == 1:
             constant.append(f"{name.replace('_', ' ')} {different[0]:.4g}")
-    return changing, constant
+    notes = ["constant: " + ", ".join(constant)] if constant else []
+    notes += [f"{name}: {sizes[name]} numbers, shown by metrics=[…]" for name in large]
+    return changing, "; ".join(notes)
 
 
 def _known(runs: list[RunCurves], metrics: Sequence[str]) -> list[str]:
