@@ -244,6 +244,13 @@ def test_a_model_that_does_not_fit_its_actions() -> None:
         trainer.step()
 
 
+@pytest.mark.parametrize("normalize", [True, False])
+def test_a_policy_for_other_observations(normalize: bool) -> None:
+    policy = MLPPolicy(*EpisodeReturn("CartPole-v1").spaces(), hidden=(4,), normalize=normalize)
+    with pytest.raises(ValueError, match="observations of 4 numbers, got 3"):
+        trainer_of(policy, EpisodeReturn("Pendulum-v1")).step()
+
+
 def test_an_unknown_environment() -> None:
     with pytest.raises(ValueError, match="NoSuchTask-v9"):
         EpisodeReturn("NoSuchTask-v9")

@@ -53,9 +53,7 @@ class ObservationNormalizer(nn.Module):
         Raises:
             ValueError: Observations have another size.
         """
-        # Without this check, an observation with one number would be broadcast.
-        if observations.shape[-1] != len(self.shift):
-            raise ValueError(f"expected observations of {len(self.shift)} numbers, got {observations.shape[-1]}")
+        _check_size(len(self.shift), observations.shape)
         return ((observations - self.shift) * self.scale).clamp(-self.clip, self.clip)
 
     @torch.no_grad()
@@ -97,7 +95,12 @@ class Statistics:
         self._sum, self._squares = np.zeros_like(self._reference), np.zeros_like(self._reference)
 
     def add(self, observations: np.ndarray[Any, Any]) -> None:
-        """Add observations ``[n, O]``."""
+        """Add observations ``[n, O]``.
+
+        Raises:
+            ValueError: They have another size than the reference.
+        """
+        _check_size(len(self._reference), observations.shape)
         differences = observations - self._reference
         self._count += len(differences)
         self._sum += differences.sum(0)
@@ -110,6 +113,12 @@ class Statistics:
         # Rounding may make these slightly negative.
         squares = np.maximum(self._squares - self._sum**2 / count, 0)
         return torch.from_numpy(np.concatenate([[float(self._count)], mean, squares]))
+
+
+def _check_size(expected: int, shape: Sequence[int]) -> None:
+    # Without this check, an observation with one number would be broadcast.
+    if shape[-1] != expected:
+        raise ValueError(f"expected observations of {expected} numbers, got {shape[-1]}")
 
 
 def statistics_of(observations: Tensor) -> Tensor:
