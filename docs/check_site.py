@@ -27,7 +27,7 @@ class Page(HTMLParser):
         self.anchors |= {values[key] for key in ("id", "name") if key in values}
         if tag == "a" and "href" in values:
             self.links.append(values["href"])
-        if tag in ("img", "script", "source", "iframe") and "src" in values:
+        if tag in ("img", "script", "source", "iframe", "video") and "src" in values:
             self.loads.append(values["src"])
         if tag == "link" and values.get("rel") in ("stylesheet", "icon", "preload", "preconnect"):
             self.loads.append(values["href"])
