@@ -144,11 +144,11 @@ def uncompiled(model: nn.Module) -> nn.Module:
 
 
 def cpu_has_bf16() -> bool:
-    """Return whether the processor has instructions for products in bfloat16; True where that is not known."""
+    """Return whether the processor has instructions for products in bfloat16; True if that is unknown."""
     if hasattr(torch.cpu, "get_capabilities"):
         known = torch.cpu.get_capabilities()
         return any(known.get(name, False) for name in ("avx512_bf16", "amx_bf16", "avx10_2", "bf16", "sve_bf16"))
-    # Earlier releases have only these, for x86. In one without them nobody is told that bfloat16 is slow.
+    # Earlier releases of torch have only these functions, for x86.
     asked = [getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")]
     if platform.machine().lower() not in ("x86_64", "amd64") or None in asked:
         return True

@@ -97,7 +97,7 @@ def test_the_signal_is_where_the_fitness_is() -> None:
 def test_it_looks_when_it_is_time_and_loggers_write_it(tmp_path: Any) -> None:
     trainer, steps, log = make(), Steps(), JSONLines(tmp_path / "run.jsonl")
     diagnosis = Diagnosis(every=3)
-    assert "no generation was looked at" in str(diagnosis)
+    assert "no generation has been measured" in str(diagnosis)
     trainer.train(7, verbose=False, callback=[diagnosis, steps, log])
     assert [m["generation"] for m in steps.metrics if "layers" in m] == [3, 6] and diagnosis.generation == 6
     last = steps.metrics[5]

@@ -1,4 +1,4 @@
-"""Where the time of a generation goes."""
+"""Measures what the time of a generation is spent on."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from collections.abc import Iterator, Sequence
 
 
 class Stopwatch:
-    """Seconds by the name of what they were spent on; those of a block inside another one count there alone.
+    """Adds up the seconds of blocks by name. The time of an inner block does not count for the outer one.
 
     Args:
-        names: Of what can be timed.
+        names: The names to count under.
 
     Attributes:
-        seconds: By name, since it was made or restarted.
+        seconds: Seconds by name since the stopwatch was made or restarted.
 
     Example:
         >>> watch = Stopwatch(["outside", "inside"])
@@ -26,12 +26,12 @@ class Stopwatch:
 
     def __init__(self, names: Sequence[str]) -> None:
         self.seconds = dict.fromkeys(names, 0.0)
-        # What is timed now, the innermost last, and since when.
+        # The names of the open blocks, the innermost last, and the time up to which seconds have been counted.
         self._running: list[str] = []
         self._since = 0.0
 
     def restart(self) -> None:
-        """Begin again at zero."""
+        """Set all seconds to zero."""
         self._running = []
         self.seconds = dict.fromkeys(self.seconds, 0.0)
 
@@ -47,7 +47,7 @@ class Stopwatch:
             self._running.pop()
 
     def move(self, seconds: float, origin: str, name: str) -> None:
-        """Count seconds, which were counted or are being counted under ``origin``, under another name instead."""
+        """Move seconds that count under ``origin`` to another name. A block under ``origin`` may still be open."""
         self.seconds[origin] -= seconds
         self.seconds[name] += seconds
 

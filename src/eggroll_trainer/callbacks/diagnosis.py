@@ -1,4 +1,4 @@
-"""A close look at a run now and then: at each parameter, and at where the time goes."""
+"""Measures the step of every k-th generation for each parameter, and what the time was spent on."""
 
 from __future__ import annotations
 
@@ -11,19 +11,20 @@ from .callback import Callback, Metrics, Trainer
 
 
 class Diagnosis(Callback):
-    """Looks closely at one generation in ten, say: what its step does to each parameter, and where the time goes.
+    """Measures in every tenth generation, say, what the step does to each parameter and what the time is spent on.
 
-    It adds ``layers`` and ``seconds_by_station`` to the metrics of these generations, which loggers that come later in
-    the list write as ``layers/0.weight/relative_update`` and the like; ``print`` it for a table of the last one. A
-    generation before, it copies the weights, so that between these it costs nothing.
+    ``print(diagnosis)`` shows a table of the last generation that was measured. The metrics of these generations also
+    get ``layers`` and ``seconds_by_station``. Loggers after this callback in the list write them, for example as
+    ``layers/0.weight/relative_update``. The other generations cost nothing, except that the one before copies the
+    weights.
 
     Args:
-        every: Look at generations whose number is divisible by this.
+        every: Measure generations whose number is divisible by this.
 
     Attributes:
         layers: The last :class:`~eggroll_trainer.diagnostics.LayerFigures`, by parameter.
-        seconds: What that generation took, as :attr:`ESTrainer.seconds` says.
-        generation: Which one that was.
+        seconds: What the time of that generation was spent on; see :attr:`ESTrainer.seconds`.
+        generation: Number of that generation, counted from 1; 0 before the first.
 
     Raises:
         TypeError: ``every`` is not an integer.
@@ -52,18 +53,18 @@ class Diagnosis(Callback):
     def __str__(self) -> str:
         """Return a table of the parameters, and a line about the time."""
         if not self.generation:
-            return f"{self!r}: no generation was looked at yet"
+            return f"{self!r}: no generation has been measured yet"
         total = sum(self.seconds.values())
         shares = ", ".join(f"{name} {value / total:.0%}" for name, value in self.seconds.items()) if total else ""
         rate = f"; {self._members / total:,.0f} evaluations/s" if total else ""
         return f"{table(self.layers)}\ngeneration {self.generation}: {total:.3g} s ({shares}{rate})"
 
     def on_start(self, trainer: Trainer) -> None:
-        """Note the weights, if the next generation is looked at."""
-        self._note(trainer)
+        """Copy the weights if the next generation is to be measured."""
+        self._copy_weights(trainer)
 
     def on_generation(self, trainer: Trainer, metrics: Metrics) -> None:
-        """Look at the generation, if it is time."""
+        """Measure the generation if its number is divisible by ``every``."""
         if trainer.generation % self.every == 0 and self._before:
             groups = trainer.param_groups
             dtypes = {
@@ -75,10 +76,10 @@ class Diagnosis(Callback):
             self._members = trainer.population_size
             metrics["layers"] = {name: figures.plain() for name, figures in self.layers.items()}
             metrics["seconds_by_station"] = dict(self.seconds)
-        self._note(trainer)
+        self._copy_weights(trainer)
 
     @torch.no_grad()
-    def _note(self, trainer: Trainer) -> None:
+    def _copy_weights(self, trainer: Trainer) -> None:
         self._before = {}
         if (trainer.generation + 1) % self.every == 0:
             values = trainer._centre.state_dict()["parameters"]

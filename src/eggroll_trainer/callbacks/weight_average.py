@@ -1,7 +1,7 @@
 """An exponential moving average of the weights.
 
-``torch.optim.swa_utils.AveragedModel`` averages in the dtype of the weights, in which an average of bf16 or fp16
-weights soon stands still. Here the float32 masters are averaged, and the average is a part of checkpoints.
+``torch.optim.swa_utils.AveragedModel`` averages in the dtype of the weights. In bf16 or fp16, such an average soon
+stops changing, as its steps are rounded away. We average the float32 masters, and save the average in checkpoints.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from .callback import Callback, Metrics, Trainer
 
 
 class WeightAverage(Callback):
-    """Averages the weights over the last generations, for evaluation and export. The run itself goes on as without it.
+    """Averages the weights over the last generations, for evaluation and export. It does not change the run.
 
-    After generation ``t`` the average of the centres ``θ_s`` is ``Σ_s β^(t-s) θ_s / Σ_s β^(t-s)``, over the
-    generations that were made with it. It takes the noise of single steps out, and pays most where steps are long or
-    scores noisy; at the end of a run with a falling learning rate there is little left to gain.
+    After generation ``t``, the average of the centres ``θ_s`` is ``Σ_s β^(t-s) θ_s / Σ_s β^(t-s)``, over the
+    generations that were run with this callback. Averaging reduces the noise of single steps. It helps most if steps
+    are long or scores are noisy, and little at the end of a run with a falling learning rate.
 
-    The average belongs to the state of the trainer, under the name ``weight_average_β``: it is saved by
-    :meth:`~eggroll_trainer.ESTrainer.save`, goes on after :meth:`~eggroll_trainer.ESTrainer.load` to the bit, and
-    begins anew with another decay. Of several processes the first one has it.
+    The average is part of the trainer's state, under the name ``weight_average_β``.
+    :meth:`~eggroll_trainer.ESTrainer.save` and :meth:`~eggroll_trainer.ESTrainer.load` save and restore it exactly.
+    With another decay, it starts anew. With several processes, only the first has it.
 
     Args:
-        decay: ``β``, at least 0 and below 1. The average looks back about ``1/(1 - β)`` generations: take a
+        decay: ``β``, at least 0 and below 1. The average is over about the last ``1/(1 - β)`` generations: choose a
             tenth of the run.
 
     Raises:
@@ -60,21 +60,21 @@ class WeightAverage(Callback):
         return f"WeightAverage({self.decay:g})"
 
     def on_start(self, trainer: Trainer) -> None:
-        """Register the average with the trainer, unless it has come with a checkpoint."""
+        """Register the average with the trainer, unless a checkpoint has restored it."""
         self._trainer = trainer
         if not hasattr(trainer, self._name):
             trainer.register_state(self._name, {"generation": 0, "weight": 0.0, "parameters": {}})
-        # Members don't depend on it.
+        # Evaluations of members do not depend on it.
         trainer._extra.unsent.add(self._name)
 
     def on_generation(self, trainer: Trainer, metrics: Metrics) -> None:
-        """Take the weights of the generation into the average."""
+        """Add the weights after this generation to the average."""
         self.update(trainer)
 
     @torch.inference_mode(False)
     @torch.no_grad()
     def update(self, trainer: Trainer) -> None:
-        """Take the present weights into the average: for loops of your own around ``trainer.step()``.
+        """Add the current weights to the average. Call it after ``trainer.step()`` in a loop of your own.
 
         A second call in the same generation changes nothing.
 
@@ -93,7 +93,7 @@ class WeightAverage(Callback):
                 if name in averages:
                     averages[name].lerp_(value, (1 - self.decay) / state["weight"])
                 else:
-                    # The first generation; or a parameter that was frozen until now, and so has been the same.
+                    # The first generation, or a parameter that has been frozen, and so constant, until now.
                     averages[name] = value.clone()
 
     @property
@@ -114,11 +114,11 @@ class WeightAverage(Callback):
 
     @property
     def model(self) -> nn.Module:
-        """A new module with the averaged weights, and buffers and untrained parameters as the model has them.
+        """A copy of the model with the averaged weights, and with its current buffers and untrained parameters.
 
         Raises:
-            RuntimeError: No trainer was given yet; or a copy of the model does not compute what the model does: use
-                :meth:`weights` then.
+            RuntimeError: No trainer was given yet, or a copy of the model does not compute what the model does. In the
+                second case, use :meth:`weights`.
         """
         values = self.parameters
         model: nn.Module = self._trainer._copy_with(values, "WeightAverage.model", "with average.weights() as model: …")

@@ -69,7 +69,7 @@ class UsageError(Exception):
 
 
 def make_trainer(settings: ModelSettings) -> tuple[ESTrainer, bool]:
-    """Call the factory, and return its trainer, or one for its model and fitness function; and whether it is its own.
+    """Return a trainer for what the factory returns, and whether the factory returned the trainer itself.
 
     Exceptions of the factory itself are raised unchanged.
 

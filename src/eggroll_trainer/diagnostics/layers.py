@@ -1,4 +1,4 @@
-"""What a step does to each parameter: how far it moves, how much of it is signal, and what of it is stored."""
+"""Measures a step for each parameter: its length, its signal, its rank, and how many stored values change."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from .signal import Signal
 
 @dataclasses.dataclass(frozen=True)
 class LayerFigures:
-    """What a step does to a parameter.
+    """Measurements of a step for one parameter.
 
     Attributes:
-        weights: How many it has.
-        relative_update: Length of the step over length of the parameter.
-        split_half_cosine: The cosine to expect between updates of this parameter from two halves of the population; 0
-            is noise. None where the signal is not known.
-        signal_share: Its share of the signal in all parameters, from 0 to 1; None where that is not known or zero.
-        effective_rank: Of a matrix's step with singular values ``s``, ``(Σs²)²/Σs⁴``: from 1, where one direction is
-            all, to ``O·I/(O + I + 1)`` for independent normal numbers ``[O, I]``, and ``min(O, I)`` at most. None for
-            what is no matrix or has not moved.
-        changed_share: The share of the weights whose stored value has changed. Steps below the resolution of bf16 or
-            fp16 weights add up in float32 masters, and show later.
+        weights: Number of its weights.
+        relative_update: Norm of the step divided by the norm of the parameter; 0 if the parameter is zero.
+        split_half_cosine: Expected cosine between updates of this parameter from two halves of the population; 0 for
+            pure noise. None if the signal is not known.
+        signal_share: Its share of the signal in all parameters, from 0 to 1; None if the signal is not known or zero.
+        effective_rank: ``(Σs²)²/Σs⁴``, where ``s`` are the singular values of a matrix's step ``[O, I]``. It is 1 for a
+            step of rank 1, ``O·I/(O + I + 1)`` for independent normal numbers, and at most ``min(O, I)``. None for a
+            vector, or if the step is zero.
+        changed_share: Fraction of the weights whose stored value has changed. Steps that are too small for bf16 or fp16
+            weights add up in the float32 masters, and change the stored values later.
 
     Example:
         >>> LayerFigures(128, 0.01, 0.3, 0.8, 4.2, 1.0).relative_update
@@ -40,14 +40,14 @@ class LayerFigures:
     changed_share: float
 
     def plain(self) -> dict[str, float]:
-        """Return the figures that there are, without the number of weights, by name."""
+        """Return the measurements by name, without those that are None and without the number of weights."""
         return {k: v for k, v in dataclasses.asdict(self).items() if v is not None and k != "weights"}
 
 
 def effective_rank(matrix: Tensor) -> float | None:
     """Return ``(Σs²)²/Σs⁴`` of the singular values of a matrix ``[O, I]``; None for zeros.
 
-    ``Σs²`` is the squared length of the matrix, ``Σs⁴`` that of its smaller Gram matrix: no decomposition is needed.
+    No decomposition is needed: ``Σs²`` is the matrix's squared norm, and ``Σs⁴`` that of its smaller Gram matrix.
 
     Example:
         >>> effective_rank(torch.eye(5)), effective_rank(torch.ones(3, 4)), effective_rank(torch.zeros(2, 2))
@@ -56,7 +56,7 @@ def effective_rank(matrix: Tensor) -> float | None:
     largest = float(matrix.abs().max()) if matrix.numel() else 0.0
     if largest == 0:
         return None
-    # Small steps would underflow.
+    # Squares of small steps would underflow.
     scaled = matrix / largest
     tall = scaled if scaled.shape[0] <= scaled.shape[1] else scaled.mT
     squares = torch.linalg.vector_norm(scaled) ** 2
@@ -66,13 +66,13 @@ def effective_rank(matrix: Tensor) -> float | None:
 def layer_figures(
     before: Mapping[str, Tensor], after: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype], signal: Signal | None
 ) -> dict[str, LayerFigures]:
-    """Return the figures of a step, by the name of the parameter.
+    """Return the measurements of a step by the name of the parameter.
 
     Args:
-        before: The parameters before it, in float32 or wider.
-        after: The same after it.
-        dtypes: In what each is stored.
-        signal: The signal in the estimate that the step was made of, if it is known.
+        before: The parameters before the step, in float32 or wider.
+        after: The parameters after the step.
+        dtypes: The dtype in which each parameter is stored.
+        signal: The signal in the estimate that the step was made from; None if unknown.
 
     Example:
         >>> w = torch.ones(2, 2)
@@ -86,7 +86,7 @@ def _figures(
     before: Mapping[str, Tensor], after: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype], signal: Signal | None
 ) -> Iterator[tuple[str, LayerFigures]]:
     parts = {} if signal is None else signal.parts
-    # By chance, the estimate of a squared length may be negative.
+    # The estimate of a squared length may be negative by chance.
     signals = {} if signal is None else {name: max(0.0, signal.of(part)) for name, part in parts.items()}
     total = sum(signals.values())
     for name, old in before.items():
@@ -112,7 +112,7 @@ def _figures(
 
 
 def table(layers: Mapping[str, LayerFigures]) -> str:
-    """Return figures as a table in text.
+    """Return measurements as a text table.
 
     Example:
         >>> print(table({"0.weight": LayerFigures(128, 0.0123, 0.31, 0.8, 4.2, 1.0)}))

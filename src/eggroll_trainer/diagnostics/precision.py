@@ -1,4 +1,4 @@
-"""Evaluations in bfloat16 on a processor that has no units for it."""
+"""Detects slow evaluations in bfloat16, on a processor without instructions for it."""
 
 from __future__ import annotations
 
@@ -8,26 +8,31 @@ import torch
 
 from .._torch import cpu_has_bf16
 
-# Evaluations that take less in all are not worth a word.
+# Number of seconds of evaluations from which on we warn.
 _SECONDS = 5.0
 
 
 def bf16_advice(
     device: torch.device, autocast: torch.dtype | None, dtypes: Iterable[torch.dtype], seconds: float
 ) -> str | None:
-    """Return what to say of evaluations in bfloat16 where the processor has no units for it, or None.
+    """Return a warning if evaluations in bfloat16 are probably slow on this processor, else None.
 
     Args:
-        device: Where members are evaluated.
-        autocast: What autocast evaluates in, or None.
-        dtypes: Of the parameters.
-        seconds: What evaluations have taken.
+        device: The device on which members are evaluated.
+        autocast: The dtype of autocast in evaluations, or None.
+        dtypes: The dtypes of the parameters.
+        seconds: Seconds that evaluations have taken so far.
     """
     in_bf16 = autocast == torch.bfloat16 or (autocast is None and torch.bfloat16 in dtypes)
     if device.type != "cpu" or seconds < _SECONDS or not in_bf16 or cpu_has_bf16():
         return None
-    mend = "set trainer.evaluation_dtype = None" if autocast is not None else "call model.float() before making it"
+    mend = (
+        "set trainer.evaluation_dtype = None"
+        if autocast is not None
+        else "call model.float() before making the trainer"
+    )
     return (
-        "the trainer evaluates in bfloat16, and this processor has no units for that (AVX512_BF16 or AMX, on Arm BF16):"
-        f" products may take several times as long as in float32, as `eggroll info` measures. If so, {mend}"
+        "the trainer evaluates in bfloat16, but this processor has no instructions for it (AVX512_BF16 or AMX; BF16 on"
+        " Arm), so products may take several times as long as in float32. Measure both with `eggroll info`. If"
+        f" bfloat16 is slower, {mend}"
     )

@@ -21,7 +21,7 @@ _ANSWERS = 'eggroll_trainer.tune(trainer) finds settings that learn, and learnin
 
 def constant(course: Course) -> str | None:
     """All members have the same fitness."""
-    # A single member has no other to be equal to.
+    # The fitness of a single member has no spread.
     if course.members == 1 or course.generation < 3 or any(course.last("std_fitness", 3)) or course.gain(3, 3) > 2:
         return None
     told = (

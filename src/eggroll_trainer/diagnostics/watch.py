@@ -17,7 +17,7 @@ from .course import Course
 from .signal import Signal, signal_of
 from .symptoms import SYMPTOMS, is_time
 
-# What a generation's time is spent on.
+# The parts of a generation whose time is measured.
 STATIONS = ("noise", "evaluation", "check", "update")
 
 
@@ -53,7 +53,7 @@ class Watch:
         agreement: Compares estimates with steps.
         signal: The signal in the last estimate, or None.
         planned: Number of generations that the run is to have in all, or None.
-        stopwatch: Seconds of the last generation by station.
+        stopwatch: Seconds of the last generation, by part.
     """
 
     def __init__(self, step: Tensor | None = None) -> None:
@@ -64,7 +64,7 @@ class Watch:
         self._told: dict[str, int] = {}
 
     def timing(self, station: str) -> AbstractContextManager[None]:
-        """Return a context that counts its block's time under a station."""
+        """Return a context manager that counts the time of its block for a part of the generation."""
         return self.stopwatch.timing(station)
 
     def measure(self, estimate: Estimate) -> Measured:

@@ -115,7 +115,7 @@ def evaluate_observed(
 
 
 class _Compared(_Intercepted):
-    """An evaluation that is compared: code that the user compiled runs eagerly, as while members take turns."""
+    """An evaluation to compare. The user's compiled code runs eagerly, as it does while members take turns."""
 
     def score(self, function: Function, index: int, generators: Sequence[Source]) -> tuple[Score, list[str]]:
         self._compiler = compiler_state()

@@ -1,7 +1,7 @@
-"""Compiled code of a fitness function, such as a compiled loss.
+"""Runs compiled code of a fitness function, such as a compiled loss, eagerly.
 
-While members take turns it runs eagerly, as compiled code cannot be suspended. It rounds differently then, so a check
-runs it eagerly too.
+Compiled code cannot be suspended, so it runs eagerly while members take turns. As eager code rounds differently, a
+check runs it eagerly too.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .._torch import compiler_state, set_compiler_state
 
 def eagerly() -> contextlib.AbstractContextManager[Any]:
     """Inside the block, run compiled code eagerly."""
-    # Without this module, nothing is compiled; importing it takes a second.
+    # If this module is not imported, nothing is compiled. Importing it would take a second.
     if "torch._dynamo" not in sys.modules:
         return contextlib.nullcontext()
     stance: contextlib.AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
@@ -27,7 +27,7 @@ def eagerly() -> contextlib.AbstractContextManager[Any]:
 
 @contextlib.contextmanager
 def restored(state: Any) -> Iterator[None]:
-    """Inside the block, run compiled code as it was when ``compiler_state()`` returned ``state``."""
+    """Inside the block, restore a ``state`` of the compiler that ``compiler_state()`` returned."""
     inside = compiler_state()
     set_compiler_state(state)
     try:

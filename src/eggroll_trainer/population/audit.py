@@ -74,7 +74,7 @@ def _compare(
     dims: Sequence[int | None],
     rows: list[int],
 ) -> None:
-    """Compare a batched call with the members of the audit by themselves, and note what differs."""
+    """Compare a batched call with calls of single members, and record a difference in the audit."""
     audit.calls += 1
     model = population.model
     leaves, spec = tree_flatten((args, kwargs))

@@ -1,8 +1,8 @@
 """Deep copies of modules in which closures refer to the copy.
 
 ``copy.deepcopy`` does not copy functions. If a module has a lambda over ``self``, or a ``forward`` that was replaced by
-a closure, its copy would compute with the original's weights. It refuses tensors that were computed from parameters,
-such as a pruned weight or an activation that the module keeps.
+a closure, its copy would compute with the original's weights. It also refuses tensors that were computed from
+parameters, such as a pruned weight or an activation that the module keeps.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Other weights, such as the best member's, in the user's model for a while, or in a copy that computes the same."""
+"""Puts other weights, such as the best member's, into the user's model for a while, or into a copy of it."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ def copy_with(
         model: The model.
         values: By the name of the parameter or buffer.
         sample: A call for which the copy is compared with the model.
-        caller: What the user has called.
-        instead: What to use where there is no such copy.
+        caller: The call of the user, for messages.
+        instead: Advice on what to use if the model cannot be copied.
 
     Raises:
         RuntimeError: The copy does not compute what the model itself does with these values.

@@ -1,4 +1,4 @@
-"""What a trainer says of its run besides the metrics: a traffic light, and where the time goes."""
+"""Attributes of a trainer that describe its run: a traffic light, and what the time was spent on."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from ..diagnostics import Watch
 
 
 class Diagnosed:
-    """For a trainer, which is watched."""
+    """Adds these attributes to a trainer."""
 
     history: dict[str, list[Any]]
     _watch: Watch
@@ -23,12 +23,14 @@ class Diagnosed:
 
     @property
     def seconds(self) -> dict[str, float]:
-        """What the last generation took in this process, by station.
+        """Seconds that this process spent on each part of the last generation.
 
-        ``noise``: drawing random numbers; ``evaluation``: the fitness function and the model's forwards, with the wait
-        for other processes; ``check``: evaluating members alone to compare, in generations 1, 2, 4, 8, …, and looking
-        for symptoms; ``update``: everything from the scores to the new weights. On an accelerator, which works on
-        while the program goes on, noise is counted where it is waited for.
+        * ``noise``: drawing random numbers.
+        * ``evaluation``: the fitness function and the model's forwards, and waiting for other processes.
+        * ``check``: evaluating members alone for comparison, in generations 1, 2, 4, 8, …, and looking for symptoms.
+        * ``update``: everything from the scores to the new weights.
+
+        An accelerator draws the noise in the background, so this time counts for the part that waits for it.
 
         Example:
             >>> from eggroll_trainer import EGGROLLTrainer

@@ -71,7 +71,7 @@ class ExtraState:
         return values
 
     def sent(self, trainer: Any) -> dict[str, Any]:
-        """Return copies of the present values for a copy of the trainer that evaluates members."""
+        """Return copies of the values for the copies of the trainer in other processes."""
         return {name: plain_copy(value) for name, value in self.values(trainer).items() if name not in self.unsent}
 
     def restore(self, trainer: Any, values: Mapping[str, Any], initial: Mapping[str, Any] | None = None) -> None:

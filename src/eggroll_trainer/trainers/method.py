@@ -39,12 +39,12 @@ class Method(ABC):
         """Return the perturbations of members ``first, …, first + count - 1``."""
 
     def estimate(self, scores: CheckedScores) -> Estimate:
-        """Return ``-Δθ`` for every trained parameter, in new tensors, not longer than the trainer's maximum."""
+        """Return ``-Δθ`` for every trained parameter, in new tensors, clipped to ``max_grad_norm``."""
         return self.whole_estimate(scores).clipped(getattr(self.trainer, "max_grad_norm", None))
 
     @abstractmethod
     def whole_estimate(self, scores: CheckedScores) -> Estimate:
-        """Return the estimate, however long it is, in new tensors."""
+        """Return the estimate before clipping, in new tensors."""
 
     @property
     @abstractmethod

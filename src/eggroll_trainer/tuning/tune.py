@@ -5,8 +5,8 @@
 it is curved (sigma is too large), and about a half if it is noise or too coarse (sigma is too small). It takes one
 generation to measure, whatever the number of weights is. We take the largest sigma that is nearly as linear as the
 best: with 0.85 of its linear share if the fitness is smooth, and with 0.6 if scores tie. A fitness that ties, such as
-an accuracy, is piecewise constant. It has no slope at a point: what a small sigma sees are the few examples at the
-margin, and later, where all members are worse than the centre or tie, nothing.
+an accuracy, is piecewise constant, so it has no slope at a point. With a small sigma, only the few examples at the
+margin change the score; later in the run, none may.
 
 *Learning rate.* Several rates, which move a weight by a hundredth of sigma to three sigmas a generation, start from the
 same weights with the same perturbations. The better half of them continues, again and again (successive halving,
@@ -38,9 +38,9 @@ from .result import RateTrial, SigmaTrial, Tuning
 _SIGMAS = range(-4, 5)
 # Learning rates to try, as the step of a weight in a generation, in units of sigma.
 _STEPS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
-# A sigma is acceptable from this fraction of the best linear share on: if the fitness is smooth, or piecewise constant.
+# A sigma is acceptable from these fractions of the best linear share on, for a smooth and a piecewise constant fitness.
 _NEARLY, _NEARLY_COARSE = 0.85, 0.6
-# It is piecewise constant above the first tie probability. Above the second, a sigma is too small.
+# Above the first tie probability, a fitness is piecewise constant. Above the second, sigma is too small.
 _COARSE, _TIES = 0.001, 0.3
 
 

@@ -263,7 +263,7 @@ class Centre:
 
 
 def _kind(p: Tensor) -> tuple[torch.dtype, torch.device, torch.Size]:
-    """Return what of a parameter must not change."""
+    """Return the properties of a parameter that must not change: dtype, device and shape."""
     return p.dtype, p.device, p.shape
 
 

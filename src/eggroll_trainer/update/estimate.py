@@ -64,7 +64,7 @@ class Estimate:
     Attributes:
         gradient: ``-Δθ`` for every trained parameter.
         terms: Statistics of its terms; None if a subclass computes the update.
-        scale: Factor that it was multiplied by to limit its norm.
+        scale: The factor by which clipping has multiplied it.
     """
 
     gradient: dict[str, Tensor]
@@ -72,15 +72,15 @@ class Estimate:
     scale: float = 1.0
 
     def clipped(self, most: float | None) -> Estimate:
-        """Return the estimate, scaled down to the Euclidean length ``most`` if it is longer; as it is for None.
+        """Return the estimate, scaled down to the Euclidean norm ``most`` if it is longer; unchanged if that is None.
 
-        It is then what members' weights that are all smaller by the same factor would have given.
+        Its terms are scaled too, as if all weights of members had been smaller by the same factor.
         """
         if most is None:
             return self
         length = length_of(list(self.gradient.values()))
         if not most < length < math.inf:
-            # What is not finite is refused by whoever takes the step.
+            # The step raises an error for an estimate that is not finite.
             return self
         scale = most / length
         terms = self.terms
@@ -91,13 +91,13 @@ class Estimate:
 
 
 def length_of(values: Sequence[Tensor]) -> float:
-    """Return the Euclidean length of tensors taken together."""
+    """Return the Euclidean norm of tensors taken together."""
     return root_of_squares([torch.linalg.vector_norm(value.flatten()) for value in values])
 
 
 def root_of_squares(norms: Sequence[Tensor]) -> float:
-    """Return the length of a vector of the lengths of its parts, each 0-d."""
-    # In one piece, so that an accelerator is waited for once; the sum of the squares is taken in float64.
+    """Return the norm of a vector from the norms of its parts, each 0-d."""
+    # One transfer, so that we wait for an accelerator only once. The squares are summed in float64.
     return torch.stack([norm.double().to(norms[0].device) for norm in norms]).square().sum().sqrt().item()
 
 
