@@ -3,8 +3,8 @@
 ``eggroll-es`` 0.2.0 (``pip install --no-deps eggroll-es``) perturbs a Hugging Face model by low-rank matrices that it
 forms in full, and evaluates members one after the other. Both do one generation with the same members, prompts and
 tokens, once with a score of given texts (perplexity, one forward a member) and once with greedy completions. They take
-turns; the first of each is not counted. ``eggroll-es`` holds the perturbations of all members, 8.6 GB for 16 members of
-SmolLM2-135M.
+turns; the first of each is not counted. ``eggroll-es`` holds the perturbations of all members in full: 16 members of
+SmolLM2-135M do not fit into 23 GB.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from eggroll_trainer import EGGROLLTrainer, Population, batched
 
 from .measure import surroundings, timed
 
-MEMBERS, PROMPTS, LENGTH, NEW, RANK, SIGMA = 16, 4, 46, 16, 1, 0.002
+MEMBERS, PROMPTS, LENGTH, NEW, RANK, SIGMA = 8, 4, 46, 16, 1, 0.002
 
 
 def ours(model: Any, score: Callable[[Population], torch.Tensor]) -> Callable[[], object]:
