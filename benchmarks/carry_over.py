@@ -21,14 +21,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-
-from eggroll_trainer import EGGROLLTrainer, Population, batched
 
 from .measure import surroundings
-from .settings import data
+from .settings import SEEDS, data, trained
 
-SIGMA, GENERATIONS, BATCH, SEEDS = 0.1, 100, 256, (0, 1, 2)
+SIGMA, GENERATIONS = 0.1, 100
 RATE = 0.3
 
 
@@ -73,34 +70,20 @@ SETTINGS = (
 
 def loss_after(setting: Setting, rate: float, seed: int) -> float:
     """Train a network and return its cross-entropy on the training images."""
-    images, labels, _, _ = data(seed)
-    torch.manual_seed(seed)
-    model = nn.Sequential(nn.Linear(64, setting.hidden), nn.Tanh(), nn.Linear(setting.hidden, 10))
-
-    @batched(check=False)
-    def fitness(population: Population) -> Tensor:
-        rows = torch.randint(len(images), (BATCH,), generator=torch.Generator().manual_seed(population.generation))
-        outputs = population(images[rows])
-        # With the classes before the rows it takes a sixth of the time.
-        return -F.cross_entropy(outputs.mT, labels[rows].expand(len(population), -1), reduction="none").mean(1)
-
-    trainer = EGGROLLTrainer(
-        model=model,
-        fitness_fn=fitness,
+    model = trained(
+        GENERATIONS,
+        seed,
+        rank=setting.rank,
+        hidden=setting.hidden,
         population_size=setting.members,
         chunk_size=256,
         sigma=SIGMA,
         learning_rate=rate,
-        rank=setting.rank,
-        noise_reuse=2,
-        seed=seed,
         optimizer=torch.optim.Adam if setting.adam else None,
     )
-    try:
-        trainer.train(GENERATIONS, verbose=False)
-    except ValueError:
-        # The weights or the scores are no longer finite.
+    if model is None:
         return math.inf
+    images, labels, _, _ = data(seed)
     with torch.no_grad():
         return float(F.cross_entropy(model(images), labels))
 

@@ -24,7 +24,7 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 
 from eggroll_trainer import EGGROLLTrainer, Population, VanillaESTrainer, batched
-from eggroll_trainer.callbacks import WeightAverage
+from eggroll_trainer.callbacks import Callback, WeightAverage
 
 from .measure import surroundings
 
@@ -65,40 +65,55 @@ def data(seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     )
 
 
-def accuracy_after(generations: int, seed: int, **options: Any) -> float:
-    """Train a network and return its test accuracy."""
-    return accuracies_after(generations, seed, (), **options)[0]
-
-
-def accuracies_after(
-    generations: int, seed: int, decays: Sequence[float], *, rank: int | None = 1, batch: int = BATCH, **options: Any
-) -> list[float]:
-    """Train a network and return its test accuracy, and those of averages of its weights."""
-    images, labels, test_images, test_labels = data(seed)
+def trained(
+    generations: int,
+    seed: int,
+    *,
+    rank: int | None = 1,
+    hidden: int = 32,
+    batch: int = BATCH,
+    callback: Sequence[Callback] = (),
+    **options: Any,
+) -> nn.Module | None:
+    """Return a trained network; None if the weights or the scores were no longer finite."""
+    images, labels, _, _ = data(seed)
     torch.manual_seed(seed)
-    model = nn.Sequential(nn.Linear(64, 32), nn.Tanh(), nn.Linear(32, 10))
+    model = nn.Sequential(nn.Linear(64, hidden), nn.Tanh(), nn.Linear(hidden, 10))
 
     @batched(check=False)
     def fitness(population: Population) -> Tensor:
         rows = torch.randint(len(images), (batch,), generator=torch.Generator().manual_seed(population.generation))
         outputs = population(images[rows])
-        losses = F.cross_entropy(outputs.flatten(0, 1), labels[rows].repeat(len(population)), reduction="none")
-        return -losses.view(len(population), batch).mean(1)
+        # With the classes before the rows it takes a sixth of the time.
+        return -F.cross_entropy(outputs.mT, labels[rows].expand(len(population), -1), reduction="none").mean(1)
 
     if rank is not None:
         options["rank"] = rank
     trainer = (VanillaESTrainer if rank is None else EGGROLLTrainer)(
         model=model, fitness_fn=fitness, seed=seed, **{"noise_reuse": 2, **options}
     )
-    averages = [WeightAverage(decay) for decay in decays]
     try:
-        trainer.train(generations, verbose=False, callback=averages)
+        trainer.train(generations, verbose=False, callback=list(callback))
     except ValueError:
-        # The weights or the scores are no longer finite.
+        return None
+    return model
+
+
+def accuracy_after(generations: int, seed: int, **options: Any) -> float:
+    """Train a network and return its test accuracy."""
+    return accuracies_after(generations, seed, (), **options)[0]
+
+
+def accuracies_after(generations: int, seed: int, decays: Sequence[float], **options: Any) -> list[float]:
+    """Train a network and return its test accuracy, and those of averages of its weights."""
+    _, _, images, labels = data(seed)
+    averages = [WeightAverage(decay) for decay in decays]
+    model = trained(generations, seed, callback=averages, **options)
+    if model is None:
         return [0.1] * (1 + len(decays))
     with torch.no_grad():
         models = [model, *(average.model for average in averages)]
-        return [(one(test_images).argmax(1) == test_labels).float().mean().item() for one in models]
+        return [(one(images).argmax(1) == labels).float().mean().item() for one in models]
 
 
 def over_seeds(generations: int, **options: Any) -> list[float]:

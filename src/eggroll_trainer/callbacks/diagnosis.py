@@ -70,8 +70,7 @@ class Diagnosis(Callback):
             dtypes = {
                 name: p.dtype for group in groups for name, p in zip(group["names"], group["params"], strict=True)
             }
-            after = trainer._centre.state_dict()["parameters"]
-            self.layers = layer_figures(self._before, after, dtypes, trainer._watch.signal)
+            self.layers = layer_figures(self._before, trainer._centre.weights(), dtypes, trainer._watch.signal)
             self.seconds, self.generation = trainer.seconds, trainer.generation
             self._members = trainer.population_size
             metrics["layers"] = {name: figures.plain() for name, figures in self.layers.items()}
@@ -82,5 +81,5 @@ class Diagnosis(Callback):
     def _copy_weights(self, trainer: Trainer) -> None:
         self._before = {}
         if (trainer.generation + 1) % self.every == 0:
-            values = trainer._centre.state_dict()["parameters"]
-            self._before = {name: value.clone() for name, value in values.items() if name in trainer._trained}
+            values = trainer._centre.weights().items()
+            self._before = {name: value.clone() for name, value in values if name in trainer._trained}

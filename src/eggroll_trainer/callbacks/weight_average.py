@@ -89,7 +89,7 @@ class WeightAverage(Callback):
             state["generation"] = trainer.generation
             state["weight"] = self.decay * state["weight"] + (1 - self.decay)
             averages = state["parameters"]
-            for name, value in trainer._centre.state_dict()["parameters"].items():
+            for name, value in trainer._centre.weights().items():
                 if name in averages:
                     averages[name].lerp_(value, (1 - self.decay) / state["weight"])
                 else:

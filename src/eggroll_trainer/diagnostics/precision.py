@@ -23,8 +23,11 @@ def bf16_advice(
         dtypes: The dtypes of the parameters.
         seconds: Seconds that evaluations have taken so far.
     """
+    # First what costs nothing: this is asked for every chunk.
+    if device.type != "cpu" or seconds < _SECONDS:
+        return None
     in_bf16 = autocast == torch.bfloat16 or (autocast is None and torch.bfloat16 in dtypes)
-    if device.type != "cpu" or seconds < _SECONDS or not in_bf16 or cpu_has_bf16():
+    if not in_bf16 or cpu_has_bf16():
         return None
     mend = (
         "set trainer.evaluation_dtype = None"

@@ -204,7 +204,7 @@ class Evaluator:
         seconds = time.perf_counter() - began
         trainer._watch.stopwatch.move(findings.check_seconds - checks, "evaluation", "check")
         self.seconds += seconds
-        dtypes = {p.dtype for p in trainer._centre.parameters.values()}
+        dtypes = (p.dtype for p in trainer._centre.parameters.values())
         advice = bf16_advice(trainer.device, trainer.evaluation_dtype, dtypes, self.seconds)
         if advice is not None:
             trainer._warned.once(advice, "bf16")

@@ -226,11 +226,12 @@ class Centre:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the weights and the optimizer's state, not copied."""
+        return {"parameters": self.weights(), "optimizer": self.optimizer.state_dict()}
+
+    def weights(self) -> dict[str, Tensor]:
+        """Return the trained parameters by name, in float32 or wider, not copied."""
         self._read_model()
-        return {
-            "parameters": {name: self.masters[name].detach() for name in self.parameters},
-            "optimizer": self.optimizer.state_dict(),
-        }
+        return {name: self.masters[name].detach() for name in self.parameters}
 
     @torch.inference_mode(False)
     @torch.no_grad()

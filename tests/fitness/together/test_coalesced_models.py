@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,6 +10,7 @@ import torch
 from coalescing_oracle import (
     CHUNK,
     UNDONE,
+    Fitness,
     N,
     Net,
     Run,
@@ -26,9 +26,6 @@ from coalescing_oracle import (
 from torch import Tensor, nn
 
 from eggroll_trainer import EGGROLLTrainer
-
-Fitness = Callable[[Any], Any]
-
 
 # Models that do more than compute.
 

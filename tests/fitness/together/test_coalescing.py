@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from coalescing_oracle import (
     UNDONE,
+    Fitness,
     Net,
     X,
     Y,
@@ -34,9 +35,6 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from eggroll_trainer.fitness.together import deadlock
-
-Fitness = Callable[[Any], Any]
-
 
 # Functions that only call the model: each call is one batched forward, and nothing is said.
 
