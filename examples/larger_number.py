@@ -20,6 +20,7 @@ from typing import Any, Literal
 import torch
 import tyro
 from torch import Tensor
+from torch.optim.lr_scheduler import LinearLR
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -40,7 +41,8 @@ class Options:
         population: Members, or completions of each prompt where gradients are used.
         prompts: Prompts in a generation.
         sigma: Standard deviation of the perturbations.
-        learning_rate: In units of sigma; for ``grpo`` that of Adam. 1 and 0.0003 if None.
+        learning_rate: In units of sigma, falling to a tenth; for ``grpo`` that of Adam, which stays. 1.5 and 0.0003
+            if None.
         test: Held-out prompts.
         every: Generations between two evaluations.
         seed: Of everything.
@@ -50,7 +52,7 @@ class Options:
 
     model: tyro.conf.Positional[str]
     method: Literal["es", "grpo", "best-of-8"] = "es"
-    generations: int = 30
+    generations: int = 60
     population: int = 32
     prompts: int = 8
     sigma: float = 0.002
@@ -145,11 +147,18 @@ def evolution(model: Any, reward: CompletionReward, options: Options) -> Any:
         fitness_fn=reward,
         population_size=options.population,
         sigma=options.sigma,
-        learning_rate=1.0 if options.learning_rate is None else options.learning_rate,
+        learning_rate=1.5 if options.learning_rate is None else options.learning_rate,
         noise_reuse=2,
         seed=options.seed,
     )
-    return lambda: trainer.step()["mean_fitness"]
+    schedule = LinearLR(trainer, 1.0, 0.1, total_iters=options.generations)
+
+    def step() -> float:
+        mean = trainer.step()["mean_fitness"]
+        schedule.step()
+        return mean
+
+    return step
 
 
 def policy_gradient(model: Any, reward: CompletionReward, options: Options) -> Any:

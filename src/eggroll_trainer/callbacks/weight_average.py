@@ -39,10 +39,10 @@ class WeightAverage(Callback):
 
     Example:
         >>> from eggroll_trainer import EGGROLLTrainer
-        >>> x = torch.randn(32, 3)
-        >>> trainer = EGGROLLTrainer(
-        ...     model=nn.Linear(3, 1), fitness_fn=lambda m: -m(x).square().mean(), learning_rate=0.5, seed=0
-        ... )
+        >>> x = torch.randn(64, 20)
+        >>> def fitness(model):
+        ...     return -(model(x) - x[:, :1]).square().mean()
+        >>> trainer = EGGROLLTrainer(model=nn.Linear(20, 1), fitness_fn=fitness, learning_rate=0.3, seed=0)
         >>> average = WeightAverage(decay=0.9)
         >>> _ = trainer.train(60, verbose=False, callback=average)
         >>> trainer.evaluate_fitness(average.model) > trainer.evaluate_fitness(trainer.model)
