@@ -14,6 +14,7 @@ from torch.nn.utils import prune
 from torch.utils._pytree import tree_flatten
 
 from eggroll_trainer import EGGROLLTrainer, Population, VanillaESTrainer, batched
+from eggroll_trainer._utils.memory import Budget
 
 N = 6
 
@@ -224,6 +225,18 @@ class Keeping(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         self.kept = [self.layer(x)]
         return self.kept[0]
+
+
+@pytest.mark.parametrize(("budget", "kept"), [(None, [0, 2, 5]), (4 * 240, [2, 5]), (1, [5])])
+def test_dense_weights_are_remembered_as_the_budget_allows(budget: int | None, kept: list[int]) -> None:
+    # 120 bytes of weights; a quarter of the budget is for a chunk, as for its perturbations.
+    population = make_population(nn.Linear(4, 6))
+    population.forwards.budget = Budget(budget)
+    assert population.remember([0, 2, 5]) == kept
+    with population.holding(5):
+        held = population.model.weight
+        assert torch.equal(held, population.member(5).weight)
+    population.close()
 
 
 def test_members_of_a_model_that_keeps_computed_tensors() -> None:

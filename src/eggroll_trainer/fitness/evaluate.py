@@ -173,8 +173,7 @@ class Evaluation:
         if self.findings.alone is not None:
             population.forwards.one_by_one = True
         elif getattr(self.fitness_fn, "_eggroll_batched", "") == "checked" and self.to_check:
-            population.remember(self.to_check)
-            population.audit = Audit(self.to_check)
+            population.audit = Audit(population.remember(self.to_check))
         members = f"members {population.first}-{population.first + len(population) - 1}"
         try:
             with keyed(self._generators, population.seed, population.generation, "evaluation", population.first):

@@ -103,7 +103,7 @@ class Findings:
 
         In the first generation, these are the first member, the last, and one drawn from the seed. In generations 2, 4,
         8, … it is one drawn from the seed. If the first chunk of a process contains none of them, its first member is
-        checked.
+        checked. For batched functions of large models, :meth:`.Population.remember` limits their number.
 
         Args:
             seed: Seed of the run.

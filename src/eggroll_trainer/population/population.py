@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -205,10 +205,22 @@ class Population:
         with holding(self.model, values, self._training) as changed:
             yield changed
 
-    def remember(self, indices: Collection[int]) -> None:
-        """Keep the dense weights of some members for repeated use by :meth:`holding`."""
+    def remember(self, indices: Sequence[int]) -> list[int]:
+        """Keep the dense weights of some members for repeated use by :meth:`holding`, until :meth:`close`.
+
+        Args:
+            indices: The members, in rising order.
+
+        Returns:
+            The members whose weights are kept: the last ones, as many as fit in the memory for a chunk, at least one.
+        """
+        size = sum(self._centres[name].nbytes for name in self._members)
+        device = next((self._centres[name].device for name in self._members), torch.device("cpu"))
+        number = max(1, self.forwards.budget.chunk_bytes(device) // max(1, size))
+        kept = list(indices[-number:])
         with torch.inference_mode(False), torch.no_grad():
-            self._dense = {index: self.member_parameters(index) for index in indices}
+            self._dense = {index: self.member_parameters(index) for index in kept}
+        return kept
 
     @property
     def caches(self) -> int:
@@ -216,7 +228,8 @@ class Population:
         return len(self._before_caches)
 
     def close(self) -> None:
-        """End an evaluation: remove what calls have cached in the model."""
+        """End an evaluation: remove what calls have cached in the model, and forget dense weights."""
+        self._dense = {}
         while self._before_caches:
             self._before_caches.pop().restore()
 
