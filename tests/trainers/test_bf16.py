@@ -6,6 +6,7 @@ import functools
 import math
 import statistics
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import helpers
@@ -163,6 +164,25 @@ def test_masters_are_float32_or_wider(dtype: torch.dtype) -> None:
     assert all(p.dtype == dtype for p in trainer.get_best_model().parameters())
     optimizer = trainer.state_dict()["centre"]["optimizer"]
     assert all(state["exp_avg"].dtype == wide for state in optimizer["state"].values())
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_weights_to_go_back_to_are_kept_as_the_model_stores_them(dtype: torch.dtype, tmp_path: Path) -> None:
+    trainer = make(dtype)
+    before = weights(trainer.model)
+    trainer.train(3, verbose=False)
+    saved = trainer.state_dict()
+    assert saved["initial_params"].dtype == saved["best_params"].dtype == dtype
+    trainer.save(tmp_path / "run.pt")
+    other = make(dtype)
+    other.load(tmp_path / "run.pt")
+    best = weights(trainer.get_best_model())
+    assert torch.equal(torch.cat([value.flatten() for value in best]), saved["best_params"])
+    assert all(map(torch.equal, best, weights(other.get_best_model())))
+    for run in (trainer, other):
+        run.reset()
+        assert all(map(torch.equal, run.model.parameters(), before))
+        assert torch.equal(run.current_params, run.initial_params)
 
 
 def test_a_model_of_several_dtypes() -> None:

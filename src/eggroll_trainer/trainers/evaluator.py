@@ -19,7 +19,6 @@ from ..fitness.evaluate import SAME_TASKS, Evaluation, Scored
 from ..fitness.learning import discard_statistics
 from ..fitness.scores import described, mean_over_tasks
 from ..noise.keys import derive_seed
-from ..perturbation.sample import wide_dtype
 from ..population import Population, WholePopulation
 from .trainable import kept_frozen
 
@@ -157,14 +156,13 @@ class Evaluator:
         return WholePopulation(trainer.model, make, self.chunks(), trainer._method.unit)
 
     def member_weights(self, index: int) -> Tensor:
-        """Return all parameters of one member of the current generation, ``[D]``."""
+        """Return all parameters of one member of the current generation, ``[D]``, as the model stores them."""
         centre, unit = self.trainer._centre, self.trainer._method.unit
         first = index // unit * unit
         # From the population, to get the bits that were evaluated: the float32 masters of a bf16 model give others.
         member = self.population(first, unit).member_parameters(index - first)
         # Frozen parameters are the same in every member.
-        values = {**{name: p.detach() for name, p in centre.parameters.items()}, **member}
-        return centre.flatten({name: value.to(wide_dtype(value)) for name, value in values.items()})
+        return centre.flatten({**{name: p.detach() for name, p in centre.parameters.items()}, **member})
 
     def evaluate_again(self, index: int, attempt: int) -> float:
         """Evaluate one member of the current generation again, alone, and return its fitness.

@@ -101,8 +101,8 @@ class RunState(Diagnosed, ABC):
 
     @property
     def initial_params(self) -> Tensor:
-        """A copy of the parameters that training started from, ``[D]``."""
-        return self._initial.clone()
+        """A copy of the parameters that training started from, ``[D]``, in float32 or wider."""
+        return self._initial.to(torch.promote_types(self._initial.dtype, torch.float32), copy=True)
 
     @property
     def fitness_history(self) -> list[float]:
@@ -153,7 +153,8 @@ class RunState(Diagnosed, ABC):
     def _record_initial_state(self) -> None:
         """Record the state that :meth:`reset` restores."""
         self._initial_options = self._options()
-        self._initial, self._initial_untrained = self._centre.flat(), self._learnt()
+        # These and the best member's are kept as the model stores them: half the memory for a model in bf16.
+        self._initial, self._initial_untrained = self._centre.stored(), self._learnt()
         self._initially_held = list(self._centre.parameters)
         self._best: Tensor | None = None
         self._best_untrained: dict[str, Tensor] = {}
@@ -401,7 +402,7 @@ class RunState(Diagnosed, ABC):
         best = None if self._best is None else centre.unflatten(self._best)
         centre.select(names)
         # Parameters that were frozen until now have their initial value, in every member.
-        current = centre.unflatten(centre.flat())
+        current = centre.unflatten(centre.stored())
         self._initial = centre.flatten({**current, **initial})
         self._best = None if best is None else centre.flatten({**current, **best})
 

@@ -125,8 +125,12 @@ class Centre:
         self._read_model()
         return self.flatten({name: self.masters[name].detach() for name in self.parameters})
 
+    def stored(self) -> Tensor:
+        """Return all weights as the model stores them in one new tensor ``[D]``, in the widest of its dtypes."""
+        return self.flatten({name: p.detach() for name, p in self.parameters.items()})
+
     def flatten(self, values: Mapping[str, Tensor]) -> Tensor:
-        """Return one tensor ``[D]`` of a value for each parameter."""
+        """Return one new tensor ``[D]`` of a value for each parameter."""
         return torch.cat([values[name].reshape(-1) for name in self.parameters])
 
     def unflatten(self, flat: Tensor) -> dict[str, Tensor]:
