@@ -6,6 +6,7 @@ For each number of members ``N``, prompts ``Q`` and new tokens it times, in turn
 - ``plain``: ``generate()`` of the same ``N·Q`` rows with the unperturbed model, the limit;
 - ``folded``: the same call inside ``population.folded()``;
 - ``together``: a generation of a plain ``fitness_fn`` that calls ``generate()``, with noise and update;
+- ``checked``: the same where one member is checked too, as in generations 2, 4, 8 and so on;
 - ``alone``: some members one after the other on dense weights, times ``N`` over their number.
 
 With ``--memory`` it measures instead the most memory above that of the model, each in a process of its own, for the
@@ -95,19 +96,24 @@ class Case:
 def measure(case: Case, repeats: int) -> dict[str, Any]:
     """Return medians of wall and processor seconds for each way."""
     population, together = case.population(), case.trainer(case.fitness)
+    together.step()
     runs: dict[str, Callable[[], object]] = {
         "plain": lambda: case.generate(case.members),
         "folded": lambda: case.folded(population),
+        "checked": together.step,
         "together": together.step,
         "alone": lambda: case.alone(population),
     }
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
     for i in range(repeats + 1):
         for name, run in runs.items():
+            # There is a check if the number of the next generation is a power of two.
+            if name == "checked" and together.generation & (together.generation + 1):
+                continue
             start = time.process_time()
             wall = timed(run)
-            # The first generation together is checked as well; the others are what most are.
-            if i:
+            # The first turn is for warming up.
+            if i or name == "checked":
                 found[name].append((wall, time.process_time() - start))
     factor = {"alone": case.members / _ALONE}
     medians = {
@@ -170,12 +176,12 @@ def main() -> None:
 
 def times(cases: list[Case], repeats: int, out: Path | None) -> None:
     rows = []
-    print("   N   Q length  new     plain   folded together    alone  tokens/s folded")
+    print("   N   Q length  new     plain   folded together  checked    alone  tokens/s folded")
     for case in cases:
         row = measure(case, repeats)
         rows.append(row)
         wall, plain = {name: value[0] for name, value in row["seconds"].items()}, row["seconds"]["plain"][0]
-        shares = " ".join(f"{plain / wall[name]:8.2f}" for name in ("folded", "together", "alone"))
+        shares = " ".join(f"{plain / wall[name]:8.2f}" for name in ("folded", "together", "checked", "alone"))
         tokens = case.members * case.prompts * case.new / wall["folded"]
         print(f"{_sizes(case)}  {plain:7.2f}s {shares}  {tokens:.0f}", flush=True)
         if out:
