@@ -1,4 +1,4 @@
-"""Keep the evaluations of runs of `eggroll rl` as data, and draw them.
+"""Keep the evaluations of runs of `eggroll rl` as data, and draw them and those of `examples/larger_number.py`.
 
 python -m benchmarks.curves runs/HalfCheetah-v5-0 runs/HalfCheetah-v5-1 …    # adds to docs/data, and draws
 python -m benchmarks.curves                                                  # draws what is there
@@ -13,7 +13,7 @@ from typing import Any
 
 from .measure import ROOT
 
-DATA, PICTURE = ROOT / "docs" / "data", ROOT / "docs" / "images" / "mujoco.png"
+DATA, PICTURES = ROOT / "docs" / "data", ROOT / "docs" / "images"
 KEPT = ("generation", "steps", "mean_return", "eval_return", "eval_std")
 
 
@@ -29,21 +29,22 @@ def keep(run: Path) -> None:
     (DATA / f"{run.name}.jsonl").write_text("\n".join(lines) + "\n")
 
 
-def read() -> dict[str, dict[str, list[dict[str, Any]]]]:
-    """Return the evaluations by task and seed."""
-    runs: dict[str, dict[str, list[dict[str, Any]]]] = {}
-    for path in sorted(DATA.glob("*.jsonl")):
+# Evaluations by task, or method, and seed.
+Runs = dict[str, dict[str, list[dict[str, Any]]]]
+
+
+def read(pattern: str) -> Runs:
+    """Return the runs in the data whose file names fit a pattern."""
+    runs: Runs = {}
+    for path in sorted(DATA.glob(pattern)):
         task, _, seed = path.stem.rpartition("-")
         runs.setdefault(task, {})[seed] = [json.loads(line) for line in path.read_text().splitlines()]
     return runs
 
 
-def draw(runs: dict[str, dict[str, list[dict[str, Any]]]]) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+def draw(runs: Runs) -> None:
+    """Draw the returns of simulated robots."""
+    plt = pyplot()
     columns = 2 if len(runs) > 1 else 1
     rows = -(-len(runs) // columns)
     figure, axes = plt.subplots(rows, columns, figsize=(5 * columns, 3 * rows), layout="constrained", squeeze=False)
@@ -55,14 +56,46 @@ def draw(runs: dict[str, dict[str, list[dict[str, Any]]]]) -> None:
         axis.set(title=task, xlabel="million environment steps", ylabel="return of the centre")
         axis.legend(title="seed")
         axis.grid(alpha=0.3)
-    figure.savefig(PICTURE, dpi=90)
+    figure.savefig(PICTURES / "mujoco.png", dpi=90)
     plt.close(figure)
+
+
+def draw_larger_number(runs: Runs) -> None:
+    """Draw the accuracy of the language model over generations, and over processor time."""
+    plt = pyplot()
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3.5), layout="constrained", sharey=True)
+    names = {"larger-number-es": "evolution strategies, all weights", "larger-number-grpo": "GRPO, LoRA adapters"}
+    for color, (method, seeds) in enumerate(runs.items()):
+        for i, (_, *lines) in enumerate(seeds.values()):
+            # The first line has the options.
+            label = names.get(method, method) if i == 0 else None
+            for axis, x in zip(axes, ("generation", "cpu_seconds"), strict=True):
+                axis.plot(
+                    [line[x] for line in lines], [line["exact"] for line in lines], color=f"C{color}", label=label
+                )
+    axes[0].set(xlabel="generation", ylabel="right answers to held-out prompts")
+    axes[1].set(xlabel="processor seconds, one thread")
+    axes[0].legend(loc="lower right")
+    for axis in axes:
+        axis.grid(alpha=0.3)
+    figure.savefig(PICTURES / "larger-number.png", dpi=90)
+    plt.close(figure)
+
+
+def pyplot() -> Any:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt
 
 
 def main() -> None:
     for run in sys.argv[1:]:
         keep(Path(run))
-    runs = read()
+    draw_larger_number(read("larger-number-*.jsonl"))
+    runs = read("*-v[0-9]-*.jsonl")
     draw(runs)
     for task, seeds in runs.items():
         for seed, lines in seeds.items():
