@@ -8,6 +8,7 @@ result must lie in the range of these results. A batched forward with other weig
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -113,6 +114,12 @@ def _distance(a: Tensor, b: Tensor) -> tuple[float, float]:
         return 0.0, 0.0
     if not (a.is_floating_point() or a.is_complex()):
         return (0.0 if torch.equal(a, b) else float("inf")), 1.0
+    if a.device == b.device:
+        wide = torch.promote_types(a.dtype, torch.float32)
+        quick = (a.to(wide) - b.to(wide)).abs().max().item(), b.abs().max().item()
+        if all(map(math.isfinite, quick)):
+            return quick
+    # Some numbers are not finite.
     kind = torch.complex128 if a.is_complex() else torch.float64
     a, b = a.to("cpu", kind), b.to("cpu", kind)
     same = (a == b) | (a.isnan() & b.isnan())
