@@ -64,11 +64,16 @@ def draw_larger_number(runs: Runs) -> None:
     """Draw the accuracy of the language model over generations, and over processor time."""
     plt = pyplot()
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.5), layout="constrained", sharey=True)
-    names = {"larger-number-es": "evolution strategies, all weights", "larger-number-grpo": "GRPO, LoRA adapters"}
+    names = {
+        "larger-number-es-0.4": "evolution strategies, learning rate 0.4",
+        "larger-number-es-1.0": "learning rate 1.0",
+        "larger-number-es-1.5": "learning rate 1.5, falling to 0.15",
+        "larger-number-grpo": "GRPO, LoRA adapters",
+    }
     for color, (method, seeds) in enumerate(runs.items()):
         for i, (_, *lines) in enumerate(seeds.values()):
             # The first line has the options.
-            label = names.get(method, method) if i == 0 else None
+            label = names[method] if i == 0 else None
             for axis, x in zip(axes, ("generation", "cpu_seconds"), strict=True):
                 axis.plot(
                     [line[x] for line in lines], [line["exact"] for line in lines], color=f"C{color}", label=label

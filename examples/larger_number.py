@@ -20,14 +20,13 @@ from typing import Any, Literal
 import torch
 import tyro
 from torch import Tensor
-from torch.optim.lr_scheduler import LinearLR
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from eggroll_trainer import EGGROLLTrainer
 from eggroll_trainer.llm import CompletionReward
 
-PROMPT = "12, 57: 57\n{}, {}:"
+PROMPT = "The larger number:\n12, 57: 57\n83, 31: 83\n{}, {}:"
 
 
 @dataclasses.dataclass
@@ -41,9 +40,8 @@ class Options:
         population: Members, or completions of each prompt where gradients are used.
         prompts: Prompts in a generation.
         sigma: Standard deviation of the perturbations.
-        learning_rate: In units of sigma, falling to a tenth; for ``grpo`` that of Adam, which stays. 1.4 and 0.0003
-            if None.
-        test: Held-out prompts. The curve also has the share of right answers among those of ``close`` numbers.
+        learning_rate: In units of sigma; for ``grpo`` that of Adam. 1 and 0.0003 if None.
+        test: Held-out prompts.
         every: Generations between two evaluations.
         seed: Of everything.
         out: Where to write the curve, one JSON object a line.
@@ -52,8 +50,8 @@ class Options:
 
     model: tyro.conf.Positional[str]
     method: Literal["es", "grpo", "best-of-8"] = "es"
-    generations: int = 45
-    population: int = 64
+    generations: int = 30
+    population: int = 32
     prompts: int = 8
     sigma: float = 0.002
     learning_rate: float | None = None
@@ -64,29 +62,15 @@ class Options:
     smoke: bool = False
 
 
-def pairs(
-    count: int, seed: int, close: float = 0.0, avoided: frozenset[tuple[int, int]] = frozenset()
-) -> list[tuple[int, int]]:
-    """Return different pairs of different numbers of two digits.
-
-    Args:
-        count: Number of pairs.
-        seed: Seed of the draw.
-        close: Share of the pairs that are drawn from numbers with the same first digit, which are a tenth otherwise.
-        avoided: Pairs that are left out, in either order.
-    """
+def pairs(count: int, seed: int, avoided: frozenset[tuple[int, int]] = frozenset()) -> list[tuple[int, int]]:
+    """Return different pairs of different numbers of two digits, none of the avoided ones in either order."""
     rng = random.Random(seed)
     found: dict[tuple[int, int], None] = {}
     while len(found) < count:
-        first = 10 * rng.randrange(1, 10)
-        a, b = rng.sample(range(first, first + 10) if rng.random() < close else range(10, 100), 2)
+        a, b = rng.sample(range(10, 100), 2)
         if (a, b) not in avoided and (b, a) not in avoided:
             found[a, b] = None
     return list(found)
-
-
-def are_close(pair: tuple[int, int]) -> bool:
-    return pair[0] // 10 == pair[1] // 10
 
 
 def examples(of: list[tuple[int, int]]) -> list[dict[str, str]]:
@@ -106,8 +90,7 @@ def main(options: Options) -> None:
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32).eval()
     held_out = pairs(options.test, seed=12345)
-    # Numbers with the same first digit are learnt last, as few members get them right.
-    train = examples(pairs(1000, options.seed, close=0.4, avoided=frozenset(held_out)))
+    train = examples(pairs(1000, options.seed, avoided=frozenset(held_out)))
     reward = CompletionReward(
         tokenizer,
         train,
@@ -130,8 +113,7 @@ def main(options: Options) -> None:
             spent = time.perf_counter() - start, time.process_time() - used
             result = reward.evaluate(model, examples(held_out))
             bar.set_postfix(exact=result.reward)
-            close = result.rewards[[are_close(pair) for pair in held_out]].mean().item()
-            values = {"generation": generation, "exact": result.reward, "close": close, "train": trained}
+            values = {"generation": generation, "exact": result.reward, "train": trained}
             lines.append(json.dumps({**values, "seconds": round(spent[0], 1), "cpu_seconds": round(spent[1], 1)}))
             if options.out is not None:
                 options.out.write_text("\n".join(lines) + "\n")
@@ -163,18 +145,11 @@ def evolution(model: Any, reward: CompletionReward, options: Options) -> Any:
         fitness_fn=reward,
         population_size=options.population,
         sigma=options.sigma,
-        learning_rate=1.4 if options.learning_rate is None else options.learning_rate,
+        learning_rate=1.0 if options.learning_rate is None else options.learning_rate,
         noise_reuse=2,
         seed=options.seed,
     )
-    schedule = LinearLR(trainer, 1.0, 0.1, total_iters=options.generations)
-
-    def step() -> float:
-        mean = trainer.step()["mean_fitness"]
-        schedule.step()
-        return mean
-
-    return step
+    return lambda: trainer.step()["mean_fitness"]
 
 
 def policy_gradient(model: Any, reward: CompletionReward, options: Options) -> Any:

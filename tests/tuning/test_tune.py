@@ -69,6 +69,29 @@ def test_settings_that_are_far_off(sigma: float, rate: float, optimizer: Any) ->
     assert trainer.evaluate_fitness(trainer.model) > 0.1 * before
 
 
+@pytest.mark.parametrize("maximize", [True, False])
+def test_smaller_sigmas_are_tried_if_all_are_too_large(maximize: bool) -> None:
+    x = torch.randn(64, 3, generator=torch.Generator().manual_seed(0))
+    trainer = EGGROLLTrainer(
+        model=nn.Linear(3, 1),
+        fitness_fn=lambda model: (-1 if maximize else 1) * (model(x) - x[:, :1]).square().mean(),
+        maximize=maximize,
+        population_size=32,
+        sigma=1000.0,
+        seed=0,
+    )
+    found = tune(trainer, budget=40, learning_rate=False, verbose=False)
+    tried = [trial.sigma for trial in found.sigmas]
+    assert len(tried) > 9 and tried == sorted(tried)
+    assert found.sigma < 3.0 < tried[-9]
+
+
+def test_a_small_budget_has_fewer_rates_with_three_generations_each() -> None:
+    found = tune(make(sigma=0.1, learning_rate=0.1), budget=20, verbose=False)
+    assert found.generations <= 20
+    assert len(found.rates) >= 2 and all(len(trial.fitness) >= 3 for trial in found.rates)
+
+
 @pytest.mark.parametrize("cls, options", [(EGGROLLTrainer, {}), (VanillaESTrainer, {"group_size": 4}), (Custom, {})])
 def test_the_trainer_is_what_it_was(cls: Any, options: dict[str, Any]) -> None:
     trainer = make(cls, sigma=0.1, learning_rate=0.1, **options)

@@ -17,6 +17,7 @@ class SigmaTrial:
             linear over a distance of sigma, less if it is curved, noisy or too coarse.
         ties: The probability that two different members have the same fitness.
         mean_fitness: Mean fitness of the members.
+        std_error: Standard error of this mean.
 
     Example:
         >>> SigmaTrial(sigma=0.1, linear_share=0.93, ties=0.0, mean_fitness=-1.2).linear_share
@@ -27,6 +28,7 @@ class SigmaTrial:
     linear_share: float
     ties: float
     mean_fitness: float
+    std_error: float = 0.0
 
 
 @dataclasses.dataclass

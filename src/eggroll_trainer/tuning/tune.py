@@ -6,7 +6,8 @@ it is curved (sigma is too large), and about a half if it is noise or too coarse
 generation to measure, whatever the number of weights is. We take the largest sigma that is nearly as linear as the
 best: with 0.85 of its linear share if the fitness is smooth, and with 0.6 if scores tie. A fitness that ties, such as
 an accuracy, is piecewise constant, so it has no slope at a point. With a small sigma, only the few examples at the
-margin change the score; later in the run, none may.
+margin change the score; later in the run, none may. If no share is above that of noise, but the mean fitness falls with
+sigma, then every sigma was too large, and we try smaller ones.
 
 *Learning rate.* Several rates, which move a weight by a hundredth of sigma to three sigmas a generation, start from the
 same weights with the same perturbations. The better half of them continues, again and again (successive halving,
@@ -38,6 +39,10 @@ from .result import RateTrial, SigmaTrial, Tuning
 _SIGMAS = range(-4, 5)
 # Learning rates to try, as the step of a weight in a generation, in units of sigma.
 _STEPS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
+# With a small budget, some of them, these first. Each then has three generations: the first one shows nothing of it.
+_FIRST_STEPS, _SHORTEST = (0.3, 0.1, 1.0, 0.03, 3.0, 0.01), 3
+# Generations that smaller sigmas leave for the rates.
+_FOR_RATES = 7
 # A sigma is acceptable from these fractions of the best linear share on, for a smooth and a piecewise constant fitness.
 _NEARLY, _NEARLY_COARSE = 0.85, 0.6
 # Above the first tie probability, a fitness is piecewise constant. Above the second, sigma is too small.
@@ -169,18 +174,11 @@ class _Search:
         """Run one generation with each of several sigmas."""
         trainer, centre = self.trainer, self.trainer.sigma
         assert isinstance(trainer, KeyedESTrainer)
-        reuse = trainer.noise_reuse
         # Pairs need even sizes of the population, groups and chunks.
         pairs = not any(size % 2 for size in (trainer.population_size, trainer.group_size, trainer.chunk_size or 0))
-        trials = []
-        for power in _SIGMAS:
-            self.set(sigma=centre * 10 ** (power / 2))
-            trainer.noise_reuse = 2 if pairs else reuse
-            try:
-                trials.append(self._sigma_trial(pairs))
-            finally:
-                trainer.noise_reuse = reuse
-            trainer.load_state_dict(self._start)
+        trials = [self._sigma_trial(centre * 10 ** (power / 2), pairs) for power in _SIGMAS]
+        while self._all_too_large(trials) and self.budget - self.generations > _FOR_RATES:
+            trials.insert(0, self._sigma_trial(trials[0].sigma / math.sqrt(10), pairs))
         if not any(trial.ties < 1 for trial in trials):
             raise ValueError(
                 f"all members have the same fitness with every sigma from {trials[0].sigma:.2g} to"
@@ -188,9 +186,34 @@ class _Search:
             )
         return trials
 
-    def _sigma_trial(self, pairs: bool) -> SigmaTrial:
+    def _all_too_large(self, trials: list[SigmaTrial]) -> bool:
+        """Return whether no linear share is above that of noise, and the mean fitness falls from the smallest sigma on.
+
+        The share of noise is 0.5 with a standard deviation of about ``1/√(2N)``. Two of these, and two standard errors
+        of the means, must be exceeded.
+        """
+        highest = 0.5 + math.sqrt(2 / self.trainer.population_size)
+        if any(trial.linear_share > highest for trial in trials if trial.ties < _TIES):
+            return False
+        smallest, larger = trials[0], trials[2]
+        fallen = self._sign * (smallest.mean_fitness - larger.mean_fitness)
+        return fallen > 2 * math.hypot(smallest.std_error, larger.std_error)
+
+    def _sigma_trial(self, sigma: float, pairs: bool) -> SigmaTrial:
+        """Run one generation with a sigma, in antithetic pairs if ``pairs``."""
         trainer = self.trainer
-        sigma = trainer.sigma
+        assert isinstance(trainer, KeyedESTrainer)
+        reuse = trainer.noise_reuse
+        self.set(sigma=sigma)
+        trainer.noise_reuse = 2 if pairs else reuse
+        try:
+            return self._measured(sigma, pairs)
+        finally:
+            trainer.noise_reuse = reuse
+            trainer.load_state_dict(self._start)
+
+    def _measured(self, sigma: float, pairs: bool) -> SigmaTrial:
+        trainer = self.trainer
         try:
             mean = self._step()["mean_fitness"]
         except ValueError:
@@ -201,7 +224,8 @@ class _Search:
         fitness = self._sign * np.where(np.isfinite(scores), scores, np.nan).mean(1)
         fitness = np.where(np.isnan(fitness), np.nanmin(fitness), fitness)
         ties = tie_probability(fitness)
-        return SigmaTrial(sigma, linear_share(fitness) if pairs else 1 - ties, ties, mean)
+        share = linear_share(fitness) if pairs else 1 - ties
+        return SigmaTrial(sigma, share, ties, mean, float(fitness.std()) / math.sqrt(len(fitness)))
 
     def rates(self) -> list[RateTrial]:
         """Compare learning rates by successive halving."""
@@ -214,10 +238,13 @@ class _Search:
         if not moved > 0:
             # All members tie, so rates cannot be compared.
             return []
-        trials = [RateTrial(unit * step * trainer.sigma / moved) for step in _STEPS]
+        left = self.budget - self.generations
+        whole = left >= 2 * len(_STEPS)
+        steps = _STEPS if whole else sorted(_FIRST_STEPS[: max(2, left // _SHORTEST)])
+        trials = [RateTrial(unit * step * trainer.sigma / moved) for step in steps]
         states: dict[float, dict[str, Any]] = {}
-        running, left = trials, self.budget - self.generations
-        rounds = max(1, math.ceil(math.log2(len(trials))))
+        running = trials
+        rounds = math.ceil(math.log2(len(trials))) if whole else 1
         for round in range(rounds):
             length = max(2, left // ((rounds - round) * len(running)))
             for trial in running:
