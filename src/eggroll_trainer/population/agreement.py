@@ -115,8 +115,9 @@ def _distance(a: Tensor, b: Tensor) -> tuple[float, float]:
     if not (a.is_floating_point() or a.is_complex()):
         return (0.0 if torch.equal(a, b) else float("inf")), 1.0
     if a.device == b.device:
-        wide = torch.promote_types(a.dtype, torch.float32)
-        quick = (a.to(wide) - b.to(wide)).abs().max().item(), b.abs().max().item()
+        wide = torch.float32 if a.dtype.itemsize < 4 else a.dtype
+        one, other = a.to(wide), b.to(wide)
+        quick = (one - other).abs().max().item(), other.abs().max().item()
         if all(map(math.isfinite, quick)):
             return quick
     # Some numbers are not finite.
