@@ -11,7 +11,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import matplotlib
+
 from .measure import ROOT
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
 
 DATA, PICTURES = ROOT / "docs" / "data", ROOT / "docs" / "images"
 KEPT = ("generation", "steps", "mean_return", "eval_return", "eval_std")
@@ -44,7 +49,6 @@ def read(pattern: str) -> Runs:
 
 def draw(runs: Runs) -> None:
     """Draw the returns of simulated robots."""
-    plt = pyplot()
     columns = 2 if len(runs) > 1 else 1
     rows = -(-len(runs) // columns)
     figure, axes = plt.subplots(rows, columns, figsize=(5 * columns, 3 * rows), layout="constrained", squeeze=False)
@@ -62,7 +66,6 @@ def draw(runs: Runs) -> None:
 
 def draw_larger_number(runs: Runs) -> None:
     """Draw the accuracy of the language model over generations, and over processor time."""
-    plt = pyplot()
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.5), layout="constrained", sharey=True)
     names = {
         "larger-number-es-0.4": "evolution strategies, learning rate 0.4",
@@ -85,15 +88,6 @@ def draw_larger_number(runs: Runs) -> None:
         axis.grid(alpha=0.3)
     figure.savefig(PICTURES / "larger-number.png", dpi=90)
     plt.close(figure)
-
-
-def pyplot() -> Any:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    return plt
 
 
 def main() -> None:

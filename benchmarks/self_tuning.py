@@ -164,7 +164,8 @@ def run_nothing(task: str) -> float:
 
 def main(tasks: list[str]) -> None:
     warnings.simplefilter("ignore")
-    found = {}
+    path = Path("docs/research/results") / f"{datetime.date.today()}-self-tuning.json"
+    found = json.loads(path.read_text())["tasks"] if path.exists() else {}
     for task in tasks or TASKS:
         found[task] = result = compared(task)
         best = statistics.mean(next(iter(result["ways"].values())))
@@ -172,9 +173,7 @@ def main(tasks: list[str]) -> None:
         for name, values in result["ways"].items():
             share = (statistics.mean(values) - result["start"]) / (best - result["start"])
             print(f"  {name:40} {' '.join(f'{value:.3f}' for value in values)}   {share:.3f} of the fixed", flush=True)
-        path = Path("docs/research/results") / f"{datetime.date.today()}-self-tuning.json"
-        known = json.loads(path.read_text())["tasks"] if path.exists() else {}
-        path.write_text(json.dumps({**surroundings(), "tasks": {**known, **found}}, indent=1) + "\n")
+        path.write_text(json.dumps({**surroundings(), "tasks": found}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -59,7 +59,7 @@ def _rounding_explains(
     # Other tensor classes, such as quantised weights, cannot be multiplied.
     parameters = [p for p in model.parameters() if p.is_floating_point() and type(p) in (Tensor, nn.Parameter)]
     held = [p.data for p in parameters]
-    noise = _RepeatedNoise()
+    noise = _RepeatedNoise(sum(p.numel() for p in parameters))
     tried = [expected]
     try:
         for _ in range(_TRIES):
@@ -77,18 +77,23 @@ def _rounding_explains(
 
 
 class _RepeatedNoise:
-    """A cheap source of normal numbers: the same million again and again, each time from another place."""
+    """A cheap source of normal numbers: up to a million, the same again and again, each time from another place.
 
-    def __init__(self) -> None:
+    Args:
+        size: How many different ones are enough.
+    """
+
+    def __init__(self, size: int) -> None:
         self._generator = torch.Generator("cpu").manual_seed(0)
-        # A prime number, so that equal rows of a matrix do not get equal noise.
-        self._numbers = torch.randn(1_000_003, generator=self._generator, device="cpu")
+        # A prime number at the most, so that equal rows of a large matrix do not get equal noise.
+        self._numbers = torch.randn(min(size, 1_000_003), generator=self._generator, device="cpu")
 
     def take(self, shape: torch.Size) -> Tensor:
         """Return numbers of this shape."""
         size, period = shape.numel(), len(self._numbers)
-        start = int(torch.randint(period, (), generator=self._generator, device="cpu"))
-        return self._numbers.repeat((start + size) // period + 1)[start : start + size].view(shape)
+        start = int(torch.randint(max(1, period), (), generator=self._generator, device="cpu"))
+        repeated = self._numbers.expand((start + size) // max(1, period) + 1, period).reshape(-1)
+        return repeated[start : start + size].view(shape)
 
 
 def _difference(result: Any, expected: Any, tolerance: float) -> str | None:

@@ -214,9 +214,9 @@ class Population:
         Returns:
             The members whose weights are kept: the last ones, as many as fit in the memory for a chunk, at least one.
         """
-        size = sum(self._centres[name].nbytes for name in self._members)
-        device = next((self._centres[name].device for name in self._members), torch.device("cpu"))
-        number = max(1, self.forwards.budget.chunk_bytes(device) // max(1, size))
+        centres = list(self._centres.values())
+        size = sum(centre.nbytes for centre in centres)
+        number = max(1, self.forwards.budget.chunk_bytes(centres[0].device) // max(1, size))
         kept = list(indices[-number:])
         with torch.inference_mode(False), torch.no_grad():
             self._dense = {index: self.member_parameters(index) for index in kept}

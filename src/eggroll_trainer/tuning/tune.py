@@ -37,10 +37,9 @@ from .result import RateTrial, SigmaTrial, Tuning
 
 # Sigmas to try, as powers of the square root of ten relative to the trainer's sigma.
 _SIGMAS = range(-4, 5)
-# Learning rates to try, as the step of a weight in a generation, in units of sigma.
-_STEPS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
-# With a small budget, some of them, these first. Each then has three generations: the first one shows nothing of it.
-_FIRST_STEPS, _SHORTEST = (0.3, 0.1, 1.0, 0.03, 3.0, 0.01), 3
+# Learning rates to try, as the step of a weight in a generation, in units of sigma. A small budget has the first of
+# them only, with three generations each: the first generation shows nothing of a rate.
+_STEPS, _SHORTEST = (0.3, 0.1, 1.0, 0.03, 3.0, 0.01), 3
 # Generations that smaller sigmas leave for the rates.
 _FOR_RATES = 7
 # A sigma is acceptable from these fractions of the best linear share on, for a smooth and a piecewise constant fitness.
@@ -240,8 +239,8 @@ class _Search:
             return []
         left = self.budget - self.generations
         whole = left >= 2 * len(_STEPS)
-        steps = _STEPS if whole else sorted(_FIRST_STEPS[: max(2, left // _SHORTEST)])
-        trials = [RateTrial(unit * step * trainer.sigma / moved) for step in steps]
+        steps = _STEPS if whole else _STEPS[: max(2, left // _SHORTEST)]
+        trials = [RateTrial(unit * step * trainer.sigma / moved) for step in sorted(steps)]
         states: dict[float, dict[str, Any]] = {}
         running = trials
         rounds = math.ceil(math.log2(len(trials))) if whole else 1
